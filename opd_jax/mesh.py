@@ -1,0 +1,123 @@
+"""Mesh axes, mesh construction, process start-up, and host data to global arrays.
+
+All programs run under explicit sharding: an array's type carries its placement, and an operation that
+would silently gather a sharded axis is refused at trace time. Without a mesh the helpers below do
+nothing, so the same functions run on one device with no set-up at all.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "model")
+BATCH = ("data", "fsdp")  # the batch is split over both; parameters over fsdp and model
+
+
+def make(data: int = -1, fsdp: int = 1, model: int = 1, devices=None) -> Mesh:
+    """Build the ``data x fsdp x model`` mesh; one axis may be -1 and takes what is left.
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "model": model}
+    free = [name for name, size in sizes.items() if size == -1]
+    bad = {name: size for name, size in sizes.items() if size < 1 and size != -1}
+    if len(free) > 1 or bad:
+        raise ValueError(
+            f"mesh axes {sizes}: expected positive sizes and at most one -1; "
+            "set --config.mesh.data / .fsdp / .model"
+        )
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if free and len(devices) % known == 0:
+        sizes[free[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"mesh axes {sizes} ask for {math.prod(abs(s) for s in sizes.values())} devices, found "
+            f"{len(devices)}: change --config.mesh.data / .fsdp / .model so that they multiply to it"
+        )
+    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, devices=devices)
+
+
+def start() -> None:
+    """Join the other processes where this is one of several (a pod, SLURM); else do nothing."""
+    cluster = ("TPU_WORKER_HOSTNAMES", "SLURM_NTASKS", "JAX_COORDINATOR_ADDRESS", "OMPI_COMM_WORLD_SIZE")
+    several = any(
+        value and value != "1" and ("," in value or not name.startswith("TPU_"))
+        for name, value in ((name, os.environ.get(name)) for name in cluster)
+    )
+    if several and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
+
+
+def is_active() -> bool:
+    """Whether code is being run or traced under ``jax.set_mesh``."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def size(axis: str | tuple[str, ...]) -> int:
+    """Number of shards along an axis (or several) of the current mesh, 1 without a mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    names = (axis,) if isinstance(axis, str) else axis
+    return math.prod(shape.get(name, 1) for name in names)
+
+
+def out(*spec) -> P | None:
+    """The ``out_sharding=`` argument of an operation; None without a mesh."""
+    return P(*spec) if is_active() else None
+
+
+def constrain(x: jax.Array, *spec) -> jax.Array:
+    """Move ``x`` to the given placement (a no-op without a mesh)."""
+    return jax.sharding.reshard(x, P(*spec)) if is_active() else x
+
+
+def replicated(tree):
+    """Move every leaf of ``tree`` to all devices (a no-op without a mesh)."""
+    return jax.tree.map(lambda x: constrain(x, *([None] * x.ndim)), tree) if is_active() else tree
+
+
+def to_global(tree, mesh: Mesh):
+    """Turn each process's rows into global arrays, split over the batch axes by their first axis.
+
+    Scalars (rank 0) are replicated.
+
+    Raises:
+      ValueError: the rows do not divide over the batch shards.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def put(x):
+        x = np.asarray(x)
+        if x.ndim == 0:
+            return jax.make_array_from_process_local_data(NamedSharding(mesh, P()), x)
+        rows = x.shape[0] * jax.process_count()
+        if rows % shards:
+            raise ValueError(
+                f"{rows} rows do not divide over {shards} batch shards (mesh data x fsdp): change "
+                "--config.train.prompts, --config.rollout.samples or the mesh"
+            )
+        return jax.make_array_from_process_local_data(
+            NamedSharding(mesh, P(BATCH, *([None] * (x.ndim - 1)))), x
+        )
+
+    return jax.tree.map(put, tree)
+
+
+def to_host(tree):
+    """Fetch a pytree to every process as numpy arrays, whatever its placement."""
+
+    def get(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            from jax.experimental import multihost_utils
+
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(get, tree)

@@ -1,0 +1,106 @@
+"""Every pytree that crosses a module boundary.
+
+Shape letters, used as name suffixes in the numerics modules (``logits_BTV``):
+
+====  ======================================  ====  ==================================
+B     batch rows                              L     layers
+T     time (token positions)                  N     query heads
+P     prompt positions                        K     key/value heads
+V     vocabulary (padded)                     H     head dimension
+D, E  student / teacher width                 F     feed-forward width
+C     rows of one chunk                       R     rows (flattened B x T)
+====  ======================================  ====  ==================================
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Params = dict[str, Any]
+
+
+@struct.dataclass
+class Mean:
+    """A weighted mean kept as its two sums, so that splits of the data cannot change it.
+
+    ``a + b`` pools both; only the host divides, once, with :meth:`value`.
+    """
+
+    total: jax.Array  # [] f32
+    weight: jax.Array  # [] f32
+
+    @classmethod
+    def of(cls, value, weight=1.0) -> Mean:
+        """Build from a value and the weight it stands for."""
+        weight = jnp.asarray(weight, jnp.float32)
+        return cls(jnp.asarray(value, jnp.float32) * weight, weight)
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    def value(self) -> float:
+        """Divide on the host; 0.0 when the weight is 0."""
+        weight = float(self.weight)
+        return float(self.total) / weight if weight else 0.0
+
+
+@struct.dataclass
+class Prompt:
+    """Left-padded prompts: one decode cursor serves all rows."""
+
+    ids_BP: jax.Array  # [B, P] i32
+    start_B: jax.Array  # [B] i32, index of the first real token
+
+
+@struct.dataclass
+class Rollout:
+    """Prompts with what was sampled after them; ids are kept exactly as sampled.
+
+    ``mask_BT`` marks ids that the policy sampled and that are scored (a sampled EOS included); it is
+    data, never inferred from ids.
+    """
+
+    ids_BT: jax.Array  # [B, T] i32
+    start_B: jax.Array  # [B] i32, index of the first real token
+    mask_BT: jax.Array  # [B, T] bool
+    logp_BT: jax.Array  # [B, T] f32, log-probability under the sampling distribution, 0 off the mask
+    truncated_B: jax.Array  # [B] bool, the row ended by length and not by a stop id
+    policy_step: jax.Array  # [] i32, train step of the parameters that sampled
+
+
+@struct.dataclass
+class TokenKL:
+    """Per-position measurements in nats, f32, at the position that *predicts* the token."""
+
+    kl_BT: jax.Array  # [B, T] the divergence that is trained on (KLSpec.direction, temperature)
+    reverse_BT: jax.Array  # [B, T] KL(student || teacher) at temperature 1, whatever is trained on
+    entropy_BT: jax.Array  # [B, T] of the student at temperature 1
+    teacher_entropy_BT: jax.Array  # [B, T] at temperature 1
+
+
+@struct.dataclass
+class RockState:
+    """Decayed per-vocabulary-item sums over scored positions whose predicted id is v."""
+
+    count_V: jax.Array  # [V] f32
+    kl_sum_V: jax.Array  # [V] f32, the Rock Score: frequency x mean KL
+    kl_sq_V: jax.Array  # [V] f32
+    fast_count_V: jax.Array  # [V] f32, the same at the fast horizon
+    fast_kl_sum_V: jax.Array  # [V] f32
+    member_V: jax.Array  # [V] bool, types that the gate acts on
+    step: jax.Array  # [] i32, number of updates
+
+
+@struct.dataclass
+class TrainState:
+    """All that a training step changes; donated to the step and checkpointed whole."""
+
+    step: jax.Array  # [] i32
+    params: Params
+    opt: Any  # optax state
+    rock: RockState
+    key: jax.Array  # typed PRNG key
