@@ -47,7 +47,12 @@ def make(data: int = -1, fsdp: int = 1, model: int = 1, devices=None) -> Mesh:
 
 def start() -> None:
     """Join the other processes where this is one of several (a pod, SLURM); else do nothing."""
-    cluster = ("TPU_WORKER_HOSTNAMES", "SLURM_NTASKS", "JAX_COORDINATOR_ADDRESS", "OMPI_COMM_WORLD_SIZE")
+    cluster = (
+        "TPU_WORKER_HOSTNAMES",
+        "SLURM_NTASKS",
+        "JAX_COORDINATOR_ADDRESS",
+        "OMPI_COMM_WORLD_SIZE",
+    )
     several = any(
         value and value != "1" and ("," in value or not name.startswith("TPU_"))
         for name, value in ((name, os.environ.get(name)) for name in cluster)

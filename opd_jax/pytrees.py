@@ -67,7 +67,9 @@ class Rollout:
     ids_BT: jax.Array  # [B, T] i32
     start_B: jax.Array  # [B] i32, index of the first real token
     mask_BT: jax.Array  # [B, T] bool
-    logp_BT: jax.Array  # [B, T] f32, log-probability under the sampling distribution, 0 off the mask
+    logp_BT: (
+        jax.Array
+    )  # [B, T] f32, log-probability under the sampling distribution, 0 off the mask
     truncated_B: jax.Array  # [B] bool, the row ended by length and not by a stop id
     policy_step: jax.Array  # [] i32, train step of the parameters that sampled
 

@@ -1,0 +1,240 @@
+r"""The Rock Token state: which vocabulary items carry the KL, whether it still falls, and the gate.
+
+For each vocabulary item v the state holds exponentially decayed sums over scored positions whose
+*predicted* id is v. With :math:`n_v` positions of divergence :math:`\ell_i` in a batch,
+
+.. math:: c_v \leftarrow \gamma c_v + n_v, \qquad s_v \leftarrow \gamma s_v + \sum_i \ell_i
+
+so that the Rock Score (frequency x mean KL, PAPER 1.2) is :math:`s_v` itself, the mean is
+:math:`s_v / c_v` (a ratio of two sums that decay alike, hence without start-up bias), and
+*persistence* is the fast mean over the slow mean: near 1 the type stagnates, well below it still
+learns. ``decay=1`` turns the same state into the plain corpus sums of the analyses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from opd_jax import mesh
+from opd_jax.pytrees import RockState
+
+MODES = ("off", "static", "ema", "adaptive")
+SCORES = ("kl_sum", "kl_mean", "count")
+
+
+@dataclasses.dataclass(frozen=True)
+class RockConfig:
+    """How the state is kept and what the gate does with it.
+
+    Attributes:
+      mode: ``off`` measures only; ``static`` gates ``ids``; ``ema`` gates the ``top_k`` types by
+        ``score``; ``adaptive`` gates them too, but a member that still learns keeps its gradient.
+      score: one of ``SCORES``.
+      top_k: number of types that may enter.
+      skip_top: the most frequent types that may never enter.
+      min_count: decayed count below which a type may not enter.
+      decay, fast_decay: of the slow and the fast sums, per step.
+      persist: smallest persistence (fast mean / slow mean) of a member.
+      inside: weight of a gated position (lambda): 0 freezes, 1 is plain distillation.
+      start: training steps before anything is gated.
+      every: steps between refreshes of the membership.
+      exit_factor: a member leaves only past rank ``top_k * exit_factor``.
+      probe: share of the weight-0 positions that is still measured.
+      ids: the gated ids of ``static``.
+    """
+
+    mode: str = "off"
+    score: str = "kl_sum"
+    top_k: int = 100
+    skip_top: int = 0
+    min_count: float = 1.0
+    decay: float = 0.99
+    fast_decay: float = 0.9
+    persist: float = 0.0
+    inside: float = 0.0
+    start: int = 0
+    every: int = 1
+    exit_factor: float = 1.5
+    probe: float = 0.1
+    ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        def check(ok, name, expected):
+            if not ok:
+                raise ValueError(
+                    f"rock.{name} {getattr(self, name)!r}: expected {expected}; "
+                    f"set --config.rock.{name}"
+                )
+
+        check(self.mode in MODES, "mode", f"one of {MODES}")
+        check(self.score in SCORES, "score", f"one of {SCORES}")
+        check(self.top_k >= 1, "top_k", "at least 1")
+        check(self.skip_top >= 0, "skip_top", "at least 0")
+        check(0 < self.fast_decay <= self.decay <= 1, "fast_decay", "0 < fast_decay <= decay <= 1")
+        check(0 <= self.inside <= 1, "inside", "a weight from 0 to 1")
+        check(self.every >= 1, "every", "at least 1")
+        check(self.exit_factor >= 1, "exit_factor", "at least 1")
+        check(0 < self.probe <= 1, "probe", "a share above 0, up to 1")
+        check(self.mode != "static" or self.ids, "ids", "the gated ids where rock.mode is 'static'")
+
+
+def init(vocab_size: int, *, cfg: RockConfig = RockConfig()) -> RockState:
+    """Return an empty state over ``vocab_size`` ids (all sums 0); ``static`` members are set at once.
+
+    Raises:
+      ValueError: ``cfg.ids`` holds an id outside the vocabulary.
+
+    Sharding: replicated; it is seven numbers per vocabulary item.
+    """
+    outside = [i for i in cfg.ids if not 0 <= i < vocab_size]
+    if outside:
+        raise ValueError(
+            f"rock.ids holds {outside[:5]}: expected ids from 0 to {vocab_size - 1}; "
+            "set --config.rock.ids to ids of this tokenizer"
+        )
+    zero_V = lambda: jnp.zeros((vocab_size,), jnp.float32)  # noqa: E731  (donated: no shared buffer)
+    member_V = jnp.zeros((vocab_size,), bool)
+    if cfg.mode == "static":
+        member_V = member_V.at[jnp.asarray(cfg.ids)].set(True)
+    return RockState(
+        zero_V(), zero_V(), zero_V(), zero_V(), zero_V(), member_V, jnp.zeros((), jnp.int32)
+    )
+
+
+def update(
+    rock: RockState,
+    ids_BT: Int[Array, "B T"],
+    kl_BT: Float[Array, "B T"],
+    mask_BT: Bool[Array, "B T"] | Float[Array, "B T"],
+    *,
+    cfg: RockConfig,
+) -> RockState:
+    """Decay the sums and add one optimizer step's positions, keyed on the predicted id.
+
+    The batch is summed into a zero buffer first and added once: a large f32 would swallow single
+    ones. ``mask_BT`` may carry importance weights (probed positions stand for the skipped ones).
+    With ``decay=1`` the result does not depend on how positions are split over calls.
+    """
+    importance_BT = mask_BT.astype(jnp.float32)
+    rows = (importance_BT, importance_BT * kl_BT, importance_BT * kl_BT**2)
+    count_V, sum_V, sq_V = _sum_by_id(ids_BT, rows, rock.count_V.shape[0])
+    return rock.replace(
+        count_V=cfg.decay * rock.count_V + count_V,
+        kl_sum_V=cfg.decay * rock.kl_sum_V + sum_V,
+        kl_sq_V=cfg.decay * rock.kl_sq_V + sq_V,
+        fast_count_V=cfg.fast_decay * rock.fast_count_V + count_V,
+        fast_kl_sum_V=cfg.fast_decay * rock.fast_kl_sum_V + sum_V,
+        step=rock.step + 1,
+    )
+
+
+def _sum_by_id(ids_BT, rows, vocab_size):
+    """Sum each [B, T] array by id into [V], over all batch shards."""
+
+    def local(ids_BT, rows):
+        sums = [
+            jnp.zeros((vocab_size,), jnp.float32).at[ids_BT.ravel()].add(x.ravel()) for x in rows
+        ]
+        return tuple(lax.psum(s, mesh.BATCH) for s in sums) if mesh.is_active() else tuple(sums)
+
+    if not mesh.is_active():
+        return local(ids_BT, rows)
+    spec = P(mesh.BATCH, None)
+    return jax.shard_map(
+        local,
+        in_specs=(spec, (spec,) * len(rows)),
+        out_specs=(P(None),) * len(rows),
+        check_vma=False,
+    )(ids_BT, rows)
+
+
+def scores(rock: RockState, name: str) -> Float[Array, "V"]:
+    """Rank types by ``kl_sum`` (the Rock Score of the paper), ``kl_mean`` or ``count``."""
+    if name == "kl_sum":
+        return rock.kl_sum_V
+    if name == "kl_mean":
+        return _ratio(rock.kl_sum_V, rock.count_V)
+    if name == "count":
+        return rock.count_V
+    raise ValueError(f"score {name!r}: expected one of {SCORES}")
+
+
+def persistence(rock: RockState) -> Float[Array, "V"]:
+    """Fast mean over slow mean; 1 where the type has not been seen or has no KL."""
+    fast_V = _ratio(rock.fast_kl_sum_V, rock.fast_count_V)
+    slow_V = _ratio(rock.kl_sum_V, rock.count_V)
+    return jnp.where(slow_V > 0, _ratio(fast_V, slow_V), 1.0)
+
+
+def _ratio(a_V, b_V):
+    return jnp.where(b_V > 0, a_V / jnp.where(b_V > 0, b_V, 1.0), 0.0)
+
+
+def refresh(rock: RockState, *, cfg: RockConfig) -> RockState:
+    """Recompute the members; ties go to the smaller id, so every process finds the same set."""
+    if cfg.mode in ("off", "static"):
+        return rock
+    is_eligible_V = (
+        (rock.count_V >= cfg.min_count)
+        & (rock.count_V > 0)
+        & (persistence(rock) >= cfg.persist)
+        & (_rank(rock.count_V) >= cfg.skip_top)
+    )
+    rank_V = _rank(jnp.where(is_eligible_V, scores(rock, cfg.score), -jnp.inf))
+    stays_V = rock.member_V & (rank_V < cfg.top_k * cfg.exit_factor)
+    return rock.replace(member_V=is_eligible_V & ((rank_V < cfg.top_k) | stays_V))
+
+
+def _rank(score_V):
+    """Rank of each entry, 0 for the highest."""
+    order_V = jnp.argsort(-score_V, stable=True)
+    ranks_V = jnp.arange(score_V.size, dtype=jnp.int32)
+    return jnp.zeros_like(ranks_V).at[order_V].set(ranks_V)
+
+
+def gated(rock: RockState, ids_BT: Int[Array, "B T"], *, cfg: RockConfig) -> Bool[Array, "B T"]:
+    """Whether each predicted id is a member, whatever the gate's weight and start."""
+    if cfg.mode == "off":
+        return jnp.zeros_like(ids_BT, dtype=bool)
+    return rock.member_V.at[ids_BT].get(out_sharding=mesh.out(mesh.BATCH, None))
+
+
+def weights(rock: RockState, ids_BT: Int[Array, "B T"], *, cfg: RockConfig) -> Float[Array, "B T"]:
+    """Weight of each position by its predicted id, from the state before this batch.
+
+    A constant of the gradient that never sees this batch's KL, so that a position cannot lower its
+    own weight (PAPER 1.14; defect 1: the published code keys on the previous token).
+    """
+    is_gated_BT = gated(rock, ids_BT, cfg=cfg) & (rock.step >= cfg.start)
+    inside_BT = jnp.asarray(cfg.inside, jnp.float32)
+    if cfg.mode == "adaptive":
+        learning_V = jnp.clip(1.0 - persistence(rock), 0.0, 1.0)
+        inside_V = cfg.inside + (1.0 - cfg.inside) * learning_V
+        inside_BT = inside_V.at[ids_BT].get(out_sharding=mesh.out(mesh.BATCH, None))
+    return jnp.where(is_gated_BT, inside_BT, 1.0)
+
+
+def importance(
+    weight_BT: Float[Array, "B T"],
+    mask_BT: Bool[Array, "B T"],
+    key: jax.Array,
+    *,
+    cfg: RockConfig,
+) -> Float[Array, "B T"]:
+    """Choose what is measured: 1 where the position has weight, 1/probe where it was probed, else 0.
+
+    A weight-0 position is not projected, yet its type must be able to leave the set. A random share
+    ``cfg.probe`` of them is measured and stands for all: sums weighted with the result are unbiased.
+    """
+    weighted_BT = (mask_BT & (weight_BT != 0)).astype(jnp.float32)
+    if cfg.mode == "off" or (cfg.mode != "adaptive" and cfg.inside > 0):
+        return weighted_BT
+    uniform_BT = jax.random.uniform(key, mask_BT.shape, out_sharding=mesh.out(mesh.BATCH, None))
+    probed_BT = mask_BT & (weight_BT == 0) & (uniform_BT < cfg.probe)
+    return weighted_BT + probed_BT / cfg.probe

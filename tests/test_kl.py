@@ -1,0 +1,290 @@
+"""Divergences against float64 numpy: values, gradients, chunks, shards, masks and extremes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+
+from opd_jax import kl, mesh
+from opd_jax.kl import KLSpec
+
+B, T, D, E, V = 4, 6, 8, 12, 40
+
+
+def inputs(seed=0, dtype=np.float32, scale=1.0):
+    rng = np.random.default_rng(seed)
+    hs, ht = rng.normal(size=(B, T, D)), rng.normal(size=(B, T, E))
+    ws, wt = rng.normal(size=(V, D)) * scale, rng.normal(size=(V, E)) * scale
+    weight = rng.uniform(size=(B, T)) * (rng.uniform(size=(B, T)) < 0.6)
+    return tuple(jnp.asarray(x, dtype) for x in (hs, ws, ht, wt)) + (
+        jnp.asarray(weight, jnp.float32),
+    )
+
+
+def log_softmax(z):
+    z = z - z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+def reference(hs, ws, ht, wt, spec):
+    """The definition, dense, in float64."""
+    hs, ws, ht, wt = (np.asarray(x, np.float64) for x in (hs, ws, ht, wt))
+    zs, zt = hs @ ws.T, ht @ wt.T
+    if spec.vocab_size is not None:
+        zs, zt = zs[..., : spec.vocab_size], zt[..., : spec.vocab_size]
+    logp, logq = log_softmax(zs / spec.temperature), log_softmax(zt / spec.temperature)
+    p, q = np.exp(logp), np.exp(logq)
+    kl_of = lambda a, b: (a * (np.log(a) - np.log(b))).sum(-1)  # noqa: E731
+    a, b = spec.skew, spec.beta
+    value = {
+        "reverse": lambda: kl_of(p, q),
+        "forward": lambda: kl_of(q, p),
+        "jsd": lambda: b * kl_of(p, b * p + (1 - b) * q) + (1 - b) * kl_of(q, b * p + (1 - b) * q),
+        "skew_reverse": lambda: kl_of(p, a * p + (1 - a) * q),
+        "skew_forward": lambda: kl_of(q, a * q + (1 - a) * p),
+    }[spec.direction]()
+    logp1, logq1 = log_softmax(zs), log_softmax(zt)
+    p1, q1 = np.exp(logp1), np.exp(logq1)
+    return value, kl_of(p1, q1), -(p1 * logp1).sum(-1), -(q1 * logq1).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("direction", kl.DIRECTIONS)
+def test_values_match_float64(direction, temperature):
+    spec = KLSpec(direction, temperature, chunk=5, vocab_size=37, beta=0.3, skew=0.2)
+    hs, ws, ht, wt, _ = inputs()
+    got = kl.token_kl(hs, ws, ht, wt, spec=spec)
+    for measured, expected in zip(
+        (got.kl_BT, got.reverse_BT, got.entropy_BT, got.teacher_entropy_BT),
+        reference(hs, ws, ht, wt, spec),
+        strict=True,
+    ):
+        np.testing.assert_allclose(measured, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("direction", kl.DIRECTIONS)
+def test_gradients_match_autodiff_of_the_dense_definition(direction, temperature):
+    spec = KLSpec(direction, temperature, chunk=5, vocab_size=37, beta=0.3, skew=0.2)
+    hs, ws, ht, wt, weight = inputs()
+
+    def dense(hs, ws):
+        zs, zt = (hs @ ws.T)[..., :37], (ht @ wt.T)[..., :37]
+        logp, logq = (jax.nn.log_softmax(z / temperature) for z in (zs, zt))
+        p, q = jnp.exp(logp), jnp.exp(logq)
+        kl_of = lambda a, b: (a * (jnp.log(a) - jnp.log(b))).sum(-1)  # noqa: E731
+        m, r, f = 0.3 * p + 0.7 * q, 0.2 * p + 0.8 * q, 0.2 * q + 0.8 * p
+        value = {
+            "reverse": lambda: kl_of(p, q),
+            "forward": lambda: kl_of(q, p),
+            "jsd": lambda: 0.3 * kl_of(p, m) + 0.7 * kl_of(q, m),
+            "skew_reverse": lambda: kl_of(p, r),
+            "skew_forward": lambda: kl_of(q, f),
+        }[direction]()
+        return (weight * value).sum()
+
+    ours = lambda hs, ws: kl.weighted_kl(hs, ws, ht, wt, weight, spec=spec)[0]  # noqa: E731
+    loss, grads = jax.value_and_grad(ours, (0, 1))(hs, ws)
+    expected, expected_grads = jax.value_and_grad(dense, (0, 1))(hs, ws)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for got, want in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    check_grads(ours, (hs, ws), order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-2)
+
+
+def test_cross_entropy_mix_and_no_teacher():
+    hs, ws, ht, wt, weight = inputs()
+    labels = jnp.asarray(np.random.default_rng(1).integers(0, 37, (B, T)), jnp.int32)
+
+    def dense(hs, ws, ce):
+        logp = jax.nn.log_softmax((hs @ ws.T)[..., :37])
+        logq = jax.nn.log_softmax((ht @ wt.T)[..., :37])
+        forward = (jnp.exp(logq) * (logq - logp)).sum(-1)
+        label = -jnp.take_along_axis(logp, labels[..., None], -1)[..., 0]
+        return (weight * ((1 - ce) * forward + ce * label)).sum()
+
+    for ce, teacher in ((0.5, (ht, wt)), (1.0, (ht, wt)), (1.0, (None, None))):
+        spec = KLSpec("forward", chunk=7, vocab_size=37, ce=ce)
+        ours = functools.partial(
+            lambda hs, ws, spec, teacher: kl.weighted_kl(
+                hs, ws, *teacher, weight, spec=spec, labels_BT=labels
+            )[0],
+            spec=spec,
+            teacher=teacher,
+        )
+        got = jax.value_and_grad(ours, (0, 1))(hs, ws)
+        want = jax.value_and_grad(functools.partial(dense, ce=ce), (0, 1))(hs, ws)
+        jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_chunk_size_does_not_matter():
+    hs, ws, ht, wt, weight = inputs()
+    results = [
+        jax.value_and_grad(
+            lambda hs, ws, c=chunk: kl.weighted_kl(hs, ws, ht, wt, weight, spec=KLSpec(chunk=c))[0],
+            (0, 1),
+        )(hs, ws)
+        for chunk in (1, 7, 24, 1000, 0)
+    ]
+    for other in results[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), results[0], other
+        )
+
+
+def test_skipped_rows_are_never_projected_and_agree_with_multiplied_ones():
+    hs, ws, ht, wt, weight = inputs()
+    poisoned = jnp.where((weight == 0)[..., None], jnp.nan, hs)
+
+    def run(hs, measure):
+        return jax.value_and_grad(
+            lambda hs, ws: kl.weighted_kl(
+                hs, ws, ht, wt, weight, spec=KLSpec(chunk=4), measure_BT=measure
+            ),
+            (0, 1),
+            has_aux=True,
+        )(hs, ws)
+
+    (skipped, tokens), grads = run(poisoned, None)
+    (multiplied, all_tokens), all_grads = run(hs, jnp.ones((B, T), bool))
+    np.testing.assert_allclose(skipped, multiplied, rtol=1e-5)
+    for got, want in zip(grads, all_grads, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert np.all(np.asarray(tokens.kl_BT)[np.asarray(weight) == 0] == 0)
+    assert np.all(np.asarray(all_tokens.kl_BT) > 0)
+
+
+def test_trip_count_follows_the_kept_rows():
+    """Nothing kept: the loop does not run at all, and nothing is NaN."""
+    hs, ws, ht, wt, weight = inputs()
+    loss, grads = jax.value_and_grad(
+        lambda hs: kl.weighted_kl(hs, ws, ht, wt, weight * 0, spec=KLSpec())[0]
+    )(hs * jnp.nan)
+    assert float(loss) == 0
+    assert np.all(np.asarray(grads) == 0)
+
+
+@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 1, 8), (4, 2, 1)])
+def test_mesh_does_not_matter(axes):
+    hs, ws, ht, wt, weight = inputs()
+    hs, ht, weight = (jnp.concatenate([x, x[::-1]]) for x in (hs, ht, weight))
+    spec = KLSpec("jsd", chunk=3, vocab_size=37)
+
+    def run(hs, ws, ht, wt, weight):
+        (loss, tokens), grads = jax.value_and_grad(
+            lambda hs, ws: kl.weighted_kl(hs, ws, ht, wt, weight, spec=spec), (0, 1), has_aux=True
+        )(hs, ws)
+        return loss, tokens, grads
+
+    expected = jax.jit(run)(hs, ws, ht, wt, weight)
+    m = mesh.make(*axes)
+    rows, heads = P(mesh.BATCH, None, None), P("model", None)
+    with jax.set_mesh(m):
+        put = lambda x, s: jax.device_put(x, NamedSharding(m, s))  # noqa: E731
+        args = (
+            put(hs, rows),
+            put(ws, heads),
+            put(ht, rows),
+            put(wt, heads),
+            put(weight, P(mesh.BATCH, None)),
+        )
+        program = jax.jit(run).lower(*args).compile()
+        got = program(*args)
+        measured = kl.token_kl(*args[:4], spec=spec)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=2e-6), got, expected)
+    np.testing.assert_allclose(
+        np.asarray(measured.kl_BT)[np.asarray(weight) != 0],
+        np.asarray(got[1].kl_BT)[np.asarray(weight) != 0],
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    for line in program.as_text().splitlines():
+        is_collective = any(c in line for c in ("all-gather", "all-reduce", "collective-permute"))
+        assert not (is_collective and f",{V}]" in line), f"a full-vocabulary array travels: {line}"
+
+
+def test_equal_models_give_zero_and_finite_gradients():
+    hs, ws, _, _, weight = inputs()
+    for direction in kl.DIRECTIONS:
+        loss, grads = jax.value_and_grad(
+            lambda hs, ws, d=direction: kl.weighted_kl(hs, ws, hs, ws, weight, spec=KLSpec(d))[0],
+            (0, 1),
+        )(hs, ws)
+        assert abs(float(loss)) < 1e-5
+        assert all(np.abs(np.asarray(g)).max() < 1e-4 for g in grads)
+
+
+@pytest.mark.parametrize("direction", kl.DIRECTIONS)
+def test_extreme_logits_stay_finite(direction):
+    hs, ws, ht, wt, weight = inputs(scale=1e4)
+    (loss, tokens), grads = jax.value_and_grad(
+        lambda hs, ws: kl.weighted_kl(
+            hs, ws, ht, wt, weight, spec=KLSpec(direction, vocab_size=37)
+        ),
+        (0, 1),
+        has_aux=True,
+    )(hs, ws)
+    for leaf in jax.tree.leaves((loss, tokens, grads)):
+        assert np.isfinite(np.asarray(leaf)).all()
+    assert np.all(np.asarray(grads[1])[37:] == 0), "padded ids must not be trained"
+
+
+def test_bf16_inputs_are_summed_in_f32():
+    """Exact sums over 64k rows: a bf16 accumulator would stall at a few hundred."""
+    rows = 65536
+    rng = np.random.default_rng(0)
+    hs, ht = (jnp.asarray(rng.normal(size=(1, rows, 4)), jnp.bfloat16) for _ in range(2))
+    ws, wt = (jnp.asarray(rng.normal(size=(16, 4)), jnp.bfloat16) for _ in range(2))
+    weight = jnp.ones((1, rows), jnp.float32)
+    loss, dws = jax.jit(
+        jax.value_and_grad(
+            lambda ws: kl.weighted_kl(hs, ws, ht, wt, weight, spec=KLSpec(chunk=4096))[0]
+        )
+    )(ws)
+    exact = reference(hs, ws, ht, wt, KLSpec())[0].sum()
+    np.testing.assert_allclose(loss, exact, rtol=1e-4)
+    dense = jax.grad(
+        lambda ws: jnp.sum(
+            jnp.exp(jax.nn.log_softmax(hs.astype(jnp.float32) @ ws.T))
+            * (
+                jax.nn.log_softmax(hs.astype(jnp.float32) @ ws.T)
+                - jax.nn.log_softmax(ht.astype(jnp.float32) @ wt.astype(jnp.float32).T)
+            )
+        )
+    )(ws.astype(jnp.float32))
+    np.testing.assert_allclose(dws.astype(jnp.float32), dense, rtol=2e-2, atol=2.0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"direction": "backward"}, "expected one of"),
+        ({"temperature": 0.0}, "kl.temperature"),
+        ({"beta": 1.0}, "kl.beta"),
+        ({"skew": 0.0}, "kl.skew"),
+        ({"ce": 1.5}, "kl.ce"),
+        ({"chunk": -1}, "kl.chunk"),
+    ],
+)
+def test_bad_spec(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        KLSpec(**kwargs)
+
+
+def test_bad_shapes():
+    hs, ws, ht, wt, weight = inputs()
+    with pytest.raises(ValueError, match="does not fit"):
+        kl.token_kl(hs, wt, ht, wt, spec=KLSpec())
+    with pytest.raises(ValueError, match="rows: expected"):
+        kl.token_kl(hs, ws, ht, wt[:30], spec=KLSpec())
+    with pytest.raises(ValueError, match="vocab_size"):
+        kl.token_kl(hs, ws, ht, wt, spec=KLSpec(vocab_size=V + 1))
+    with pytest.raises(ValueError, match="no teacher"):
+        kl.weighted_kl(hs, ws, None, None, weight, spec=KLSpec())
+    with pytest.raises(ValueError, match="labels_BT"):
+        kl.weighted_kl(hs, ws, ht, wt, weight, spec=KLSpec("forward", ce=0.5))
