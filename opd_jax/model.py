@@ -1,0 +1,309 @@
+"""A decoder-only transformer as functions over a nested dict of arrays stacked by layer.
+
+Covers the dense Llama 3, Qwen2 and Qwen3 families: RMSNorm, rotary positions, grouped-query
+attention with optional biases and query/key norms, SwiGLU, tied or untied head.
+
+**Sharding**: the width dimension of every weight over ``fsdp``, key/value heads, feed-forward and
+vocabulary over ``model``, batch rows over ``data`` and ``fsdp``. A weight is gathered over ``fsdp``
+inside its layer, already in the compute dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from opd_jax import attention, mesh
+from opd_jax.attention import Cache, Rope
+from opd_jax.params import ParamSpec, Specs
+from opd_jax.pytrees import Params
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+REMAT = ("none", "full", "dots")
+INIT_STD = 0.02  # initializer_range of all three families' published configs
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the function computed by a set of parameters.
+
+    Attributes:
+      model_type: ``llama``, ``qwen2`` or ``qwen3``; names the weights on export, no more.
+      dtype: compute dtype, kept by name so that the config hashes; a dtype object is accepted.
+      remat: what the backward pass keeps: ``none`` recomputes nothing, ``full`` keeps layer inputs
+        only, ``dots`` also keeps the results of weight multiplications.
+
+    Raises:
+      ValueError: an unknown name, or query heads that do not divide over key/value heads.
+    """
+
+    model_type: str
+    vocab_size: int
+    width: int
+    ffn: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float = 1e-6
+    rope: Rope = Rope()  # noqa: RUF009 (Rope is frozen)
+    tied: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    max_positions: int = 2048
+    dtype: str = "float32"
+    remat: Literal["none", "full", "dots"] = "none"
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+        if self.model_type not in FAMILIES:
+            raise ValueError(
+                f"model_type {self.model_type!r} is not supported: expected one of {FAMILIES}"
+            )
+        if self.remat not in REMAT:
+            raise ValueError(f"remat {self.remat!r} is not known: expected one of {REMAT}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.num_heads} query heads do not divide over {self.num_kv_heads} key/value "
+                "heads: expected a multiple; fix num_heads / num_kv_heads"
+            )
+
+    @property
+    def compute_dtype(self):
+        """The compute dtype as a dtype object."""
+        return jnp.dtype(self.dtype)
+
+    @property
+    def num_groups(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+
+def specs(cfg: ModelConfig) -> Specs:
+    """Declare the parameters: embed [V, D], layers [L, ...], final_norm [D], head [V, D]."""
+    D, F, V, L = cfg.width, cfg.ffn, cfg.vocab_size, cfg.num_layers
+    K, G, H = cfg.num_kv_heads, cfg.num_groups, cfg.head_dim
+    # Residual writers are drawn smaller, so that the stream's variance does not grow with depth.
+    out_std = INIT_STD / (2 * L) ** 0.5
+
+    def matrix(shape, axes, std=INIT_STD):
+        return ParamSpec((L, *shape), (None, *axes), std)
+
+    def vector(shape, axes, mean=0.0):
+        return ParamSpec((L, *shape), (None, *axes), mean=mean)
+
+    layers = {
+        "attn_norm": vector((D,), ("fsdp",), mean=1.0),
+        "q": matrix((D, K, G, H), ("fsdp", "model", None, None)),
+        "k": matrix((D, K, H), ("fsdp", "model", None)),
+        "v": matrix((D, K, H), ("fsdp", "model", None)),
+        "o": matrix((K, G, H, D), ("model", None, None, "fsdp"), out_std),
+        "ffn_norm": vector((D,), ("fsdp",), mean=1.0),
+        "gate": matrix((D, F), ("fsdp", "model")),
+        "up": matrix((D, F), ("fsdp", "model")),
+        "down": matrix((F, D), ("model", "fsdp"), out_std),
+    }
+    if cfg.qkv_bias:
+        layers["q_bias"] = vector((K, G, H), ("model", None, None))
+        layers["k_bias"] = vector((K, H), ("model", None))
+        layers["v_bias"] = vector((K, H), ("model", None))
+    if cfg.qk_norm:
+        layers["q_norm"] = vector((H,), (None,), mean=1.0)
+        layers["k_norm"] = vector((H,), (None,), mean=1.0)
+    tree = {
+        "embed": ParamSpec((V, D), ("model", "fsdp"), INIT_STD),
+        "layers": layers,
+        "final_norm": ParamSpec((D,), ("fsdp",), mean=1.0),
+    }
+    if not cfg.tied:
+        tree["head"] = ParamSpec((V, D), ("model", "fsdp"), INIT_STD)
+    return tree
+
+
+def unstack(params: Params) -> Params:
+    """The same parameters with ``layers`` as a tuple of per-layer dicts.
+
+    A loop over tokens should do this once outside: slicing a stacked array inside would copy each
+    layer's weights on every token.
+    """
+    layers = params["layers"]
+    if isinstance(layers, tuple):
+        return params
+    num_layers = jax.tree.leaves(layers)[0].shape[0]
+    split = tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(num_layers))
+    return {**params, "layers": split}
+
+
+def gather(params: Params, *, cfg: ModelConfig) -> Params:
+    """Layer weights in the compute dtype and off the ``fsdp`` axis, for loops that reuse them.
+
+    Training leaves this to each layer; decoding does it once, before its token loop.
+    """
+    declared = specs(cfg)["layers"]
+    layers = params["layers"]
+    if isinstance(layers, tuple):
+        return {**params, "layers": tuple(_gathered(layer, cfg) for layer in layers)}
+    full = {name: _unsharded(w, declared[name].axes, cfg) for name, w in layers.items()}
+    return {**params, "layers": full}
+
+
+def _unsharded(w: jax.Array, axes: tuple, cfg: ModelConfig) -> jax.Array:
+    kept = (None if axis == "fsdp" else axis for axis in axes)
+    return mesh.constrain(w.astype(cfg.compute_dtype), *kept)
+
+
+def _gathered(layer: Params, cfg: ModelConfig) -> Params:
+    declared = specs(cfg)["layers"]
+    return {name: _unsharded(w, declared[name].axes[1:], cfg) for name, w in layer.items()}
+
+
+def rms_norm(x: Float[Array, "*rows D"], weight_D: Float[Array, " D"], eps: float):
+    r"""``x / sqrt(mean(x^2) + eps) * weight`` in f32; keeps the dtype of ``x``."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    weight = jnp.expand_dims(weight_D.astype(jnp.float32), tuple(range(x.ndim - 1)))
+    return (x32 * scale * weight).astype(x.dtype)
+
+
+def _attention(
+    layer: Params, x_BTD, rotation, mask_BTS, cache: Cache | None, index, cfg: ModelConfig
+):
+    q_BTKGH = jnp.einsum("BTD,DKGH->BTKGH", x_BTD, layer["q"])
+    k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, layer["k"])
+    v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, layer["v"])
+    if cfg.qkv_bias:
+        q_BTKGH += layer["q_bias"][None, None]
+        k_BTKH += layer["k_bias"][None, None]
+        v_BTKH += layer["v_bias"][None, None]
+    if cfg.qk_norm:
+        q_BTKGH = rms_norm(q_BTKGH, layer["q_norm"], cfg.norm_eps)
+        k_BTKH = rms_norm(k_BTKH, layer["k_norm"], cfg.norm_eps)
+    q_BTKGH = attention.rotate(q_BTKGH, rotation)
+    k_BTKH = attention.rotate(k_BTKH, rotation)
+    if cache is not None:
+        cache = attention.write(cache, index, k_BTKH, v_BTKH)
+        k_BTKH, v_BTKH = attention.read(cache, index)
+    mixed_BTKGH = attention.attend(q_BTKGH, k_BTKH, v_BTKH, mask_BTS)
+    out_BTD = jnp.einsum(
+        "BTKGH,KGHD->BTD", mixed_BTKGH, layer["o"], out_sharding=mesh.out(mesh.BATCH, None, None)
+    )
+    return out_BTD, cache
+
+
+def _ffn(layer: Params, x_BTD):
+    gate_BTF = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x_BTD, layer["gate"]))
+    up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, layer["up"])
+    return jnp.einsum(
+        "BTF,FD->BTD",
+        gate_BTF * up_BTF,
+        layer["down"],
+        out_sharding=mesh.out(mesh.BATCH, None, None),
+    )
+
+
+def _layer(h_BTD, cache: Cache | None, layer: Params, index, rotation, mask_BTS, cfg: ModelConfig):
+    layer = _gathered(layer, cfg)
+    x_BTD = rms_norm(h_BTD, layer["attn_norm"], cfg.norm_eps)
+    out_BTD, cache = _attention(layer, x_BTD, rotation, mask_BTS, cache, index, cfg)
+    h_BTD += out_BTD
+    h_BTD += _ffn(layer, rms_norm(h_BTD, layer["ffn_norm"], cfg.norm_eps))
+    return h_BTD, cache
+
+
+def _rematerialised(step, cfg: ModelConfig):
+    if cfg.remat == "none":
+        return step
+    policy = None
+    if cfg.remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(step, policy=policy, prevent_cse=False)
+
+
+def embed(params: Params, ids_BT: Int[Array, "B T"], *, cfg: ModelConfig) -> Float[Array, "B T D"]:
+    """Look up token embeddings, in the compute dtype.
+
+    **Sharding**: rows are looked up where the table lies (width over ``fsdp``) and then exchanged,
+    so the table is never gathered; its gradient is summed in the dtype of the table.
+    """
+    ids_BT = mesh.constrain(ids_BT, "data", None)
+    x_BTD = params["embed"].at[ids_BT].get(out_sharding=mesh.out("data", None, "fsdp"))
+    return mesh.constrain(x_BTD.astype(cfg.compute_dtype), mesh.BATCH, None, None)
+
+
+def hidden(
+    params: Params,
+    ids_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    valid_BT: Bool[Array, "B T"],
+    *,
+    cfg: ModelConfig,
+    cache: Cache | None = None,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """Hidden states after the final norm, in the compute dtype.
+
+    Args:
+      params: as declared by :func:`specs`; ``layers`` stacked (scanned) or a tuple (a Python loop).
+      ids_BT: token ids; anything where invalid.
+      positions_BT: index among the row's valid tokens, from 0 (:func:`positions`).
+      valid_BT: False on padding.
+      cfg: static.
+      cache: with one, the T tokens are appended at its cursor and read all that came before; there
+        must be room for them (the caller sizes the cache).
+
+    **Sharding**: batch rows over ``data`` and ``fsdp`` throughout.
+    """
+    positions_BT = mesh.constrain(positions_BT, mesh.BATCH, None)
+    valid_BT = mesh.constrain(valid_BT, mesh.BATCH, None)
+    h_BTD = embed(params, ids_BT, cfg=cfg)
+    rotation = attention.rotations(positions_BT, cfg.rope, cfg.head_dim)
+    if cache is None:
+        mask_BTS = attention.causal_mask(valid_BT, 0, valid_BT.shape[1])
+    else:
+        first = cache.length
+        cache = attention.extend(cache, valid_BT)
+        mask_BTS = attention.causal_mask(cache.valid_BS, first, valid_BT.shape[1])
+
+    def step(carry, xs):
+        return _layer(*carry, *xs, rotation, mask_BTS, cfg), None
+
+    step = _rematerialised(step, cfg)
+    layers, carry = params["layers"], (h_BTD, cache)
+    if isinstance(layers, tuple):
+        for index, layer in enumerate(layers):
+            carry, _ = step(carry, (layer, index))
+    else:
+        carry, _ = jax.lax.scan(step, carry, (layers, jnp.arange(cfg.num_layers)))
+    h_BTD, cache = carry
+    final_D = mesh.constrain(params["final_norm"], None)
+    return rms_norm(h_BTD, final_D, cfg.norm_eps), cache
+
+
+def head(params: Params, cfg: ModelConfig) -> Float[Array, "V D"]:
+    """Output projection in the compute dtype: the embedding itself when tied.
+
+    **Sharding**: vocabulary over ``model``, width whole.
+    """
+    w_VD = params["embed"] if cfg.tied else params["head"]
+    return mesh.constrain(w_VD.astype(cfg.compute_dtype), "model", None)
+
+
+def positions(valid_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Index of each token among its row's valid tokens, 0 on left padding."""
+    return jnp.maximum(jnp.cumsum(valid_BT.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def logits(
+    params: Params,
+    ids_BT: Int[Array, "B T"],
+    *,
+    cfg: ModelConfig,
+    valid_BT: Bool[Array, "B T"] | None = None,
+) -> Float[Array, "B T V"]:
+    """Next-token logits in f32; builds all of [B, T, V], so for tests and small inputs only."""
+    valid_BT = jnp.ones(ids_BT.shape, bool) if valid_BT is None else valid_BT
+    h_BTD, _ = hidden(params, ids_BT, positions(valid_BT), valid_BT, cfg=cfg)
+    return jnp.einsum("BTD,VD->BTV", h_BTD, head(params, cfg), preferred_element_type=jnp.float32)
