@@ -235,12 +235,12 @@ def check_render(
         f"{len(theirs)}), first at position {first}: student {at(student, ours)}, teacher "
         f"{at(teacher, theirs)}.\n--- student\n{student.decode(ours)}\n--- teacher\n"
         f"{teacher.decode(theirs)}\n---\nExpected equal ids; give both the same "
-        "chat_template.jinja (usually the teacher's), or the template arguments that make them agree"
+        "chat_template.jinja (usually the teacher's), or template arguments that make them agree"
     )
 
 
 def token_text(tokenizer: PreTrainedTokenizerFast, token_id: int) -> str:
-    """Printable text of one id for tables: whitespace visible, part of a character as ``<0xE2>``."""
+    """Printable text of one id for tables: whitespace visible, stray bytes as ``<0xE2>``."""
     token_id = int(token_id)
     token = tokenizer.convert_ids_to_tokens(token_id) if token_id >= 0 else None
     if not isinstance(token, str):
@@ -261,7 +261,7 @@ def _as_ids(eos) -> tuple[int, ...]:
 
 
 def _byte_table() -> dict[str, int]:
-    """Character -> byte of GPT-2's byte-level BPE: the unprintable ones are numbered from U+0100."""
+    """Character -> byte of GPT-2's byte-level BPE: unprintable ones are numbered from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
