@@ -176,7 +176,7 @@ def repeat(cache: Cache, n: int) -> Cache:
 def extend(cache: Cache, valid_BT: Bool[Array, "B T"]) -> Cache:
     """Move the cursor over ``T`` more slots; each layer then fills them with :func:`write`."""
     valid_BS = jax.lax.dynamic_update_slice_in_dim(cache.valid_BS, valid_BT, cache.length, axis=1)
-    return cache.replace(valid_BS=valid_BS, length=cache.length + valid_BT.shape[1])
+    return dataclasses.replace(cache, valid_BS=valid_BS, length=cache.length + valid_BT.shape[1])
 
 
 def write(
@@ -194,7 +194,9 @@ def write(
             cache_LBSKH, new_BTKH[None].astype(cache_LBSKH.dtype), at
         )
 
-    return cache.replace(k_LBSKH=put(cache.k_LBSKH, k_BTKH), v_LBSKH=put(cache.v_LBSKH, v_BTKH))
+    return dataclasses.replace(
+        cache, k_LBSKH=put(cache.k_LBSKH, k_BTKH), v_LBSKH=put(cache.v_LBSKH, v_BTKH)
+    )
 
 
 def read(cache: Cache, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:

@@ -1,8 +1,8 @@
-"""Hugging Face folders: config.json and safetensors to and from our parameters.
+"""Hugging Face folders to and from (config, parameters).
 
 One table per family names every tensor and says how its axes are made of ours; it is used in both
-directions. Nothing is guessed: a tensor that is unknown, missing, duplicated or of the wrong shape is
-an error, and so is a config field that changes the maths in a way the model does not implement.
+directions. Nothing is guessed: a tensor that is unknown, missing, duplicated or of the wrong shape
+is an error that names it.
 """
 
 from __future__ import annotations
@@ -20,22 +20,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from opd_jax import mesh as meshlib
 from opd_jax import model, params
-from opd_jax.attention import Rope
+from opd_jax.hf_config import config_json, generation_eos, model_folder, read_config, read_json
 from opd_jax.model import ModelConfig
 from opd_jax.params import ParamSpec
 from opd_jax.pytrees import Params
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+__all__ = ["generation_eos", "load", "read_config", "save"]
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -48,7 +46,8 @@ class Row:
     Attributes:
       name: tensor name, with ``{}`` for the layer number.
       leaf: path in our parameters.
-      groups: per axis of the Hugging Face tensor, which of our (per-layer) axes it merges, major first.
+      groups: per axis of the Hugging Face tensor, which of our per-layer axes it merges, major
+        first.
     """
 
     name: str
@@ -109,197 +108,6 @@ def table(cfg: ModelConfig) -> tuple[Row, ...]:
     return TABLES[cfg.model_type] if cfg.tied else (*TABLES[cfg.model_type], _HEAD)
 
 
-# --- reading the config ---------------------------------------------------------------------------
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"no {path.name} in {path.parent}: expected a Hugging Face model folder (config.json and "
-            "*.safetensors); download the whole model or correct the path"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): expected a Hugging Face {path.name}; the file is "
-            "damaged, so fetch it again"
-        ) from error
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{path} holds a JSON {type(value).__name__}: expected an object; fetch it again"
-        )
-    return value
-
-
-def _folder(path) -> Path:
-    path = Path(path).expanduser()
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"model folder {path} does not exist: expected a local Hugging Face folder (config.json "
-            "and *.safetensors); download the model first or correct the path"
-        )
-    return path
-
-
-def generation_eos(path) -> tuple[int, ...]:
-    """Ids that end generation, from generation_config.json, else from config.json; () if neither."""
-    path = _folder(path)
-    for name in ("generation_config.json", "config.json"):
-        if name != "config.json" and not (path / name).exists():
-            continue
-        eos = _json(path / name).get("eos_token_id")
-        if eos is not None:
-            return tuple(eos) if isinstance(eos, list) else (eos,)
-    return ()
-
-
-def read_config(path, *, dtype=jnp.float32) -> ModelConfig:
-    """The model config of a Hugging Face folder.
-
-    Raises:
-      FileNotFoundError: the folder or its config.json is missing.
-      ValueError: damaged JSON, or a model that is not implemented here.
-    """
-    path = _folder(path) / "config.json"
-    return parse_config(_json(path), dtype=dtype, source=str(path))
-
-
-def parse_config(raw: dict[str, Any], *, dtype=jnp.float32, source="config.json") -> ModelConfig:
-    """The model config that the fields of a config.json mean, with transformers' own defaults.
-
-    Raises:
-      ValueError: a missing field, or one that asks for something that is not implemented here.
-    """
-    kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise ValueError(
-            f"{source}: model_type {kind!r} is not supported: expected one of "
-            f"{', '.join(ARCHITECTURES)}; choose a model of these families"
-        )
-    for name in raw.get("architectures") or ():
-        if name != ARCHITECTURES[kind]:
-            raise ValueError(
-                f"{source}: architecture {name!r} is not supported: expected one of "
-                f"{', '.join(ARCHITECTURES.values())}; choose a causal language model"
-            )
-    _refuse(raw, kind, source)
-
-    def need(name: str):
-        if raw.get(name) is None:
-            raise ValueError(
-                f"{source}: field {name!r} is missing: expected a {kind} config with it; fetch the "
-                "model's original config.json"
-            )
-        return raw[name]
-
-    width, num_heads = need("hidden_size"), need("num_attention_heads")
-    head_dim = raw.get("head_dim") or (128 if kind == "qwen3" else width // num_heads)
-    return ModelConfig(
-        model_type=kind,
-        vocab_size=need("vocab_size"),
-        width=width,
-        ffn=need("intermediate_size"),
-        num_layers=need("num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=raw.get("num_key_value_heads") or num_heads,
-        head_dim=head_dim,
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope=_rope(raw, source),
-        tied=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
-        max_positions=need("max_position_embeddings"),
-        dtype=dtype,
-    )
-
-
-def _refuse(raw: dict[str, Any], kind: str, source: str) -> None:
-    """Raise for fields whose value would silently change what the weights compute."""
-    plain = {
-        "hidden_act": "silu",
-        "mlp_bias": False,
-        "attention_bias": False,  # in llama and qwen3 it also puts a bias on o_proj
-        "partial_rotary_factor": 1.0,
-        "rope_interleaved": False,
-        "quantization_config": None,
-    }
-    if kind == "qwen2":
-        del plain["attention_bias"]  # not a field of this family: its biases are fixed
-    for name, expected in plain.items():
-        found = raw.get(name)
-        if found is not None and found != expected:
-            raise ValueError(
-                f"{source}: {name}={found!r} is not supported: expected {expected!r}; choose a model "
-                "without it (or save it in plain form with transformers)"
-            )
-    num_layers = raw.get("num_hidden_layers") or 0
-    sliding = "sliding_attention" in (raw.get("layer_types") or ())
-    if raw.get("use_sliding_window") and raw.get("sliding_window") and not raw.get("layer_types"):
-        sliding = raw.get("max_window_layers", 28) < num_layers
-    if sliding:
-        raise ValueError(
-            f"{source}: sliding-window attention is active (window {raw.get('sliding_window')}): "
-            "expected full attention in every layer; set use_sliding_window to false if the model was "
-            "trained with full attention, else choose another model"
-        )
-
-
-def _rope(raw: dict[str, Any], source: str) -> Rope:
-    # Older files say rope_theta and rope_scaling, newer ones keep both in rope_parameters.
-    old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
-    fields = {**new, **old}
-    theta = new.get("rope_theta", old.get("rope_theta", raw.get("rope_theta", 10_000.0)))
-    written = {x["rope_theta"] for x in (old, new, raw) if x.get("rope_theta") is not None}
-    clash = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
-    if len(written) > 1 or clash:
-        raise ValueError(
-            f"{source}: rope_parameters {new} and rope_theta={raw.get('rope_theta')}, "
-            f"rope_scaling={old} disagree: expected one spelling, or both with equal values; remove "
-            "the wrong one"
-        )
-    kind = fields.get("rope_type", fields.get("type", "default"))
-    common = {"theta": float(theta)}
-    if fields.get("partial_rotary_factor") not in (None, 1.0):
-        kind = f"{kind} with partial_rotary_factor={fields['partial_rotary_factor']}"
-    if kind == "default":
-        return Rope(**common)
-    if kind not in ("llama3", "yarn"):
-        raise ValueError(
-            f"{source}: rope type {kind!r} is not supported: expected 'default', 'llama3' or 'yarn'; "
-            "choose a model with one of these"
-        )
-    original = fields.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
-    common |= {"original_positions": int(original or 0), "kind": kind}
-    try:
-        if kind == "llama3":
-            names = ("factor", "low_freq_factor", "high_freq_factor")
-            return Rope(**common, **{name: float(fields[name]) for name in names})
-        factor = fields.get("factor") or raw["max_position_embeddings"] / original
-        return Rope(
-            **common,
-            factor=float(factor),
-            beta_fast=float(fields.get("beta_fast") or 32),
-            beta_slow=float(fields.get("beta_slow") or 1),
-            truncate=bool(fields.get("truncate", True)),
-            attention_factor=_yarn_attention(fields, factor),
-        )
-    except KeyError as error:
-        raise ValueError(
-            f"{source}: rope type {kind!r} lacks {error}: expected all its numbers; fetch the model's "
-            "original config.json"
-        ) from None
-
-
-def _yarn_attention(fields: dict[str, Any], factor: float) -> float | None:
-    if fields.get("attention_factor") is not None:
-        return float(fields["attention_factor"])
-    above, below = fields.get("mscale"), fields.get("mscale_all_dim")
-    if not (above and below) or factor <= 1:
-        return None
-    return (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
-
-
 # --- reading the weights --------------------------------------------------------------------------
 
 
@@ -314,8 +122,8 @@ class _Weights:
                 handle = stack.enter_context(safe_open(file, framework="numpy"))
             except (SafetensorError, OSError) as error:
                 raise ValueError(
-                    f"{file} cannot be read as safetensors ({error}): expected an intact file; it is "
-                    "damaged or cut short, so fetch it again"
+                    f"{file} cannot be read as safetensors ({error}): expected an intact file; it "
+                    "is damaged or cut short, so fetch it again"
                 ) from error
             twice = sorted(self.handles.keys() & set(handle.keys()))
             if twice:
@@ -329,8 +137,8 @@ class _Weights:
         single, index = self.folder / SINGLE, self.folder / INDEX
         if single.exists() and index.exists():
             raise ValueError(
-                f"{self.folder} holds both {SINGLE} and {INDEX}: expected one of them, since they may "
-                "be different weights; remove the stale one"
+                f"{self.folder} holds both {SINGLE} and {INDEX}: expected one of them, since they "
+                "may be different weights; remove the stale one"
             )
         if single.exists():
             return [single]
@@ -339,7 +147,8 @@ class _Weights:
                 f"no {SINGLE} or {INDEX} in {self.folder}: expected safetensors weights; download "
                 "them, or convert a *.bin checkpoint with transformers' save_pretrained"
             )
-        files = [self.folder / x for x in sorted(set(_json(index).get("weight_map", {}).values()))]
+        listed = set(read_json(index).get("weight_map", {}).values())
+        files = [self.folder / name for name in sorted(listed)]
         absent = [file.name for file in files if not file.exists()]
         if absent or not files:
             raise FileNotFoundError(
@@ -358,7 +167,8 @@ class _Weights:
         unknown, missing = sorted(found - expected.keys()), sorted(expected.keys() - found)
         if unknown or missing:
             raise ValueError(
-                f"{self.folder}: unknown tensors: {_some(unknown)}; missing tensors: {_some(missing)}; "
+                f"{self.folder}: unknown tensors: {_some(unknown)}; missing tensors: "
+                f"{_some(missing)}; "
                 "expected exactly those of its config.json; check that config and weights belong "
                 "together and that the model is a plain one (no adapter, no quantization)"
             )
@@ -366,7 +176,8 @@ class _Weights:
             view = self.slice(name)
             if tuple(view.get_shape()) != shape or view.get_dtype() not in FLOATS:
                 raise ValueError(
-                    f"{self.folder}: tensor {name} is {view.get_dtype()} {tuple(view.get_shape())}: "
+                    f"{self.folder}: tensor {name} is {view.get_dtype()} "
+                    f"{tuple(view.get_shape())}: "
                     f"expected shape {shape} and one of {FLOATS} by its config.json; check that "
                     "config and weights belong together"
                 )
@@ -418,8 +229,8 @@ def _drop_equal_head(weights: _Weights, source: Path) -> None:
         raise ValueError(
             f"{source}: config.json ties the head to the embedding, but lm_head.weight "
             f"{tuple(head.get_shape())} differs from model.embed_tokens.weight "
-            f"{tuple(embed.get_shape())}: expected equal values; set tie_word_embeddings to false or "
-            "remove lm_head.weight"
+            f"{tuple(embed.get_shape())}: expected equal values; set tie_word_embeddings to "
+            "false or remove lm_head.weight"
         )
     del weights.handles[_HEAD.name]
 
@@ -437,7 +248,7 @@ def load(path, *, dtype=jnp.float32, mesh: Mesh | None = None) -> tuple[ModelCon
       ValueError: a damaged file; an unsupported model; an unknown, missing, duplicate or mis-shaped
         tensor; a mesh that does not divide a dimension.
     """
-    path = _folder(path)
+    path = model_folder(path)
     cfg = read_config(path, dtype=dtype)
     declared = model.specs(cfg)
     placed = None if mesh is None else params.shardings(declared, mesh)
@@ -460,56 +271,13 @@ def load(path, *, dtype=jnp.float32, mesh: Mesh | None = None) -> tuple[ModelCon
     return cfg, tree
 
 
-def _at(tree, path: Sequence[str]):
+def _at(tree, path: Sequence[str]) -> Any:
     for key in path:
         tree = tree[key]
     return tree
 
 
 # --- writing --------------------------------------------------------------------------------------
-
-
-def config_json(cfg: ModelConfig, dtype) -> dict[str, Any]:
-    """The config.json of a model, readable by transformers 4 and 5."""
-    rope: dict[str, Any] = {"rope_type": "default" if cfg.rope.kind == "plain" else cfg.rope.kind}
-    if cfg.rope.kind != "plain":
-        rope["factor"] = cfg.rope.factor
-        rope["original_max_position_embeddings"] = cfg.rope.original_positions
-    if cfg.rope.kind == "llama3":
-        rope["low_freq_factor"] = cfg.rope.low_freq_factor
-        rope["high_freq_factor"] = cfg.rope.high_freq_factor
-    if cfg.rope.kind == "yarn":
-        rope["beta_fast"], rope["beta_slow"] = cfg.rope.beta_fast, cfg.rope.beta_slow
-        rope["truncate"] = cfg.rope.truncate
-        if cfg.rope.attention_factor is not None:
-            rope["attention_factor"] = cfg.rope.attention_factor
-    name = jnp.dtype(dtype).name
-    raw = {
-        "architectures": [ARCHITECTURES[cfg.model_type]],
-        "model_type": cfg.model_type,
-        "dtype": name,
-        "torch_dtype": name,
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.width,
-        "intermediate_size": cfg.ffn,
-        "num_hidden_layers": cfg.num_layers,
-        "num_attention_heads": cfg.num_heads,
-        "num_key_value_heads": cfg.num_kv_heads,
-        "head_dim": cfg.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": cfg.norm_eps,
-        "max_position_embeddings": cfg.max_positions,
-        "tie_word_embeddings": cfg.tied,
-        "rope_theta": cfg.rope.theta,
-        "rope_scaling": None if cfg.rope.kind == "plain" else rope,
-        "rope_parameters": {**rope, "rope_theta": cfg.rope.theta},
-        "use_cache": True,
-    }
-    if cfg.model_type == "qwen2":
-        raw["use_sliding_window"] = False
-    else:
-        raw["attention_bias"] = False
-    return raw
 
 
 def _tensors(cfg: ModelConfig) -> list[tuple[str, Row, int, tuple[int, ...]]]:
@@ -568,6 +336,7 @@ def save(
 
     Raises:
       FileExistsError: the folder holds something.
+      OSError: it cannot be written; nothing is left behind.
     """
     path = Path(path).expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -582,14 +351,16 @@ def save(
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+            _save_config(partial, cfg, dtype, tokenizer, eos_ids)
         _save_weights(partial, cfg, tree, dtype, max_shard_bytes, writes)
         if writes:
-            _save_config(partial, cfg, dtype, tokenizer, eos_ids)
             os.replace(partial, path)
     except BaseException:
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+    if jax.process_count() > 1:  # nobody goes on to read a folder that is not there yet
+        multihost_utils.sync_global_devices(f"saved {path}")
 
 
 def _save_weights(folder: Path, cfg, tree, dtype, limit: int, writes: bool) -> None:
@@ -604,9 +375,22 @@ def _save_weights(folder: Path, cfg, tree, dtype, limit: int, writes: bool) -> N
         total += sum(value.nbytes for value in values.values())
         weight_map |= dict.fromkeys(values, file)
         if writes:
-            save_file(values, folder / file, metadata={"format": "pt"})
+            _write_shard(folder / file, values)
     if writes and len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_shard(file: Path, values: dict[str, np.ndarray]) -> None:
+    try:
+        save_file(values, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        num_bytes = sum(value.nbytes for value in values.values())
+        raise OSError(
+            f"writing {num_bytes} bytes to {file} failed ({error}): expected a writable disk with "
+            "room; free space or choose another folder"
+        ) from error
+    # The library makes files that only their owner can read; give them the folder's usual mode.
+    shutil.copymode(file.parent / "config.json", file)
 
 
 def _save_config(folder: Path, cfg, dtype, tokenizer, eos_ids: Sequence[int]) -> None:
@@ -619,7 +403,7 @@ def _save_config(folder: Path, cfg, dtype, tokenizer, eos_ids: Sequence[int]) ->
     if eos_ids:
         ids["eos_token_id"] = list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]
     _write_json(folder / "config.json", {**config_json(cfg, dtype), **ids})
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    _write_json(folder / "generation_config.json", ids)
 
 
 def _write_json(path: Path, value) -> None:

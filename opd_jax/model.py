@@ -268,7 +268,8 @@ def hidden(
         mask_BTS = attention.causal_mask(cache.valid_BS, first, valid_BT.shape[1])
 
     def step(carry, xs):
-        return _layer(*carry, *xs, rotation, mask_BTS, cfg), None
+        (h_BTD, cache), (layer, index) = carry, xs
+        return _layer(h_BTD, cache, layer, index, rotation, mask_BTS, cfg), None
 
     step = _rematerialised(step, cfg)
     layers, carry = params["layers"], (h_BTD, cache)
