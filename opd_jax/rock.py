@@ -154,7 +154,7 @@ def _sum_by_id(ids_BT, rows, vocab_size):
     )(ids_BT, rows)
 
 
-def scores(rock: RockState, name: str) -> Float[Array, "V"]:
+def scores(rock: RockState, name: str) -> Float[Array, " V"]:
     """Rank types by ``kl_sum`` (the Rock Score of the paper), ``kl_mean`` or ``count``."""
     if name == "kl_sum":
         return rock.kl_sum_V
@@ -165,7 +165,7 @@ def scores(rock: RockState, name: str) -> Float[Array, "V"]:
     raise ValueError(f"score {name!r}: expected one of {SCORES}")
 
 
-def persistence(rock: RockState) -> Float[Array, "V"]:
+def persistence(rock: RockState) -> Float[Array, " V"]:
     """Fast mean over slow mean; 1 where the type has not been seen or has no KL."""
     fast_V = _ratio(rock.fast_kl_sum_V, rock.fast_count_V)
     slow_V = _ratio(rock.kl_sum_V, rock.count_V)

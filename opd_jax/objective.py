@@ -1,0 +1,189 @@
+r"""The one place that aligns "the hidden state at t predicts the id at t+1".
+
+.. math:: L = \frac{1}{Z} \sum_{b,t} w(y_{b,t})\; m_{b,t}\;
+          D\big(\pi_\theta(\cdot|y_{b,<t})\,\|\,\pi_T(\cdot|y_{b,<t})\big)
+
+with m marking ids that the student sampled, w the rock gate keyed on the *predicted* id (PAPER 1.14),
+D the divergence of :mod:`opd_jax.kl`, and Z one number for the whole optimizer step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from opd_jax import kl, mesh, model, rock
+from opd_jax.kl import KLSpec
+from opd_jax.model import ModelConfig
+from opd_jax.pytrees import Mean, Params, RockState, Rollout, TokenKL
+from opd_jax.rock import RockConfig
+
+NORMALISERS = ("tokens", "weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Everything static that the loss depends on.
+
+    Attributes:
+      student, teacher: model configurations; the teacher may be None where ``kl.ce`` is 1.
+      kl: the divergence.
+      rock: the gate.
+      normaliser: Z: ``tokens``, all scored tokens, so that gating does not change the step size; or
+        ``weight``, the sum of the weights.
+      microbatches: equal pieces the batch is scanned in; does not change the result.
+    """
+
+    student: ModelConfig
+    teacher: ModelConfig | None
+    kl: KLSpec = KLSpec()  # noqa: RUF009 (frozen)
+    rock: RockConfig = RockConfig()  # noqa: RUF009 (frozen)
+    normaliser: str = "tokens"
+    microbatches: int = 1
+
+    def __post_init__(self):
+        if self.normaliser not in NORMALISERS:
+            raise ValueError(
+                f"train.normaliser {self.normaliser!r}: expected one of {NORMALISERS}; "
+                "set --config.train.normaliser"
+            )
+        if self.microbatches < 1:
+            raise ValueError(
+                f"train.microbatches {self.microbatches}: expected at least 1; "
+                "set --config.train.microbatches"
+            )
+
+
+@struct.dataclass
+class Targets:
+    """What is predicted at each of the T-1 positions that predict something."""
+
+    ids_BT: jax.Array  # [B, T-1] i32, the predicted id
+    mask_BT: jax.Array  # [B, T-1] bool, that id was sampled and is scored
+    weight_BT: jax.Array  # [B, T-1] f32, gate weight, 0 off the mask
+    importance_BT: jax.Array  # [B, T-1] f32, what a measurement there stands for, 0: not measured
+
+
+def inputs(
+    rollout: Rollout,
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Bool[Array, "B T"]]:
+    """Model inputs of the predicting positions: ids, positions and validity, each [B, T-1]."""
+    ids_BT = rollout.ids_BT[:, :-1]
+    valid_BT = jnp.arange(ids_BT.shape[1])[None, :] >= rollout.start_B[:, None]
+    return ids_BT, model.positions(valid_BT), valid_BT
+
+
+def targets(rollout: Rollout, state: RockState, key: jax.Array, *, cfg: ObjectiveConfig) -> Targets:
+    """Shift ids and mask by one, and look up weights from the rock state as it was before.
+
+    ``key`` draws the probed positions; draw once per optimizer step, before any split.
+    """
+    ids_BT, mask_BT = rollout.ids_BT[:, 1:], rollout.mask_BT[:, 1:]
+    weight_BT = rock.weights(state, ids_BT, cfg=cfg.rock) * mask_BT
+    importance_BT = rock.importance(weight_BT, mask_BT, key, cfg=cfg.rock)
+    return Targets(ids_BT, mask_BT, weight_BT, importance_BT)
+
+
+def teacher_states(
+    teacher: Params, rollout: Rollout, *, cfg: ObjectiveConfig
+) -> Float[Array, "B T E"]:
+    """Hidden states of the frozen teacher at the predicting positions, without gradient.
+
+    **Sharding**: batch rows over ``data`` and ``fsdp``.
+    """
+    assert cfg.teacher is not None
+    states_BTE, _ = model.hidden(teacher, *inputs(rollout), cfg=cfg.teacher)
+    return jax.lax.stop_gradient(states_BTE)
+
+
+def normaliser(goal: Targets, *, cfg: ObjectiveConfig) -> Float[Array, ""]:
+    """Z of this batch: scored tokens or summed weights."""
+    counted_BT = goal.mask_BT if cfg.normaliser == "tokens" else goal.weight_BT
+    return jnp.sum(counted_BT, dtype=jnp.float32)
+
+
+def weighted_loss(
+    params: Params,
+    teacher: Params | None,
+    states_BTE: Float[Array, "B T E"] | None,
+    rollout: Rollout,
+    goal: Targets,
+    *,
+    cfg: ObjectiveConfig,
+) -> tuple[Float[Array, ""], TokenKL]:
+    """Sum of weight x divergence over (a micro-batch of) the batch, not yet divided by Z.
+
+    Gradients flow to ``params`` only; ``states_BTE`` are the teacher's from :func:`teacher_states`.
+    """
+    hs_BTD, _ = model.hidden(params, *inputs(rollout), cfg=cfg.student)
+    head_VE = None
+    if cfg.teacher is not None and states_BTE is not None:
+        head_VE = jax.lax.stop_gradient(model.head(teacher, cfg.teacher))
+    return kl.weighted_kl(
+        hs_BTD,
+        model.head(params, cfg.student),
+        states_BTE,
+        head_VE,
+        goal.weight_BT,
+        spec=cfg.kl,
+        measure_BT=goal.importance_BT > 0,
+        labels_BT=goal.ids_BT,
+    )
+
+
+def loss(
+    params: Params,
+    teacher: Params,
+    batch: Rollout,
+    rock_state: RockState,
+    *,
+    cfg: ObjectiveConfig,
+    key: jax.Array | None = None,
+) -> tuple[Mean, TokenKL]:
+    """Loss of one batch as ``Mean(sum of weight x divergence, Z)`` with its per-token measurements.
+
+    ``key`` draws probed positions; without one the draw is that of seed 0.
+    """
+    goal = targets(batch, rock_state, jax.random.key(0) if key is None else key, cfg=cfg)
+    states_BTE = teacher_states(teacher, batch, cfg=cfg) if cfg.kl.ce < 1 else None
+    total, tokens = weighted_loss(params, teacher, states_BTE, batch, goal, cfg=cfg)
+    return Mean(total, normaliser(goal, cfg=cfg)), tokens
+
+
+def split(tree, pieces: int):
+    """Reshape ``[B, ...]`` leaves to ``[pieces, B / pieces, ...]``, rows dealt out in turn.
+
+    Dealing keeps every piece spread over all batch shards.
+
+    Raises:
+      ValueError: the batch does not divide into the pieces, or a piece over the shards.
+    """
+
+    def deal(x):
+        rows, shards = x.shape[0], mesh.size(mesh.BATCH)
+        if rows % (pieces * shards):
+            raise ValueError(
+                f"a batch of {rows} rows does not divide into {pieces} micro-batches over {shards} "
+                "batch shards: change --config.train.microbatches, --config.train.prompts, "
+                "--config.rollout.samples or the mesh"
+            )
+        rest = x.shape[1:]
+        placed = mesh.out(mesh.BATCH, *([None] * x.ndim))
+        return jnp.reshape(x, (rows // pieces, pieces, *rest), out_sharding=placed).swapaxes(0, 1)
+
+    return jax.tree.map(deal, tree)
+
+
+def join(tree):
+    """Undo :func:`split`."""
+
+    def gather(x):
+        x = x.swapaxes(0, 1)
+        placed = mesh.out(mesh.BATCH, *([None] * (x.ndim - 2)))
+        return jnp.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]), out_sharding=placed)
+
+    return jax.tree.map(gather, tree)

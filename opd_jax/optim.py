@@ -1,0 +1,77 @@
+"""The optimizer and its learning-rate schedule, from one frozen spec (defaults of PAPER 1.13)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimSpec:
+    """AdamW (or SGD) with linear warm-up, cosine decay and clipping by the global norm.
+
+    Attributes:
+      name: ``adamw`` or ``sgd``.
+      lr: peak learning rate.
+      min_lr: where the cosine ends.
+      warmup: share of the steps that warm up.
+      steps: length of the schedule.
+      b1, b2, eps: of Adam; ``b1`` is the momentum of SGD.
+      weight_decay: decoupled.
+      clip: largest global gradient norm; 0 turns clipping off.
+    """
+
+    name: str = "adamw"
+    lr: float = 2e-6
+    min_lr: float = 1e-8
+    warmup: float = 0.05
+    steps: int = 1000
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+    def __post_init__(self):
+        for name, ok, expected in (
+            ("name", self.name in ("adamw", "sgd"), "'adamw' or 'sgd'"),
+            ("lr", self.lr > 0, "above 0"),
+            ("min_lr", 0 <= self.min_lr <= self.lr, f"from 0 to optim.lr ({self.lr})"),
+            ("warmup", 0 <= self.warmup < 1, "a share from 0 to below 1"),
+            ("steps", self.steps >= 1, "at least 1"),
+            ("clip", self.clip >= 0, "at least 0 (0: off)"),
+        ):
+            if not ok:
+                raise ValueError(
+                    f"optim.{name} {getattr(self, name)!r}: expected {expected}; "
+                    f"set --config.optim.{name}"
+                )
+
+
+def schedule(spec: OptimSpec) -> optax.Schedule:
+    """Learning rate by step: up from ``lr / warm-up steps`` to ``lr``, then cosine to ``min_lr``."""
+    warmup = round(spec.warmup * spec.steps)
+    decay = optax.cosine_decay_schedule(
+        spec.lr, max(spec.steps - warmup, 1), alpha=spec.min_lr / spec.lr
+    )
+    if warmup == 0:
+        return decay
+    # The first update already moves: its rate is one warm-up step's worth, not 0.
+    rise = optax.linear_schedule(spec.lr / warmup, spec.lr, max(warmup - 1, 1))
+    return optax.join_schedules([rise, decay], [warmup])
+
+
+def make(spec: OptimSpec) -> optax.GradientTransformation:
+    """Build the optax transform; clipping comes first and sees the whole gradient."""
+    clip = optax.clip_by_global_norm(spec.clip) if spec.clip else optax.identity()
+    if spec.name == "sgd":
+        rule = optax.chain(
+            optax.add_decayed_weights(spec.weight_decay),
+            optax.sgd(schedule(spec), momentum=spec.b1 or None),
+        )
+    else:
+        rule = optax.adamw(
+            schedule(spec), spec.b1, spec.b2, spec.eps, weight_decay=spec.weight_decay
+        )
+    return optax.chain(clip, rule)

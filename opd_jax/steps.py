@@ -1,0 +1,219 @@
+"""The training and evaluation steps: pure, module-level, jitted, the state donated.
+
+Order inside a step (DESIGN section 3): weights from the old rock state, loss and gradient over
+scanned micro-batches, optimizer, then ``rock.update`` and, on its cadence, ``rock.refresh``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from opd_jax import mesh, objective, rock
+from opd_jax.objective import ObjectiveConfig, Targets
+from opd_jax.pytrees import Mean, Params, Rollout, TokenKL, TrainState
+
+
+def init(
+    params: Params, key: jax.Array, *, cfg: ObjectiveConfig, tx: optax.GradientTransformation
+) -> TrainState:
+    """Wrap student parameters into a fresh state at step 0 (call under jit to place it).
+
+    **Sharding**: optimizer state follows the parameters, the rest is replicated.
+    """
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt=tx.init(params),
+        rock=rock.init(cfg.student.vocab_size, cfg=cfg.rock),
+        key=key,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def teacher_states(
+    teacher: Params, rollout: Rollout, *, cfg: ObjectiveConfig
+) -> Float[Array, "B T E"]:
+    """Run the teacher over a batch of rollouts, in micro-batches; see ``objective.teacher_states``."""
+    pieces = objective.split(rollout.replace(policy_step=None), cfg.microbatches)
+    return objective.join(
+        jax.lax.map(lambda piece: objective.teacher_states(teacher, piece, cfg=cfg), pieces)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "tx"), donate_argnames=("state",))
+def distill_step(
+    state: TrainState,
+    teacher: Params,
+    rollout: Rollout,
+    *,
+    cfg: ObjectiveConfig,
+    tx: optax.GradientTransformation,
+    states_BTE: Float[Array, "B T E"] | None = None,
+) -> tuple[TrainState, dict[str, Mean]]:
+    """One optimizer step on rollouts of the student.
+
+    Args:
+      state: donated.
+      teacher: parameters of the frozen teacher.
+      rollout: the batch; its ids are constants of the gradient.
+      cfg, tx: static.
+      states_BTE: what :func:`teacher_states` gave for this batch; computed here where None.
+
+    Returns:
+      The new state, and measurements as (total, weight) pairs: see :func:`measure`, with ``loss``,
+      ``grad_norm``, ``rock_members`` and ``nonfinite`` (index in :func:`leaf_names` of the first
+      tensor whose gradient is not finite; -1: all are; -2: only the loss is not).
+    """
+    return _step(state, teacher, rollout, states_BTE, cfg, tx)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "tx"), donate_argnames=("state",))
+def off_policy_step(
+    state: TrainState,
+    teacher: Params | None,
+    batch: Rollout,
+    *,
+    cfg: ObjectiveConfig,
+    tx: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, Mean]]:
+    """One optimizer step on given completions: ``cfg.kl`` mixed with ``cfg.kl.ce`` of cross-entropy.
+
+    The same computation as :func:`distill_step`; only the origin of the ids differs. With
+    ``cfg.kl.ce == 1`` this is supervised fine-tuning and ``teacher`` may be None.
+    """
+    return _step(state, teacher, batch, None, cfg, tx)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def eval_step(
+    params: Params,
+    teacher: Params,
+    rollout: Rollout,
+    state: rock.RockState,
+    *,
+    cfg: ObjectiveConfig,
+) -> tuple[dict[str, Mean], TokenKL]:
+    """Measure KL on rollouts without gradient, every scored position, gated or not."""
+    # Plain measurement: no position is skipped, whatever the gate would do in training.
+    goal = objective.targets(rollout, state, jax.random.key(0), cfg=cfg)
+    goal = goal.replace(importance_BT=goal.mask_BT.astype(jnp.float32))
+
+    def piece_of(piece):
+        rollout, goal = piece
+        states_BTE = objective.teacher_states(teacher, rollout, cfg=cfg)
+        return objective.weighted_loss(params, teacher, states_BTE, rollout, goal, cfg=cfg)[1]
+
+    pieces = objective.split((rollout.replace(policy_step=None), goal), cfg.microbatches)
+    tokens = objective.join(jax.lax.map(piece_of, pieces))
+    return measure(rollout, goal, tokens, state, cfg=cfg), tokens
+
+
+def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
+    probe_key = jax.random.fold_in(jax.random.clone(state.key), state.step)
+    goal = objective.targets(rollout, state.rock, probe_key, cfg=cfg)
+    norm = objective.normaliser(goal, cfg=cfg)
+    scale = 1.0 / jnp.maximum(norm, 1e-9)
+
+    def micro(grads, piece):
+        rollout, goal, states_BTE = piece
+        if states_BTE is None and cfg.kl.ce < 1:
+            states_BTE = objective.teacher_states(teacher, rollout, cfg=cfg)
+
+        def scaled(params):
+            total, tokens = objective.weighted_loss(
+                params, teacher, states_BTE, rollout, goal, cfg=cfg
+            )
+            return total * scale, tokens
+
+        (loss, tokens), new = jax.value_and_grad(scaled, has_aux=True)(state.params)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new), (loss, tokens)
+
+    whole = (rollout.replace(policy_step=None), goal, states_BTE)
+    if cfg.microbatches == 1:
+        zeros = jax.tree.map(lambda p: jnp.zeros((), p.dtype), state.params)
+        grads, (loss, tokens) = micro(zeros, whole)
+    else:
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params)
+        grads, (losses, tokens) = jax.lax.scan(
+            micro, zeros, objective.split(whole, cfg.microbatches)
+        )
+        loss, tokens = jnp.sum(losses), objective.join(tokens)
+
+    updates, opt = tx.update(grads, state.opt, state.params)
+    new_rock = rock.update(state.rock, goal.ids_BT, tokens.kl_BT, goal.importance_BT, cfg=cfg.rock)
+    if cfg.rock.mode not in ("off", "static"):
+        new_rock = jax.lax.cond(
+            new_rock.step % cfg.rock.every == 0,
+            functools.partial(rock.refresh, cfg=cfg.rock),
+            lambda r: r,
+            new_rock,
+        )
+    metrics = measure(rollout, goal, tokens, state.rock, cfg=cfg) | {
+        "loss": Mean(loss * norm, norm),
+        "grad_norm": Mean.of(optax.global_norm(grads)),
+        "nonfinite": Mean.of(_first_nonfinite(loss, grads)),
+        "rock_members": Mean.of(jnp.sum(new_rock.member_V)),
+    }
+    state = state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt=opt,
+        rock=new_rock,
+    )
+    return state, metrics
+
+
+def measure(
+    rollout: Rollout, goal: Targets, tokens: TokenKL, state: rock.RockState, *, cfg: ObjectiveConfig
+) -> dict[str, Mean]:
+    """Per-token means of a batch, each an unbiased estimate where positions were skipped.
+
+    ``kl_nats`` is the reverse KL at temperature 1 over all scored tokens, whatever is trained on and
+    whatever is gated; ``kl_gated`` and ``kl_ungated`` split it by membership of the predicted id.
+    """
+    seen_BT = goal.importance_BT
+    gated_BT = rock.gated(state, goal.ids_BT, cfg=cfg.rock)
+
+    def mean(x_BT, over_BT=seen_BT):
+        return Mean(jnp.sum(x_BT * over_BT), jnp.sum(over_BT))
+
+    scored_BT = goal.mask_BT.astype(jnp.float32)
+    num_rows = jnp.asarray(scored_BT.shape[0], jnp.float32)
+    return {
+        "kl_nats": mean(tokens.reverse_BT),
+        "kl_gated": mean(tokens.reverse_BT, seen_BT * gated_BT),
+        "kl_ungated": mean(tokens.reverse_BT, seen_BT * ~gated_BT),
+        "divergence": mean(tokens.kl_BT),
+        "student_entropy_nats": mean(tokens.entropy_BT),
+        "teacher_entropy_nats": mean(tokens.teacher_entropy_BT),
+        "gated_share": mean((goal.weight_BT != goal.mask_BT).astype(jnp.float32), scored_BT),
+        "projected_share": mean((seen_BT > 0).astype(jnp.float32), scored_BT),
+        "length_tokens": Mean(jnp.sum(scored_BT), num_rows),
+        "truncated_share": Mean(jnp.sum(rollout.truncated_B, dtype=jnp.float32), num_rows),
+    }
+
+
+def leaf_names(params: Params) -> list[str]:
+    """Names of the parameter tensors in the order that ``nonfinite`` counts them."""
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+
+
+def _first_nonfinite(loss, grads):
+    """Index of the first gradient tensor with a NaN or infinity; -1: none; -2: the loss alone."""
+    bad = jnp.stack([~jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)])
+    rest = jnp.where(jnp.isfinite(loss), -1, -2)
+    return jnp.where(jnp.any(bad), jnp.argmax(bad), rest)
+
+
+def programs() -> dict[str, int]:
+    """How often each step has been compiled in this process."""
+    return {
+        f.__name__: f._cache_size()
+        for f in (teacher_states, distill_step, off_policy_step, eval_step)
+    }
