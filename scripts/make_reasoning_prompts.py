@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 r"""Write short reasoning prompts with checkable integer answers, made by the package reasoning-gym.
 
-    pip install reasoning-gym==0.1.25
+    pip install --no-deps -r scripts/requirements-prompts.txt
     scripts/make_reasoning_prompts.py --out=runs/prompts
 
 Makes ``train.jsonl`` and ``heldout.jsonl``; no question is in both, and the same seed gives the
@@ -12,10 +12,12 @@ The tasks are those that a model of 135M parameters can do in part: a few small 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import random
 import re
 import sys
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,14 +69,23 @@ def clean(question: str, task: Task) -> str:
     return text[0].upper() + text[1:]
 
 
+def import_reasoning_gym() -> types.ModuleType:
+    """Import reasoning-gym, which on import also wants a solver that none of our tasks uses.
+
+    PyPI has no wheel of that solver, pycosat, so installing it takes a C compiler.
+    """
+    if importlib.util.find_spec("pycosat") is None:
+        sys.modules.setdefault("pycosat", types.ModuleType("pycosat"))
+    return importlib.import_module("reasoning_gym")
+
+
 def draw(task: Task, count: int, *, seed: int, max_chars: int) -> list[dict[str, Any]]:
     """Draw ``count`` different short questions with integer answers.
 
     Raises:
       ValueError: the data set holds too few of them.
     """
-    import reasoning_gym
-
+    reasoning_gym = import_reasoning_gym()
     tries = 40 * count
     dataset = reasoning_gym.create_dataset(task.name, size=tries, seed=seed, **task.settings)
     lines: dict[str, dict[str, Any]] = {}
@@ -137,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as err:
         print(
             f"make_reasoning_prompts: {err}; expected the package reasoning-gym: "
-            "pip install reasoning-gym==0.1.25",
+            "pip install --no-deps -r scripts/requirements-prompts.txt",
             file=sys.stderr,
         )
         return 1
