@@ -1,0 +1,414 @@
+"""Configuration: an ml_collections file becomes one frozen, checked ``RunConfig``.
+
+A config file defines ``get_config(arg="")`` and starts from :func:`defaults`. The groups and their
+fields are the dataclasses below, so a default, its type and its meaning are written once. Beyond
+:func:`resolve` nothing sees a ``ConfigDict``.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib.resources
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from opd_jax import data, optim, sampling
+from opd_jax.kl import KLSpec
+from opd_jax.model import REMAT
+from opd_jax.objective import NORMALISERS
+from opd_jax.optim import OptimSpec
+from opd_jax.rock import RockConfig
+
+EMBEDDED = "embedded:"  # prefix of paths inside the package's own demo pair
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the key and what to set."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A model folder and how to run it: groups ``student`` and ``teacher``."""
+
+    path: str = ""  # Hugging Face folder, or embedded:student, embedded:teacher
+    param_dtype: str = "auto"  # auto: float32 for the student, the compute dtype for the teacher
+    dtype: str = "auto"  # compute dtype; auto: bfloat16 on accelerators, float32 on CPU
+    remat: str = "none"  # what the backward pass keeps: none, dots, full
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSpec:
+    """Devices along each axis; -1 takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    model: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """Prompts to train on and to evaluate on."""
+
+    prompts: str = ""  # JSONL with messages or prompt, optional answer
+    heldout: str = ""  # the same, for evaluation; may be empty where eval.every is 0
+    max_prompt: int = 512  # ids
+    too_long: str = "drop"  # drop, left_truncate or error
+    buckets: tuple[int, ...] = ()  # padded prompt widths, each compiled once; (): (max_prompt,)
+    shuffle: bool = True
+    epochs: int = 0  # 0: as many as the steps need
+    template: tuple[tuple[str, Any], ...] = ()  # chat template arguments, (name, value) pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutSpec:
+    """How the student samples its answers."""
+
+    samples: int = 4  # answers per prompt
+    max_new: int = 512  # most ids of an answer
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()  # (id, logit bias) pairs
+    buckets: tuple[int, ...] = ()  # answer widths the update is cropped to; (): (max_new,)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSpec:
+    """The loop."""
+
+    steps: int = 1000  # optimizer steps
+    prompts: int = 16  # prompts per step; rows per step are prompts x rollout.samples
+    microbatches: int = 1  # equal pieces a step's rows are scanned in
+    normaliser: str = "tokens"  # or weight
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSpec:
+    """Evaluation on held-out prompts, before, during and after."""
+
+    every: int = 0  # steps; 0: never
+    prompts: int = 64  # held-out prompts whose answers are graded
+    temperature: float = 0.0  # of graded answers; 0: greedy
+    samples: int = 1  # graded answers per prompt
+    kl_prompts: int = 32  # held-out prompts for KL, on fresh samples of the policy itself
+    batch: int = 0  # prompts at a time; 0: train.prompts x rollout.samples
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSpec:
+    """What is kept of a run."""
+
+    every: int = 100  # steps; 0: only at the end
+    keep: int = 3  # newest checkpoints
+    best: str = ""  # also keep the best by accuracy or kl_nats, from evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSpec:
+    """What a run writes."""
+
+    samples_every: int = 50  # steps between decoded samples with per-token KL; 0: never
+    samples: int = 2  # answers each time
+    rocks: int = 10  # top types printed at the end
+    tensorboard: bool = False
+    wandb: str = ""  # project name; empty: off
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run, checked; see the group classes for the fields."""
+
+    seed: int
+    student: ModelSpec
+    teacher: ModelSpec
+    mesh: MeshSpec
+    data: DataSpec
+    rollout: RolloutSpec
+    kl: KLSpec
+    rock: RockConfig
+    optim: OptimSpec
+    train: TrainSpec
+    eval: EvalSpec
+    checkpoint: CheckpointSpec
+    log: LogSpec
+
+
+GROUPS: dict[str, type] = {
+    "student": ModelSpec,
+    "teacher": ModelSpec,
+    "mesh": MeshSpec,
+    "data": DataSpec,
+    "rollout": RolloutSpec,
+    "kl": KLSpec,
+    "rock": RockConfig,
+    "optim": OptimSpec,
+    "train": TrainSpec,
+    "eval": EvalSpec,
+    "checkpoint": CheckpointSpec,
+    "log": LogSpec,
+}
+# Fields that follow from others and are therefore not set by hand.
+_DERIVED = {("kl", "vocab_size"), ("kl", "ce"), ("optim", "steps")}
+
+
+def defaults() -> ConfigDict:
+    """All groups with their default values; ``rock.ids_file`` may name a JSON list of ids."""
+    groups = {
+        name: {
+            f.name: f.default for f in dataclasses.fields(cls) if (name, f.name) not in _DERIVED
+        }
+        for name, cls in GROUPS.items()
+    }
+    groups["rock"]["ids_file"] = ""
+    return ConfigDict({"seed": 0, **groups})
+
+
+def parse_arg(arg: str, **allowed: Any) -> ConfigDict:
+    """Parse a config file's argument ``key=value,flag``; values take the type of their default.
+
+    Raises:
+      ConfigError: an unknown key (with the nearest known one), or a value of another type.
+    """
+    values = dict(allowed)
+    for part in filter(None, (p.strip() for p in arg.split(","))):
+        name, _, text = part.partition("=")
+        if name not in allowed:
+            raise ConfigError(
+                f"config argument {name!r} is not known{_nearest(name, allowed)}; expected one of "
+                f"{sorted(allowed)}; write FILE:{'key=value' if allowed else ''}"
+            )
+        default = allowed[name]
+        try:
+            if isinstance(default, bool):
+                values[name] = {"": True, "true": True, "false": False}[text.lower()]
+            elif isinstance(default, str):
+                values[name] = text
+            else:
+                values[name] = type(default)(text)
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                f"config argument {name}={text!r}: expected a {type(default).__name__} such as "
+                f"{default!r}"
+            ) from error
+    return ConfigDict(values)
+
+
+def load(argv: Sequence[str], **flag_values: str | None) -> tuple[ConfigDict, dict[str, Any]]:
+    """Read ``--config=FILE[:arg]`` with its ``--config.a.b=value`` overrides from a command line.
+
+    Args:
+      argv: the arguments after the command.
+      flag_values: further string flags and their defaults.
+
+    Raises:
+      ConfigError: an unknown key, flag or value, or a config file that does not load.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "FILE[:arg]",
+        flag_values=values,
+        lock_config=True,
+        sys_argv=["opd-jax", *argv],
+    )
+    for name, default in flag_values.items():
+        flags.DEFINE_string(name, default, "", flag_values=values)
+    try:
+        rest = values(["opd-jax", *argv])
+        config = values["config"].value
+    except (AttributeError, KeyError) as error:
+        raise ConfigError(_unknown_key(argv, error)) from error
+    except (flags.Error, OSError, TypeError) as error:
+        raise ConfigError(f"{error}; see opd-jax train --help") from error
+    if rest[1:]:
+        raise ConfigError(f"unexpected arguments {rest[1:]}: expected flags --name=value")
+    if config is None:
+        raise ConfigError("no --config given: expected --config=FILE[:arg], e.g. configs/demo.py")
+    return config, {name: values[name].value for name in flag_values}
+
+
+def _unknown_key(argv: Sequence[str], error: Exception) -> str:
+    known = flatten(defaults())
+    groups = {*GROUPS, *known}
+    for item in argv:
+        key = item.lstrip("-").partition("=")[0]
+        if key.startswith("config.") and key[7:] not in groups:
+            return (
+                f"unknown config key {key[7:]!r}{_nearest(key[7:], known)}; expected a key of the "
+                f"config file; change --{key}"
+            )
+    return f"the config file failed: {type(error).__name__}: {error}"
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    found = difflib.get_close_matches(name, list(known), 1, 0.4)
+    return f" (nearest known: {found[0]!r})" if found else ""
+
+
+def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A flat dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict | Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def describe(run: RunConfig) -> dict[str, Any]:
+    """The resolved run as a flat dict with dotted keys, for ``run.json``."""
+    return flatten(dataclasses.asdict(run))
+
+
+def path_of(name: str) -> str:
+    """A path as given, or that of a part of the embedded demo pair (``embedded:teacher``)."""
+    if not name.startswith(EMBEDDED):
+        return name
+    return str(importlib.resources.files("opd_jax") / "demo_pair" / name.removeprefix(EMBEDDED))
+
+
+def resolve(config: ConfigDict) -> RunConfig:
+    """Check every group and every rule between groups.
+
+    Raises:
+      ConfigError: an unknown or missing key, a value of the wrong type or out of range.
+    """
+    given = config.to_dict()
+    known = flatten(defaults())
+    unknown = [k for k in flatten(given) if k not in known]
+    if unknown:
+        raise ConfigError(
+            f"unknown config key {unknown[0]!r}{_nearest(unknown[0], known)}; remove it from the "
+            "config file, or correct it"
+        )
+    merged = {k: v for k, v in known.items()} | flatten(given)
+    for key, default in known.items():
+        _check_type(key, merged[key], default)
+    groups = {name: {} for name in GROUPS}
+    for key, value in merged.items():
+        group, _, name = key.partition(".")
+        if name:
+            groups[group][name] = _frozen(value)
+    ids_file = groups["rock"].pop("ids_file")
+    if ids_file:
+        groups["rock"]["ids"] = _read_ids(ids_file)
+    groups["optim"]["steps"] = max(groups["train"]["steps"], 1)
+    for group, name in (
+        ("student", "path"),
+        ("teacher", "path"),
+        ("data", "prompts"),
+        ("data", "heldout"),
+    ):
+        groups[group][name] = path_of(groups[group][name])
+    try:
+        made = {name: cls(**groups[name]) for name, cls in GROUPS.items()}
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    run = RunConfig(seed=merged["seed"], **made)
+    _check(run)
+    return run
+
+
+def _check_type(key: str, value: Any, default: Any) -> None:
+    if isinstance(default, tuple):
+        ok = isinstance(value, tuple | list)
+    elif isinstance(default, float):
+        ok = isinstance(value, int | float) and not isinstance(value, bool)
+    else:
+        ok = type(value) is type(default)
+    if not ok:
+        raise ConfigError(
+            f"{key} is {value!r}: expected a {type(default).__name__} such as {default!r}; "
+            f"set --config.{key}"
+        )
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, tuple | list) else value
+
+
+def _read_ids(path: str) -> tuple[int, ...]:
+    try:
+        ids = json.loads(Path(path).read_text())
+        if isinstance(ids, list) and all(type(i) is int for i in ids):
+            return tuple(ids)
+        found: Any = str(ids)[:80]
+    except (OSError, ValueError) as error:
+        found = error
+    raise ConfigError(
+        f"rock.ids_file {path}: found {found}; expected a JSON list of token ids; "
+        "set --config.rock.ids_file"
+    )
+
+
+def _check(run: RunConfig) -> None:
+    """Rules on single values and between groups; each names the flag to change."""
+
+    def rule(ok: bool, key: str, expected: str) -> None:
+        if not ok:
+            value: Any = run
+            for name in key.split("."):
+                value = getattr(value, name)
+            raise ConfigError(f"{key} is {value!r}: expected {expected}; set --config.{key}")
+
+    for group in ("student", "teacher"):
+        spec: ModelSpec = getattr(run, group)
+        rule(bool(spec.path), f"{group}.path", "a Hugging Face model folder")
+        rule(spec.remat in REMAT, f"{group}.remat", f"one of {REMAT}")
+        for name in ("dtype", "param_dtype"):
+            allowed = ("auto", "float32", "bfloat16", "float16")
+            rule(getattr(spec, name) in allowed, f"{group}.{name}", f"one of {allowed}")
+    rule(0 <= run.seed < 2**32, "seed", "from 0 to 2^32 - 1")
+    rule(bool(run.data.prompts), "data.prompts", "a JSONL file of prompts")
+    rule(run.data.epochs >= 0, "data.epochs", "at least 0 (0: as many as the steps need)")
+    rule(run.data.too_long in data.TOO_LONG, "data.too_long", f"one of {data.TOO_LONG}")
+    for key in ("rollout.samples", "rollout.max_new", "train.prompts", "train.microbatches"):
+        group, _, name = key.partition(".")
+        rule(getattr(getattr(run, group), name) >= 1, key, "at least 1")
+    rule(run.rollout.temperature > 0, "rollout.temperature", "above 0: a policy that samples")
+    rule(run.train.steps >= 0, "train.steps", "at least 0")
+    rule(run.train.normaliser in NORMALISERS, "train.normaliser", f"one of {NORMALISERS}")
+    for group, limit in (("data", run.data.max_prompt), ("rollout", run.rollout.max_new)):
+        buckets = getattr(run, group).buckets
+        rule(
+            list(buckets) == sorted({*buckets})
+            and (not buckets or (buckets[0] >= 1 and buckets[-1] >= limit)),
+            f"{group}.buckets",
+            f"increasing widths that reach {limit}",
+        )
+    rows = run.train.prompts * run.rollout.samples
+    rule(
+        rows % run.train.microbatches == 0,
+        "train.microbatches",
+        f"a divisor of train.prompts x rollout.samples ({rows})",
+    )
+    for key in ("eval.every", "checkpoint.every", "log.samples_every", "log.rocks"):
+        group, _, name = key.partition(".")
+        rule(getattr(getattr(run, group), name) >= 0, key, "at least 0 (0: never)")
+    rule(run.checkpoint.keep >= 1, "checkpoint.keep", "at least 1")
+    rule(run.checkpoint.best in ("", "accuracy", "kl_nats"), "checkpoint.best", "accuracy, kl_nats")
+    if run.eval.every:
+        rule(bool(run.data.heldout), "data.heldout", "a JSONL file, since eval.every is above 0")
+        for name in ("prompts", "samples"):
+            rule(getattr(run.eval, name) >= 1, f"eval.{name}", "at least 1")
+        rule(run.eval.kl_prompts >= 0, "eval.kl_prompts", "at least 0 (0: not measured)")
+    else:
+        rule(not run.checkpoint.best, "checkpoint.best", "empty, since eval.every is 0")
+    try:  # the ranges of these belong to the modules that use them
+        sampling.Sampler(
+            vocab_size=2**31 - 1,
+            **{k: getattr(run.rollout, k) for k in ("temperature", "top_k", "top_p", "min_p")},
+        )
+        optim.make(run.optim)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
