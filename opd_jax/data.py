@@ -12,14 +12,16 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from opd_jax import tokenizer as tokenizers
 from opd_jax.pytrees import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TOO_LONG = ("drop", "left_truncate", "error")
 
