@@ -1,0 +1,240 @@
+"""Evaluation of a student on held-out prompts: accuracy against answers, and KL to the teacher.
+
+KL is the reverse KL at temperature 1 on *fresh* samples of the policy itself, over all scored
+positions and split by the gate: a run that gates more tokens lowers its weighted loss without
+learning anything, and cannot lower these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from opd_jax import data, grading, metrics, rollout, steps
+from opd_jax import mesh as meshlib
+from opd_jax.data import Example
+from opd_jax.model import ModelConfig
+from opd_jax.objective import ObjectiveConfig
+from opd_jax.pytrees import Mean, Params, RockState, Rollout
+from opd_jax.sampling import Sampler
+
+FIELDS = ("accuracy", "kl_nats", "kl_gated", "kl_ungated", "mean_length", "truncated_share")
+EMPTY: dict[str, float | None] = dict.fromkeys(FIELDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """Answers to graded prompts."""
+
+    correct: int
+    total: int
+    texts: tuple[str, ...]  # every answer, prompt by prompt
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right answers; None without any."""
+        return self.correct / self.total if self.total else None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalPlan:
+    """How a student is evaluated.
+
+    Attributes:
+      policy: the sampler of training; KL is measured on its samples.
+      max_new: most ids of an answer.
+      width: padded prompt width.
+      size: prompts at a time, over all processes.
+      num_graded: prompts whose answers are graded; 0: none.
+      num_kl: prompts for KL; 0: none.
+      temperature: of graded answers; 0 is greedy.
+      samples: graded answers per prompt.
+    """
+
+    policy: Sampler
+    max_new: int
+    width: int
+    size: int
+    num_graded: int
+    num_kl: int
+    temperature: float = 0.0
+    samples: int = 1
+
+    @property
+    def grader(self) -> Sampler:
+        """The sampler of graded answers: the policy's ids at the plan's temperature, unfiltered."""
+        return dataclasses.replace(
+            self.policy, temperature=self.temperature, top_k=0, top_p=1.0, min_p=0.0
+        )
+
+
+def batches(rows: Sequence[Example], size: int) -> Iterator[tuple[list[Example], int]]:
+    """Cut rows into batches of exactly ``size``; the last repeats its first row to fill up.
+
+    Yields each batch and how many of its rows are real.
+    """
+    for first in range(0, len(rows), size):
+        part = list(rows[first : first + size])
+        yield part + [part[0]] * (size - len(part)), len(part)
+
+
+def sample(
+    params: Params,
+    rows: Sequence[Example],
+    key: jax.Array,
+    mesh: Mesh,
+    *,
+    cfg: ModelConfig,
+    plan: EvalPlan,
+    sampler: Sampler,
+    samples: int = 1,
+) -> Iterator[tuple[Rollout, int]]:
+    """Sample answers to all rows, ``plan.size`` prompts at a time, each process its own share.
+
+    A row's answers depend on its place in ``rows`` and on ``key``, not on the batch size. Yields
+    rollouts and how many of their rows are real (the first ones).
+    """
+    share = plan.size // jax.process_count()
+    first = jax.process_index() * share
+    for number, (part, real) in enumerate(batches(rows, plan.size)):
+        own = part[first : first + share]
+        prompt = data.pad([row.ids for row in own], plan.width, sampler.pad_id)
+        ids = number * plan.size + first + np.arange(share, dtype=np.int32)
+        prompt, rows_B = meshlib.to_global((prompt, ids), mesh)
+        answers = rollout.sample(
+            params,
+            prompt,
+            key,
+            cfg=cfg,
+            sampler=sampler,
+            max_new=plan.max_new,
+            samples=samples,
+            rows_B=rows_B,
+        )
+        yield answers, real * samples
+
+
+def texts(answers: Rollout, real: int, tokenizer: Any) -> list[str]:
+    """Decode what was sampled, special tokens left out; runs on every process."""
+    host = meshlib.to_host(answers)
+    return [
+        str(tokenizer.decode(ids[mask], skip_special_tokens=True))
+        for ids, mask in zip(host.ids_BT[:real], host.mask_BT[:real], strict=True)
+    ]
+
+
+def grade(rows: Sequence[Example], answers: Sequence[str], samples: int) -> Graded:
+    """Grade ``samples`` answers per row; rows without an answer of their own are left out."""
+    correct = total = 0
+    for index, row in enumerate(rows):
+        if row.answer is None:
+            continue
+        for text in answers[index * samples : (index + 1) * samples]:
+            correct += grading.is_correct(text, row.answer)
+            total += 1
+    return Graded(correct, total, tuple(answers))
+
+
+def heldout_kl(
+    params: Params,
+    teacher: Params,
+    state: RockState,
+    rollouts: Iterator[tuple[Rollout, int]],
+    *,
+    cfg: ObjectiveConfig,
+) -> dict[str, Mean]:
+    """Pool the measurements of ``steps.measure`` over rollouts, real rows only."""
+    pooled = []
+    for answers, real in rollouts:
+        measured, _ = steps.eval_step(params, teacher, _only(answers, real), state, cfg=cfg)
+        pooled.append(measured)
+    return metrics.pool(pooled)
+
+
+@functools.partial(jax.jit, static_argnames=("real",))
+def _only(answers: Rollout, real: int) -> Rollout:
+    """Unscore the rows that only fill a batch up."""
+    is_real_B = np.arange(answers.mask_BT.shape[0]) < real
+    return answers.replace(
+        mask_BT=answers.mask_BT & is_real_B[:, None],
+        truncated_B=answers.truncated_B & is_real_B,
+    )
+
+
+def evaluate(
+    params: Params,
+    teacher: Params,
+    state: RockState,
+    rows: Sequence[Example],
+    tokenizer: Any,
+    key: jax.Array,
+    mesh: Mesh,
+    *,
+    cfg: ObjectiveConfig,
+    plan: EvalPlan,
+) -> dict[str, float | None]:
+    """Measure a student on held-out prompts; None where nothing was measured.
+
+    Args:
+      params, teacher: the models.
+      state: rock state whose members split the KL.
+      rows: held-out prompts; the first ``plan.num_graded`` with an answer are graded, and KL is
+        measured on the first ``plan.num_kl``.
+      tokenizer: decodes answers.
+      key: the same key gives the same draws, so that before and after meet on equal terms.
+      mesh: devices.
+      cfg, plan: static.
+
+    Returns:
+      ``FIELDS``: accuracy, kl_nats, kl_gated, kl_ungated (nats per token), mean_length (tokens) and
+      truncated_share, the last two of the samples that KL was measured on (of the graded answers
+      where there are none).
+    """
+    result = dict(EMPTY)
+    graded_key, kl_key = jax.random.split(key)
+    graded_rows = [row for row in rows if row.answer is not None][: plan.num_graded]
+    if graded_rows:
+        answers: list[str] = []
+        num_tokens = num_truncated = 0
+        for rollouts, real in sample(
+            params,
+            graded_rows,
+            graded_key,
+            mesh,
+            cfg=cfg.student,
+            plan=plan,
+            sampler=plan.grader,
+            samples=plan.samples,
+        ):
+            answers += texts(rollouts, real, tokenizer)
+            host = meshlib.to_host(rollouts)
+            num_tokens += int(host.mask_BT[:real].sum())
+            num_truncated += int(host.truncated_B[:real].sum())
+        result["accuracy"] = grade(graded_rows, answers, plan.samples).accuracy
+        result["mean_length"] = num_tokens / len(answers)
+        result["truncated_share"] = num_truncated / len(answers)
+    if plan.num_kl:
+        drawn = sample(
+            params,
+            rows[: plan.num_kl],
+            kl_key,
+            mesh,
+            cfg=cfg.student,
+            plan=plan,
+            sampler=plan.policy,
+        )
+        measured = heldout_kl(params, teacher, state, drawn, cfg=cfg)
+        for name, value in metrics.reduce(measured).items():
+            if name in result:
+                result[name] = None if math.isnan(value) else value
+        num_rows = min(plan.num_kl, len(rows))
+        result["mean_length"] = float(measured["length_tokens"].total) / num_rows
+        result["truncated_share"] = float(measured["truncated_share"].total) / num_rows
+    return result
