@@ -161,6 +161,26 @@ def _gathered(layer: Params, cfg: ModelConfig) -> Params:
     return {name: _unsharded(w, declared[name].axes[1:], cfg) for name, w in layer.items()}
 
 
+def with_vocab_rows(params: Params, rows: int) -> Params:
+    """The same parameters with ``rows`` vocabulary rows: padding cut off, or zero rows added.
+
+    For a teacher whose table is padded to another size than the student's; the caller masks the
+    padded ids, and has checked that no real id is cut.
+
+    Sharding: as in :func:`specs`.
+    """
+
+    def fit(w_VD):
+        extra = max(rows - w_VD.shape[0], 0)
+        whole_VD = mesh.constrain(w_VD, None, "fsdp")
+        return mesh.constrain(jnp.pad(whole_VD[:rows], ((0, extra), (0, 0))), "model", "fsdp")
+
+    if params["embed"].shape[0] == rows:
+        return params
+    tables = {name: fit(params[name]) for name in ("embed", "head") if name in params}
+    return {**params, **tables}
+
+
 def rms_norm(x: Float[Array, "*rows D"], weight_D: Float[Array, " D"], eps: float):
     r"""``x / sqrt(mean(x^2) + eps) * weight`` in f32; keeps the dtype of ``x``."""
     x32 = x.astype(jnp.float32)

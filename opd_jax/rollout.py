@@ -127,6 +127,11 @@ def _sample(params, prompt, key, bias_V, policy_step, rows_B, *, cfg, sampler, m
     return rollout, new.num_steps
 
 
+def compiles() -> int:
+    """How often the rollout has been compiled in this process."""
+    return _sample._cache_size()
+
+
 def prefill(
     params: Params, prompt: Prompt, *, cfg: ModelConfig, size: int
 ) -> tuple[Float[Array, "B D"], Cache]:
@@ -266,8 +271,8 @@ def check(
     if longest + max_new > cfg.max_positions:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new {max_new} need {longest + max_new} "
-            f"positions, the model has {cfg.max_positions}: expected no more; lower --config.data.max_prompt "
-            f"or --config.rollout.max_new"
+            f"positions, the model has {cfg.max_positions}: expected no more; lower "
+            "--config.data.max_prompt or --config.rollout.max_new"
         )
 
 
