@@ -27,7 +27,7 @@ from fractions import Fraction
 _TOKENS = re.compile(r"\\{1,4}(?:boxed|fbox)\s{0,3}\{|\\[{}\\]|[{}]")
 _HASHES = re.compile(r"^[ \t]{0,8}####[ \t]{1,8}(\S.*)$", re.MULTILINE)
 _ANSWER = re.compile(
-    r"\banswer(?:\s{1,3}is\b|[*_]{0,3}\s{0,3}[:=])[*_:\s]{0,8}([^\s*_:].*)", re.IGNORECASE
+    r"\banswer(?:\s{1,3}is\b|[*_]{0,3}\s{0,3}[:=])[*_:\s]{0,8}(?=[^\s*_:])", re.IGNORECASE
 )
 _SENTENCE_END = re.compile(r"[.?](?=\s|[*_]+(?:\s|$)|$)")
 
@@ -75,10 +75,11 @@ def extract(text: str) -> str | None:
     for match in reversed(list(_HASHES.finditer(text))):
         if number(match[1]) is not None or match.end() >= end:
             return match[1].strip()
-    last = None
-    for match in _ANSWER.finditer(text):
-        last = match[1]
-    return None if last is None else _SENTENCE_END.split(last, maxsplit=1)[0].strip() or None
+    start = max((match.end() for match in _ANSWER.finditer(text)), default=None)
+    if start is None:
+        return None
+    line = text[start:].split("\n", maxsplit=1)[0]
+    return _SENTENCE_END.split(line, maxsplit=1)[0].strip(" \t\r*_") or None
 
 
 def is_equal(answer: str, gold: str) -> bool:
