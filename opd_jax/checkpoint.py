@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import json
 import logging
 import math
 import os
@@ -189,7 +188,7 @@ class Checkpoints:
                 f"saving step {step}, but {self.folder} already holds step {later[-1]}; expected a "
                 "restore before; give another --workdir, or remove that folder to start over"
             )
-        data = _gather_json(data_state)
+        data = records.gather(data_state)
         leaves = _named_leaves(state)
         record = {
             "format": 1,
@@ -204,7 +203,10 @@ class Checkpoints:
         self.claim()
         path = self.folder / f"{step}.saving"
         try:
-            response = ocp.save_checkpointables_async(str(path), {STATE: arrays}, overwrite=True)
+            with _save_context():
+                response = ocp.save_checkpointables_async(
+                    str(path), {STATE: arrays}, overwrite=True
+                )
         except Exception as error:
             raise self._failed(step, error) from error
         if self._pool is None:
@@ -279,7 +281,7 @@ class Checkpoints:
         self._own.add(step)
         self._restored = True
         state = jax.tree.unflatten(jax.tree.structure(template), leaves)
-        return state, _own_data(path, record["data"]), step
+        return state, records.own_share(path, record["data"]), step
 
     def _choose(self, step: int | None) -> int:
         """Newest step without damage (or the given one), the same on every process."""
@@ -355,6 +357,19 @@ class Checkpoints:
         )
 
 
+def _save_context() -> ocp.Context:
+    """Options of a save: without compression, which saves 8 % of the bytes for 4 x the CPU time."""
+    context = ocp.Context()
+    context.array_options.saving.use_compression = False
+    # orbax logs three long traces for an error that it also raises, and that we word ourselves.
+    logging.getLogger("absl").addFilter(_is_not_repeated)
+    return context
+
+
+def _is_not_repeated(record: logging.LogRecord) -> bool:
+    return "_SignalingThread.run() raised an exception" not in str(record.msg)
+
+
 def _named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves by dotted path, in tree order."""
     leaves = {}
@@ -417,39 +432,6 @@ def _check_leaves(path: Path, saved: dict, wanted: dict, partial: bool) -> None:
             f"{path} does not fit this run: {'; '.join(sorted(problems)[:5])}{more}; expected the "
             "same model, optimizer and rock settings; set them back or give another --workdir"
         )
-
-
-def _gather_json(data_state: Any) -> list[str]:
-    """The data states of all processes as JSON texts, in process order."""
-    try:
-        text = json.dumps(data_state)
-        same = json.loads(text) == data_state
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"data_state {type(data_state).__name__} is not JSON ({error}); expected dicts with "
-            "string keys, lists, strings, numbers; convert the iterator's state first"
-        ) from error
-    if not same:
-        raise TypeError(
-            f"data_state changes when written as JSON: {text[:200]}; expected string keys, and "
-            "lists instead of tuples; convert the iterator's state first"
-        )
-    if jax.process_count() == 1:
-        return [text]
-    data = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(data.size))
-    rows = multihost_utils.process_allgather(np.pad(data, (0, int(max(sizes)) - data.size)))
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
-
-
-def _own_data(path: Path, data: list[str]) -> Any:
-    """This process's data state; any will do if all are equal."""
-    if len(data) != jax.process_count() and len(set(data)) > 1:
-        raise ValueError(
-            f"{path} was saved by {len(data)} processes whose data iterators stood at different "
-            f"places, now there are {jax.process_count()}; expected, and to be started, as many"
-        )
-    return json.loads(data[jax.process_index() if len(data) == jax.process_count() else 0])
 
 
 def _finite(value: Any) -> float | None:

@@ -223,6 +223,47 @@ def damage(path: Path) -> str | None:
     return None
 
 
+def gather(data_state: Any) -> list[str]:
+    """The data states of all processes as JSON texts, in process order.
+
+    Raises:
+      TypeError: the state is not JSON, or would come back different.
+    """
+    try:
+        text = json.dumps(data_state)
+        same = json.loads(text) == data_state
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"data_state {type(data_state).__name__} is not JSON ({error}); expected dicts with "
+            "string keys, lists, strings, numbers; convert the iterator's state first"
+        ) from error
+    if not same:
+        raise TypeError(
+            f"data_state changes when written as JSON: {text[:200]}; expected string keys, and "
+            "lists instead of tuples; convert the iterator's state first"
+        )
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(data.size))
+    rows = multihost_utils.process_allgather(np.pad(data, (0, int(max(sizes)) - data.size)))
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def own_share(path: Path, data: list[str]) -> Any:
+    """This process's data state out of :func:`gather`'s; any will do if all are equal.
+
+    Raises:
+      ValueError: the number of processes has changed and the states differ.
+    """
+    if len(data) != jax.process_count() and len(set(data)) > 1:
+        raise ValueError(
+            f"{path} was saved by {len(data)} processes whose data iterators stood at different "
+            f"places, now there are {jax.process_count()}; expected, and to be started, as many"
+        )
+    return json.loads(data[jax.process_index() if len(data) == jax.process_count() else 0])
+
+
 def set_aside(path: Path) -> Path:
     """Rename a checkpoint so that it no longer counts: a kill while deleting damages nothing."""
     doomed = path.with_name(f"{path.name}.deleting")
