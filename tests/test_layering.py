@@ -15,8 +15,9 @@ RANKS = {
     2.5: ("hf_config",),  # the config.json half of hf
     3: ("hf", "data", "rollout", "objective"),
     4: ("steps", "checkpoint"),
-    5: ("config",),
-    6: ("train", "evaluate", "plan", "analysis"),
+    5: ("config", "evaluate"),
+    5.5: ("assemble",),  # what a run needs, built from its config
+    6: ("train", "export", "generate", "plan", "analysis"),
     7: ("cli",),
 }
 RANK = {name: rank for rank, names in RANKS.items() for name in names}
