@@ -74,8 +74,8 @@ def import_reasoning_gym() -> types.ModuleType:
 
     PyPI has no wheel of that solver, pycosat, so installing it takes a C compiler.
     """
-    if importlib.util.find_spec("pycosat") is None:
-        sys.modules.setdefault("pycosat", types.ModuleType("pycosat"))
+    if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
+        sys.modules["pycosat"] = types.ModuleType("pycosat")
     return importlib.import_module("reasoning_gym")
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 SCRIPT = Path(__file__).parent.parent / "scripts" / "make_reasoning_prompts.py"
 SPEC = importlib.util.spec_from_file_location("make_reasoning_prompts", SCRIPT)
 prompts = importlib.util.module_from_spec(SPEC)
+sys.modules[SPEC.name] = prompts  # where dataclasses look their module up
 SPEC.loader.exec_module(prompts)
 TASKS = {task.name: task for task in prompts.TASKS}
 
