@@ -221,9 +221,9 @@ def _drop_equal_head(weights: _Weights, source: Path) -> None:
     if _HEAD.name not in weights.handles or "model.embed_tokens.weight" not in weights.handles:
         return
     head, embed = weights.slice(_HEAD.name), weights.slice("model.embed_tokens.weight")
-    same = head.get_shape() == embed.get_shape()
-    for start in range(0, head.get_shape()[0] if same else 0, 16_384):
-        rows = slice(start, start + 16_384)
+    same, num_rows = head.get_shape() == embed.get_shape(), head.get_shape()[0]
+    for start in range(0, num_rows if same else 0, 16_384):
+        rows = slice(start, min(start + 16_384, num_rows))
         same = same and np.array_equal(head[rows, :], embed[rows, :])
     if not same:
         raise ValueError(
