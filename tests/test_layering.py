@@ -16,7 +16,8 @@ RANKS = {
     3: ("hf", "data", "rollout", "objective"),
     4: ("steps", "checkpoint"),
     5: ("config", "evaluate"),
-    5.5: ("assemble",),  # what a run needs, built from its config
+    5.25: ("assemble",),  # what a run needs, built from its config
+    5.5: ("narrate",),  # what a run says
     6: ("train", "export", "generate", "plan", "analysis"),
     7: ("cli",),
 }
