@@ -28,11 +28,13 @@ CASES = (
 logits = jax.jit(model.logits, static_argnames="cfg")
 
 
-def assert_logits(folder, expected, *, atol=1e-5):
+def assert_logits(folder, expected, *, atol=1e-5, rtol=0.0):
     cfg, tree = hf.load(folder)
     valid = expected["valid"]
     out = logits(tree, expected["ids"], cfg=cfg, valid_BT=valid)
-    np.testing.assert_allclose(np.asarray(out)[valid], expected["logits"][valid], atol=atol, rtol=0)
+    np.testing.assert_allclose(
+        np.asarray(out)[valid], expected["logits"][valid], atol=atol, rtol=rtol
+    )
 
 
 @pytest.fixture
@@ -120,7 +122,12 @@ def test_smollm2_equals_transformers():
 
     path = os.environ["OPD_JAX_SMOLLM2"]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    ids = np.random.default_rng(0).integers(1_000, 40_000, size=(2, 32))
+    text = (
+        "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "
+        "May. How many clips did she sell altogether? Let us think step by step. In May she sold 24."
+    )
+    row = np.array(transformers.AutoTokenizer.from_pretrained(path)(text)["input_ids"])[:32]
+    ids = np.stack([row, np.roll(row, 9)])
     valid = np.arange(32)[None] >= np.array([[0], [9]])
     mask = torch.tensor(valid).long()
     with torch.no_grad():
@@ -130,7 +137,9 @@ def test_smollm2_equals_transformers():
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
         )
     expected = {"ids": ids.astype(np.int32), "valid": valid, "logits": out.logits.numpy()}
-    assert_logits(path, expected, atol=1e-4)
+    # Logits reach 35, where transformers' own f32 run is 1.5e-4 from its f64 run: f32 rounding needs
+    # the relative part.
+    assert_logits(path, expected, atol=1e-4, rtol=1e-5)
 
 
 # --- both directions ------------------------------------------------------------------------------
