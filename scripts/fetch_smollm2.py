@@ -7,9 +7,10 @@ tokenizer, and writes what ``transformers`` and ``opd_jax.hf.load`` read. No tor
 
     pip install 'opd-jax[gguf]'
     scripts/fetch_smollm2.py --out=models/SmolLM2-135M-Instruct
-    scripts/fetch_smollm2.py --out=models/SmolLM2-135M-pruned --drop-layers=5,9,13,17,21,25
+    scripts/fetch_smollm2.py --out=models/SmolLM2-135M-pruned --drop-layers=3,13,14,17,25,26
 
-The second command writes a student: the same model without those six layers, which still speaks.
+The second command writes a student: the same model without the six layers among 3 to 28 that turn
+their input least (cosine of input and output), which still speaks.
 """
 
 from __future__ import annotations
