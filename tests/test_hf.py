@@ -124,7 +124,7 @@ def test_smollm2_equals_transformers():
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     text = (
         "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "
-        "May. How many clips did she sell altogether? Let us think step by step. In May she sold 24."
+        "May. How many clips did she sell altogether? Let us think step by step. In May it was 24."
     )
     row = np.array(transformers.AutoTokenizer.from_pretrained(path)(text)["input_ids"])[:32]
     ids = np.stack([row, np.roll(row, 9)])
@@ -137,8 +137,8 @@ def test_smollm2_equals_transformers():
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
         )
     expected = {"ids": ids.astype(np.int32), "valid": valid, "logits": out.logits.numpy()}
-    # Logits reach 35, where transformers' own f32 run is 1.5e-4 from its f64 run: f32 rounding needs
-    # the relative part.
+    # Logits reach 35, where transformers' own f32 run is 1.5e-4 from its f64 run: rounding needs the
+    # relative part.
     assert_logits(path, expected, atol=1e-4, rtol=1e-5)
 
 
