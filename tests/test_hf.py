@@ -137,7 +137,7 @@ def test_smollm2_equals_transformers():
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
         )
     expected = {"ids": ids.astype(np.int32), "valid": valid, "logits": out.logits.numpy()}
-    # Logits reach 35, where transformers' own f32 run is 1.5e-4 from its f64 run: rounding needs the
+    # Logits reach 35, where transformers' own f32 run is 1.5e-4 from its f64 run: rounding needs a
     # relative part.
     assert_logits(path, expected, atol=1e-4, rtol=1e-5)
 
