@@ -1,7 +1,7 @@
 """From a checked ``RunConfig`` to everything a run needs: mesh, tokenizers, data, models, programs.
 
-Cheap checks come first (configs, tokenizers, prompts, shapes against the mesh), weights last, so that
-a mistake costs seconds.
+Cheap checks come first (configs, tokenizers, prompts, shapes against the mesh), weights last, so
+that a mistake costs seconds.
 """
 
 from __future__ import annotations
@@ -174,8 +174,9 @@ def _check_batches(run: RunConfig, shards: int) -> None:
     if run.train.prompts % shards or rows % (run.train.microbatches * shards):
         raise ConfigError(
             f"{run.train.prompts} prompts x {run.rollout.samples} samples in "
-            f"{run.train.microbatches} micro-batches do not divide over {shards} batch shards (mesh "
-            "data x fsdp): change --config.train.prompts, --config.train.microbatches or the mesh"
+            f"{run.train.microbatches} micro-batches do not divide over {shards} batch shards "
+            "(mesh data x fsdp): change --config.train.prompts, --config.train.microbatches or "
+            "the mesh"
         )
     if run.train.prompts % jax.process_count():
         raise ConfigError(

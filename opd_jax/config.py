@@ -162,9 +162,7 @@ _DERIVED = {("kl", "vocab_size"), ("kl", "ce"), ("optim", "steps")}
 def defaults() -> ConfigDict:
     """All groups with their default values; ``rock.ids_file`` may name a JSON list of ids."""
     groups = {
-        name: {
-            f.name: f.default for f in dataclasses.fields(cls) if (name, f.name) not in _DERIVED
-        }
+        name: {f.name: f.default for f in dataclasses.fields(cls) if (name, f.name) not in _DERIVED}
         for name, cls in GROUPS.items()
     }
     groups["rock"]["ids_file"] = ""

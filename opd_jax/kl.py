@@ -1,4 +1,4 @@
-r"""Per-token divergences from hidden states: chunked, vocabulary-sharded, gradient in the same pass.
+r"""Per-token divergences from hidden states: chunked, vocabulary-sharded, gradient in one pass.
 
 For a position with student distribution :math:`p` and teacher distribution :math:`q` over the full
 vocabulary, both at temperature :math:`\tau`,
@@ -15,9 +15,10 @@ skew_forward    :math:`KL(q\|aq+(1-a)p)`                                    ``sk
 
 No [R, V] array is ever whole. Rows to be measured are gathered first and a loop of
 ``ceil(kept / chunk)`` trips projects one chunk at a time onto both heads; rows with weight 0 that
-nobody measures cost nothing. The trip count may be dynamic because the loop is never differentiated:
-the pass that computes the divergence also accumulates the gradients (closed form, PAPER 1.7), so a
-training step does 4 head-sized matmuls instead of the 6 of recomputation.
+nobody measures cost nothing. The trip count may be dynamic because the loop is never
+differentiated: the pass that computes the divergence also accumulates the gradients (closed form,
+arXiv 2605.09253, section 2), so a training step does 4 head-sized matmuls, and not the 6 of
+recomputation.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from opd_jax.pytrees import TokenKL
 
 DIRECTIONS = ("reverse", "forward", "jsd", "skew_reverse", "skew_forward")
 
-# Finite, so that padded columns have probability 0 and differences of their log-probabilities exist.
+# Finite, so that padded columns have probability 0 and their log-probabilities can be subtracted.
 _MASKED = -1e30
 # One [C, V] f32 buffer of a chunk stays below this unless the spec names the chunk.
 _CHUNK_BYTES = 128 * 2**20
@@ -130,8 +131,8 @@ def weighted_kl(
 ) -> tuple[Float[Array, ""], TokenKL]:
     r"""Compute :math:`\sum_{bt} w_{bt} D_{bt}` with gradients to ``hs_BTD`` and ``ws_VD`` only.
 
-    Positions with weight 0 are not projected unless ``measure_BT`` asks for their value; what was not
-    projected reads 0 in the returned ``TokenKL``, which carries no gradient.
+    Positions with weight 0 are not projected unless ``measure_BT`` asks for their value; what was
+    not projected reads 0 in the returned ``TokenKL``, which carries no gradient.
 
     Args:
       hs_BTD, ws_VD: student hidden states (after the final norm) and head.

@@ -1,8 +1,8 @@
 """Mesh axes, mesh construction, process start-up, and host data to global arrays.
 
-All programs run under explicit sharding: an array's type carries its placement, and an operation that
-would silently gather a sharded axis is refused at trace time. Without a mesh the helpers below do
-nothing, so the same functions run on one device with no set-up at all.
+All programs run under explicit sharding: an array's type carries its placement, and an operation
+that would silently gather a sharded axis is refused at trace time. Without a mesh the helpers below
+do nothing, so the same functions run on one device with no set-up at all.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def make(data: int = -1, fsdp: int = 1, model: int = 1, devices=None) -> Mesh:
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(
             f"mesh axes {sizes} ask for {math.prod(abs(s) for s in sizes.values())} devices, found "
-            f"{len(devices)}: change --config.mesh.data / .fsdp / .model so that they multiply to it"
+            f"{len(devices)}: change --config.mesh.data / .fsdp / .model to multiply to that"
         )
     return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, devices=devices)
 

@@ -3,8 +3,8 @@ r"""The one place that aligns "the hidden state at t predicts the id at t+1".
 .. math:: L = \frac{1}{Z} \sum_{b,t} w(y_{b,t})\; m_{b,t}\;
           D\big(\pi_\theta(\cdot|y_{b,<t})\,\|\,\pi_T(\cdot|y_{b,<t})\big)
 
-with m marking ids that the student sampled, w the rock gate keyed on the *predicted* id (PAPER 1.14),
-D the divergence of :mod:`opd_jax.kl`, and Z one number for the whole optimizer step.
+with m marking ids that the student sampled, w the rock gate keyed on the *predicted* id, D the
+divergence of :mod:`opd_jax.kl`, and Z one number for the whole optimizer step.
 """
 
 from __future__ import annotations
@@ -58,8 +58,7 @@ class ObjectiveConfig:
             )
 
 
-@struct.dataclass
-class Targets:
+class Targets(struct.PyTreeNode):
     """What is predicted at each of the T-1 positions that predict something."""
 
     ids_BT: jax.Array  # [B, T-1] i32, the predicted id

@@ -50,7 +50,7 @@ class OptimSpec:
 
 
 def schedule(spec: OptimSpec) -> optax.Schedule:
-    """Learning rate by step: up from ``lr / warm-up steps`` to ``lr``, then cosine to ``min_lr``."""
+    """Learning rate by step: up from ``lr / warm-up steps`` to ``lr``, cosine to ``min_lr``."""
     warmup = round(spec.warmup * spec.steps)
     decay = optax.cosine_decay_schedule(
         spec.lr, max(spec.steps - warmup, 1), alpha=spec.min_lr / spec.lr

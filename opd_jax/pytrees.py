@@ -23,8 +23,7 @@ from flax import struct
 Params = dict[str, Any]
 
 
-@struct.dataclass
-class Mean:
+class Mean(struct.PyTreeNode):
     """A weighted mean kept as its two sums, so that splits of the data cannot change it.
 
     ``a + b`` pools both; only the host divides, once, with :meth:`value`.
@@ -48,20 +47,18 @@ class Mean:
         return float(self.total) / weight if weight else 0.0
 
 
-@struct.dataclass
-class Prompt:
+class Prompt(struct.PyTreeNode):
     """Left-padded prompts: one decode cursor serves all rows."""
 
     ids_BP: jax.Array  # [B, P] i32
     start_B: jax.Array  # [B] i32, index of the first real token
 
 
-@struct.dataclass
-class Rollout:
+class Rollout(struct.PyTreeNode):
     """Prompts with what was sampled after them; ids are kept exactly as sampled.
 
-    ``mask_BT`` marks ids that the policy sampled and that are scored (a sampled EOS included); it is
-    data, never inferred from ids.
+    ``mask_BT`` marks ids that the policy sampled and that are scored (a sampled EOS included); it
+    is data, never inferred from ids.
     """
 
     ids_BT: jax.Array  # [B, T] i32
@@ -74,8 +71,7 @@ class Rollout:
     policy_step: jax.Array  # [] i32, train step of the parameters that sampled
 
 
-@struct.dataclass
-class TokenKL:
+class TokenKL(struct.PyTreeNode):
     """Per-position measurements in nats, f32, at the position that *predicts* the token."""
 
     kl_BT: jax.Array  # [B, T] the divergence that is trained on (KLSpec.direction, temperature)
@@ -84,8 +80,7 @@ class TokenKL:
     teacher_entropy_BT: jax.Array  # [B, T] at temperature 1
 
 
-@struct.dataclass
-class RockState:
+class RockState(struct.PyTreeNode):
     """Decayed per-vocabulary-item sums over scored positions whose predicted id is v."""
 
     count_V: jax.Array  # [V] f32
@@ -97,8 +92,7 @@ class RockState:
     step: jax.Array  # [] i32, number of updates
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """All that a training step changes; donated to the step and checkpointed whole."""
 
     step: jax.Array  # [] i32

@@ -85,7 +85,7 @@ class RockConfig:
 
 
 def init(vocab_size: int, *, cfg: RockConfig = RockConfig()) -> RockState:
-    """Return an empty state over ``vocab_size`` ids (all sums 0); ``static`` members are set at once.
+    """Return an empty state over ``vocab_size`` ids; ``static`` members are set at once.
 
     Raises:
       ValueError: ``cfg.ids`` holds an id outside the vocabulary.
@@ -227,10 +227,11 @@ def importance(
     *,
     cfg: RockConfig,
 ) -> Float[Array, "B T"]:
-    """Choose what is measured: 1 where the position has weight, 1/probe where it was probed, else 0.
+    """Choose what is measured: 1 where a position has weight, 1/probe where it was probed, else 0.
 
     A weight-0 position is not projected, yet its type must be able to leave the set. A random share
-    ``cfg.probe`` of them is measured and stands for all: sums weighted with the result are unbiased.
+    ``cfg.probe`` of them is measured and stands for all: sums weighted with the result are
+    unbiased.
     """
     weighted_BT = (mask_BT & (weight_BT != 0)).astype(jnp.float32)
     if cfg.mode == "off" or (cfg.mode != "adaptive" and cfg.inside > 0):

@@ -7,13 +7,14 @@ scanned micro-batches, optimizer, then ``rock.update`` and, on its cadence, ``ro
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from opd_jax import mesh, objective, rock
+from opd_jax import objective, rock
 from opd_jax.objective import ObjectiveConfig, Targets
 from opd_jax.pytrees import Mean, Params, Rollout, TokenKL, TrainState
 
@@ -38,7 +39,7 @@ def init(
 def teacher_states(
     teacher: Params, rollout: Rollout, *, cfg: ObjectiveConfig
 ) -> Float[Array, "B T E"]:
-    """Run the teacher over a batch of rollouts, in micro-batches; see ``objective.teacher_states``."""
+    """Run the teacher over a batch, in micro-batches; see ``objective.teacher_states``."""
     pieces = objective.split(rollout.replace(policy_step=None), cfg.microbatches)
     return objective.join(
         jax.lax.map(lambda piece: objective.teacher_states(teacher, piece, cfg=cfg), pieces)
@@ -81,7 +82,7 @@ def off_policy_step(
     cfg: ObjectiveConfig,
     tx: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Mean]]:
-    """One optimizer step on given completions: ``cfg.kl`` mixed with ``cfg.kl.ce`` of cross-entropy.
+    """One optimizer step on given completions: ``cfg.kl`` mixed with ``cfg.kl.ce`` cross-entropy.
 
     The same computation as :func:`distill_step`; only the origin of the ids differs. With
     ``cfg.kl.ce == 1`` this is supervised fine-tuning and ``teacher`` may be None.
@@ -173,8 +174,8 @@ def measure(
 ) -> dict[str, Mean]:
     """Per-token means of a batch, each an unbiased estimate where positions were skipped.
 
-    ``kl_nats`` is the reverse KL at temperature 1 over all scored tokens, whatever is trained on and
-    whatever is gated; ``kl_gated`` and ``kl_ungated`` split it by membership of the predicted id.
+    ``kl_nats`` is the reverse KL at temperature 1 over all scored tokens, whatever is trained on
+    and whatever is gated; ``kl_gated`` and ``kl_ungated`` split it by membership.
     """
     seen_BT = goal.importance_BT
     gated_BT = rock.gated(state, goal.ids_BT, cfg=cfg.rock)
@@ -213,7 +214,10 @@ def _first_nonfinite(loss, grads):
 
 def programs() -> dict[str, int]:
     """How often each step has been compiled in this process."""
-    return {
-        f.__name__: f._cache_size()
-        for f in (teacher_states, distill_step, off_policy_step, eval_step)
+    compiled: dict[str, Any] = {
+        "teacher_states": teacher_states,
+        "distill_step": distill_step,
+        "off_policy_step": off_policy_step,
+        "eval_step": eval_step,
     }
+    return {name: program._cache_size() for name, program in compiled.items()}

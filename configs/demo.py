@@ -1,0 +1,30 @@
+"""The embedded pair: a small teacher and a smaller student on arithmetic word problems.
+
+    opd-jax train --config=configs/demo.py --workdir=runs/demo
+
+Arguments: ``configs/demo.py:steps=20`` shortens the run.
+"""
+
+from opd_jax import config
+
+
+def get_config(arg: str = ""):
+    """Return the demo's config."""
+    args = config.parse_arg(arg, steps=120, lr=1e-3)
+    c = config.defaults()
+    c.student.path = "embedded:student"
+    c.teacher.path = "embedded:teacher"
+    c.data.prompts = "embedded:prompts/train.jsonl"
+    c.data.heldout = "embedded:prompts/heldout.jsonl"
+    c.data.max_prompt = 128
+    c.rollout.samples = 4
+    c.rollout.max_new = 96
+    c.train.steps = args.steps
+    c.train.prompts = 16
+    c.optim.lr = args.lr
+    c.eval.every = 40
+    c.eval.prompts = 256
+    c.eval.kl_prompts = 64
+    c.checkpoint.every = 40
+    c.log.samples_every = 40
+    return c

@@ -1,0 +1,128 @@
+"""The ``opd-jax`` command: each command is a thin shell around one function of the library."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+_TRAIN_HELP = """usage: opd-jax train --config=FILE[:args] --workdir=DIR [--config.group.key=value]
+
+Distil on-policy. The same command resumes a run that was stopped or killed.
+
+  --config   a Python file with get_config(arg), for example configs/demo.py:steps=20
+  --workdir  folder of the run: run.json, metrics.jsonl, samples.jsonl, checkpoints/, summary.json
+
+Groups and keys, with their default values:
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status; an error a user can act on is one message."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
+        "train": (_train, "distil on-policy, or resume"),
+        "export": (_export, "write a checkpoint as a Hugging Face folder"),
+        "generate": (_generate, "sample answers to a file of prompts"),
+        "figure": (_figure, "draw a run's training curves and rock tokens"),
+    }
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print("usage: opd-jax COMMAND ...\n")
+        for name, (_, purpose) in commands.items():
+            print(f"  {name:<10} {purpose}")
+        print("\nopd-jax COMMAND --help says more.")
+        return 0 if argv else 2
+    if argv[0] not in commands:
+        print(
+            f"opd-jax: unknown command {argv[0]!r}; expected one of {', '.join(commands)}",
+            file=sys.stderr,
+        )
+        return 2
+    _prepare_jax()
+    try:
+        return commands[argv[0]][0](argv[1:])
+    except _user_errors() as error:
+        print(f"opd-jax {argv[0]}: {error}", file=sys.stderr)
+        return 1
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message says what to change; anything else is a defect and keeps its trace."""
+    from opd_jax.checkpoint import CheckpointError
+    from opd_jax.records import WorkdirError
+    from opd_jax.train import NonFiniteError
+
+    return (ValueError, OSError, ImportError, CheckpointError, WorkdirError, NonFiniteError)
+
+
+def _prepare_jax() -> None:
+    """Join the other processes and keep compiled programs between runs."""
+    import jax
+
+    from opd_jax import mesh
+
+    mesh.start()
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opd_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _train(argv: list[str]) -> int:
+    from opd_jax import config, train
+
+    if {"-h", "--help"} & set(argv):
+        print(_TRAIN_HELP + str(config.defaults()))
+        return 0
+    given, flags = config.load(argv, workdir=None)
+    if not flags["workdir"]:
+        raise config.ConfigError("no --workdir given: expected --workdir=DIR, a new or resumed run")
+    train.train(config.resolve(given), flags["workdir"], command=["opd-jax", "train", *argv])
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("opd-jax export", description="Write a checkpoint for others.")
+    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument("--step", type=int, default=None, help="default: the newest good one")
+    parser.add_argument("--out", required=True, help="a new folder")
+    parser.add_argument("--dtype", default=None, help="of the weights; default: as trained")
+    flags = parser.parse_args(argv)
+    from opd_jax import export
+
+    step = export.export(flags.workdir, flags.out, step=flags.step, dtype=flags.dtype)
+    print(f"step {step} of {flags.workdir} is now the Hugging Face folder {flags.out}")
+    return 0
+
+
+def _generate(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("opd-jax generate", description="Answer a file of prompts.")
+    parser.add_argument("--model", required=True, help="Hugging Face folder, or embedded:teacher")
+    parser.add_argument("--prompts", required=True, help="JSONL with messages or prompt")
+    parser.add_argument("--out", required=True, help="JSONL to write; must not exist")
+    parser.add_argument("--max-new", type=int, default=256, help="most tokens of an answer")
+    parser.add_argument("--samples", type=int, default=1, help="answers per prompt")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--limit", type=int, default=0, help="only the first prompts; 0: all")
+    parser.add_argument("--batch", type=int, default=16, help="prompts at a time")
+    parser.add_argument("--seed", type=int, default=0)
+    flags = parser.parse_args(argv)
+    from opd_jax import generate
+
+    result = generate.generate(**vars(flags))
+    print(result)
+    return 0
+
+
+def _figure(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("opd-jax figure", description="Draw a run.")
+    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument("--out", required=True, help="a .png, .svg or .pdf file")
+    flags = parser.parse_args(argv)
+    from opd_jax.analysis import figures
+
+    figures.training(flags.workdir, flags.out)
+    print(f"wrote {flags.out}")
+    return 0

@@ -1,0 +1,62 @@
+"""A checkpoint of a run as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from opd_jax import checkpoint, hf, hf_config, model, params, records
+from opd_jax import tokenizer as tokenizers
+from opd_jax.config import path_of
+
+
+def export(workdir: str, out: str, *, step: int | None = None, dtype: str | None = None) -> int:
+    """Write the student of ``workdir`` at ``step`` (the newest good one by default) to ``out``.
+
+    The folder holds weights, config, generation config with the stop ids of the run, and tokenizer;
+    ``transformers`` and :func:`hf.load` read it to the same logits. The parameters are gathered on
+    one device: for a model larger than an accelerator's memory set ``JAX_PLATFORMS=cpu``.
+
+    Args:
+      workdir: folder of the run.
+      out: a new or empty folder.
+      step: of the checkpoint.
+      dtype: of the written weights; None: as trained.
+
+    Returns:
+      The step that was written.
+
+    Raises:
+      WorkdirError, CheckpointError: there is no run, or no good checkpoint.
+      FileExistsError: ``out`` holds something.
+      ValueError: an unknown dtype.
+    """
+    folder = Path(workdir)
+    record = records.read_run(folder)
+    if record is None:
+        raise records.WorkdirError(
+            f"{folder} has no run.json: expected the --workdir of a run; give that folder"
+        )
+    try:
+        written = None if dtype is None else jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(
+            f"dtype {dtype!r}: expected float32, bfloat16 or float16; set --dtype"
+        ) from error
+    source = path_of(record["config"]["student.path"])
+    cfg = hf_config.read_config(source)
+    kept = record["config"]["student.param_dtype"]
+    kept = jnp.dtype("float32" if kept == "auto" else kept)
+    template = {"params": params.abstract(model.specs(cfg), kept)}
+    with checkpoint.open(folder) as saves:
+        tree, _, found = saves.restore(template, step, partial=True)
+    hf.save(
+        out,
+        cfg,
+        tree["params"],
+        tokenizer=tokenizers.load(source),
+        dtype=written,
+        eos_ids=record["stop_ids"],
+    )
+    return found

@@ -1,0 +1,111 @@
+"""Answers of one model to a file of prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax import data, evaluate, grading, hf, hf_config, records
+from opd_jax import mesh as meshlib
+from opd_jax import tokenizer as tokenizers
+from opd_jax.config import path_of
+from opd_jax.sampling import Sampler
+
+
+def generate(
+    model: str,
+    prompts: str,
+    out: str,
+    *,
+    max_new: int = 256,
+    samples: int = 1,
+    temperature: float = 0.0,
+    limit: int = 0,
+    batch: int = 16,
+    seed: int = 0,
+) -> str:
+    """Sample answers and write one JSON object per answer: prompt, answer, tokens, truncated, ...
+
+    Args:
+      model: Hugging Face folder, or ``embedded:teacher`` / ``embedded:student``.
+      prompts: JSONL with ``messages`` or ``prompt``, and ``answer`` to be graded against.
+      out: JSONL file that does not exist yet; it appears whole or not at all.
+      max_new: most tokens of an answer.
+      samples: answers per prompt.
+      temperature: 0 is greedy.
+      limit: only the first prompts; 0: all.
+      batch: prompts at a time.
+      seed: of the draws.
+
+    Returns:
+      One line that says how many answers were written, and the accuracy where answers are given.
+
+    Raises:
+      FileExistsError: ``out`` exists.
+      ValueError, FileNotFoundError: the model or the prompts cannot be used.
+    """
+    target = Path(out)
+    if target.exists():
+        raise FileExistsError(f"{out} exists: expected a new file; give another --out or remove it")
+    folder, prompts = path_of(model), path_of(prompts)
+    tokenizer = tokenizers.load(folder)
+    stop_ids = tokenizers.stop_ids(tokenizer, hf_config.generation_eos(folder))
+    cfg = hf_config.read_config(folder)
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    spec = data.PromptSpec(prompts, max_prompt=max(cfg.max_positions - max_new, 1))
+    rows, counts = data.examples(spec, tokenizer)
+    rows = rows[:limit] if limit else rows
+    mesh = meshlib.make()
+    shards = mesh.shape["data"]
+    cfg, params = hf.load(folder, dtype=dtype, mesh=mesh)
+    sampler = Sampler(
+        vocab_size=min(len(tokenizer), cfg.vocab_size),
+        temperature=temperature,
+        stop_ids=stop_ids,
+        pad_id=tokenizers.pad_id(tokenizer),
+    )
+    plan = evaluate.EvalPlan(
+        policy=sampler,
+        max_new=max_new,
+        width=max(len(row.ids) for row in rows),
+        size=-(-min(batch, len(rows)) // shards) * shards,
+        num_graded=0,
+        num_kl=0,
+    )
+    lines, correct, graded = [], 0, 0
+    with jax.set_mesh(mesh):
+        drawn = evaluate.sample(
+            params,
+            rows,
+            jax.random.key(seed),
+            mesh,
+            cfg=cfg,
+            plan=plan,
+            sampler=sampler,
+            samples=samples,
+        )
+        for rollouts, real in drawn:
+            answers = evaluate.texts(rollouts, real, tokenizer)
+            host = meshlib.to_host(rollouts)
+            for index, text in enumerate(answers):
+                row = rows[len(lines) // samples]
+                line = {
+                    "index": row.index,
+                    "prompt": row.text,
+                    "answer": text,
+                    "tokens": int(host.mask_BT[index].sum()),
+                    "truncated": bool(host.truncated_B[index]),
+                }
+                if row.answer is not None:
+                    line |= {"gold": row.answer, "correct": grading.is_correct(text, row.answer)}
+                    graded += 1
+                    correct += line["correct"]
+                lines.append(json.dumps(line, ensure_ascii=False))
+    if jax.process_index() == 0:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        records.write_atomic(target, "\n".join(lines) + "\n")
+    score = f", accuracy {correct / graded:.1%} of {graded}" if graded else ""
+    return f"wrote {len(lines)} answers to {out}{score} ({counts})"

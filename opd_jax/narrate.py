@@ -1,0 +1,109 @@
+"""A run in words: what is optimised, what came out, which types carry the KL."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from opd_jax import mesh, model, params, rock
+from opd_jax import tokenizer as tokenizers
+from opd_jax.assemble import Assembly
+from opd_jax.config import RunConfig
+from opd_jax.pytrees import RockState
+
+
+def introduction(parts: Assembly) -> list[str]:
+    """What is about to be optimised, on what, in a few lines."""
+    run, cfg = parts.run, parts.cfg
+    assert cfg.teacher is not None
+    lines = []
+    for name, spec, part in (
+        ("student", run.student, cfg.student),
+        ("teacher", run.teacher, cfg.teacher),
+    ):
+        size = params.count(model.specs(part))
+        lines.append(
+            f"{name}: {spec.path}, {part.model_type}, {size / 1e6:.3g} M parameters, "
+            f"{part.num_layers} layers, compute {part.dtype}"
+        )
+    lines.append(f"objective: {objective_text(run)}")
+    stops = ", ".join(f"{i} {tokenizers.token_text(parts.tokenizer, i)!r}" for i in parts.stop_ids)
+    shape = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
+    lines.append(f"stop ids: {stops}; mesh: {shape} ({jax.devices()[0].device_kind})")
+    return lines
+
+
+def conclusion(result: dict[str, Any]) -> list[str]:
+    """The content of ``summary.json`` for a reader."""
+    lines = []
+    if result["rocks"]:
+        lines.append("types that carry most of the KL (recent steps, decayed):")
+        lines.append(f"  {'id':>7}  {'token':<16} {'of KL':>7} {'of tokens':>10} {'mean KL':>8}")
+        lines += [
+            f"  {row['token_id']:>7}  {row['token']!r:<16} {row['share']:>7.1%} "
+            f"{row['token_share']:>10.1%} {row['kl_mean']:>8.3f}"
+            for row in result["rocks"]
+        ]
+    lines += [f"{when:>6}: {evaluation_text(result[when])}" for when in ("before", "after")]
+    minutes, seconds = divmod(round(result["seconds"]), 60)
+    lines.append(
+        f"{result['steps']} steps in {minutes}m{seconds:02d}s, "
+        f"{result['compiles']} programs compiled"
+    )
+    return lines
+
+
+def objective_text(run: RunConfig) -> str:
+    """The trained divergence and gate as a formula, in one line."""
+    tau = "" if run.kl.temperature == 1.0 else f" at temperature {run.kl.temperature:g}"
+    formula = {
+        "reverse": "KL(student || teacher)",
+        "forward": "KL(teacher || student)",
+        "jsd": f"JSD(student, teacher; student weight {run.kl.beta:g})",
+        "skew_reverse": f"KL(student || {run.kl.skew:g} student + {1 - run.kl.skew:g} teacher)",
+        "skew_forward": f"KL(teacher || {run.kl.skew:g} teacher + {1 - run.kl.skew:g} student)",
+    }[run.kl.direction]
+    over = "scored tokens" if run.train.normaliser == "tokens" else "weights"
+    gate = "no gate (rock state measured)"
+    if run.rock.mode != "off":
+        gate = f"rock gate {run.rock.mode}, weight {run.rock.inside:g} inside"
+    return f"sum of weight x {formula}{tau} / number of {over}; {gate}"
+
+
+def evaluation_text(result: dict[str, float | None]) -> str:
+    """An evaluation in one line; what was not measured is left out."""
+    formats = {
+        "accuracy": "accuracy {:.1%}",
+        "kl_nats": "KL {:.4f} nats",
+        "kl_gated": "gated {:.4f}",
+        "kl_ungated": "ungated {:.4f}",
+        "mean_length": "length {:.1f}",
+        "truncated_share": "truncated {:.1%}",
+    }
+    shown = [
+        text.format(result[name]) for name, text in formats.items() if result[name] is not None
+    ]
+    return ", ".join(shown) or "not measured"
+
+
+def rock_table(state: RockState, tokenizer: Any, limit: int) -> list[dict[str, Any]]:
+    """The types with the highest Rock Score, decoded, with their share of KL and of tokens."""
+    host = mesh.to_host(state)
+    score = np.asarray(rock.scores(host, "kl_sum"))
+    order = np.argsort(-score, kind="stable")[:limit]
+    all_kl, all_tokens = float(score.sum()), float(host.count_V.sum())
+    return [
+        {
+            "token_id": int(i),
+            "token": tokenizers.token_text(tokenizer, int(i)),
+            "share": float(score[i]) / all_kl,
+            "kl_mean": float(score[i]) / float(host.count_V[i]),
+            "token_share": float(host.count_V[i]) / all_tokens,
+            "member": bool(host.member_V[i]),
+        }
+        for i in order
+        if score[i] > 0 and math.isfinite(all_kl)
+    ]

@@ -1,0 +1,382 @@
+"""The host loop: sample, run the teacher, step, log, evaluate, save; resume where a run stopped.
+
+Everything random is a function of (seed, step): rollouts and probes are drawn with keys folded by
+the step, the data order by grain. A restored state and iterator therefore continue bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax import (
+    assemble,
+    checkpoint,
+    config,
+    data,
+    evaluate,
+    metrics,
+    narrate,
+    records,
+    rollout,
+)
+from opd_jax import mesh as meshlib
+from opd_jax import steps as step_programs
+from opd_jax import tokenizer as tokenizers
+from opd_jax.assemble import Assembly
+from opd_jax.config import RunConfig
+from opd_jax.pytrees import Params, Rollout, TrainState
+
+_BEST = {"accuracy": "max", "kl_nats": "min"}
+# Share of answers cut by length from which training is on answers without an end (PEERS 4, row 3).
+_MANY_TRUNCATED = 0.5
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradients are NaN or infinite; nothing of this step has been saved."""
+
+
+def say(line: str) -> None:
+    """Print on the first process only."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def train(run: RunConfig, workdir: str, *, command: Sequence[str] = ()) -> dict[str, Any]:
+    """Run (or resume) a distillation and return what ``summary.json`` holds.
+
+    Raises:
+      ConfigError, ValueError, FileNotFoundError: something does not fit; nothing has been written.
+      WorkdirError: the workdir belongs to another run.
+      CheckpointError: saving or restoring failed.
+      NonFiniteError: loss or gradients are not finite.
+    """
+    parts = assemble.assemble(run, say=say)
+    folder = Path(workdir)
+    record = records.describe(config.describe(run), seed=run.seed, command=command)
+    record |= {"data": data.digest(parts.rows), "stop_ids": list(parts.stop_ids)}
+    records.enter_workdir(folder, record)
+    best = (run.checkpoint.best, _BEST[run.checkpoint.best]) if run.checkpoint.best else None
+    with (
+        checkpoint.open(folder, keep=run.checkpoint.keep, best=best, say=say) as saves,
+        jax.set_mesh(parts.mesh),
+        _Stop() as stop,
+    ):
+        saves.claim()
+        return _Loop(parts, folder, saves, stop).run()
+
+
+class _Stop:
+    """Turns SIGTERM and SIGINT into a wish to stop after this step; a second one is obeyed."""
+
+    def __init__(self):
+        self.signal: str | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> _Stop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.signal = signal.Signals(number).name
+        signal.signal(number, self._old[number])
+
+    def everywhere(self) -> bool:
+        """Whether any process was told to stop; the same answer on all of them."""
+        if jax.process_count() == 1:
+            return self.signal is not None
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.process_allgather(np.int32(self.signal is not None)).max())
+
+
+class _Loop:
+    """One process's side of a run; the numerics are in ``steps`` and ``rollout``."""
+
+    def __init__(self, parts: Assembly, folder: Path, saves: checkpoint.Checkpoints, stop: _Stop):
+        self.parts, self.run_cfg, self.folder = parts, parts.run, folder
+        self.saves, self.stop = saves, stop
+        self.timer = metrics.Timer()
+        self.base_key = jax.random.key(self.run_cfg.seed)
+        self.before: dict[str, float | None] = dict(evaluate.EMPTY)
+        self.latest: dict[str, float | None] = dict(evaluate.EMPTY)
+        self.seconds_before = 0.0  # of earlier processes of this run
+        self.started = time.monotonic()
+        self.has_warned = False
+
+    def run(self) -> dict[str, Any]:
+        run = self.run_cfg
+        self.batches = data.pipeline(
+            self.parts.rows,
+            batch=run.train.prompts,
+            seed=run.seed,
+            shuffle=run.data.shuffle,
+            epochs=run.data.epochs or None,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        state, first = self._start()
+        self.teacher = assemble.teacher_params(self.parts)
+        for line in narrate.introduction(self.parts):
+            say(line)
+        say(f"steps {first} to {run.train.steps}, in {self.folder}")
+        restored = first if self.saves.steps() else None
+        with self._writers(restored) as writers:
+            self.writers = writers
+            if first == 0 and run.eval.every:
+                self.before = self.latest = self._evaluate(state, 0)
+            progress = metrics.Progress(run.train.steps, start=first)
+            step = first
+            while step < run.train.steps and not self.stop.everywhere():
+                batch = next(self.batches, None)
+                if batch is None:
+                    say(f"stopping at step {step}: {run.data.epochs} epochs of prompts are used up")
+                    break
+                state, values, seconds = self._step(state, batch, step)
+                step += 1
+                progress.update(step, values, seconds)
+                if run.eval.every and step % run.eval.every == 0 and step < run.train.steps:
+                    self.latest = self._evaluate(state, step)
+                if run.checkpoint.every and step % run.checkpoint.every == 0:
+                    self._save(state, step)
+            if self.stop.everywhere():
+                self._save(state, step)
+                self.saves.wait()
+                say(
+                    f"stopped by {self.stop.signal} at step {step}, saved; the same command resumes"
+                )
+                return self._summary(state, step, is_finished=False)
+            if run.eval.every and (step > first or first == 0):
+                self.latest = self._evaluate(state, step)
+            self._save(state, step)
+            self.saves.wait()
+            return self._summary(state, step, is_finished=True)
+
+    def _start(self) -> tuple[TrainState, int]:
+        """A fresh state, or the newest good checkpoint with the iterator set to it."""
+        if not self.saves.steps():
+            return assemble.state(self.parts), 0
+        state, rest, step = self.saves.restore(assemble.state_template(self.parts))
+        self.batches.set_state(rest["data"])
+        self.before, self.latest = rest["before"], rest["latest"]
+        self.seconds_before = rest["seconds"]
+        say(f"resuming {self.folder} at step {step}")
+        return state, step
+
+    @contextlib.contextmanager
+    def _writers(self, restored: int | None) -> Iterator[list[metrics.Writer]]:
+        log = self.run_cfg.log
+        with contextlib.ExitStack() as stack:
+
+            def opened(writer):
+                stack.callback(writer.close)
+                return writer
+
+            self.samples = opened(
+                metrics.JsonlWriter(self.folder / "samples.jsonl", restored=restored)
+            )
+            writers = [
+                opened(metrics.JsonlWriter(self.folder / "metrics.jsonl", restored=restored))
+            ]
+            if log.tensorboard:
+                events = self.folder / "tensorboard"
+                writers.append(opened(metrics.TensorBoardWriter(events, restored=restored)))
+            if log.wandb:
+                writers.append(
+                    opened(
+                        metrics.WandbWriter(
+                            log.wandb,
+                            name=self.folder.name,
+                            folder=self.folder,
+                            config=config.describe(self.run_cfg),
+                        )
+                    )
+                )
+            yield writers
+
+    def _step(
+        self, state: TrainState, batch: data.Batch, step: int
+    ) -> tuple[TrainState, dict[str, float], dict[str, float]]:
+        run, parts = self.run_cfg, self.parts
+        begun = time.perf_counter()
+        with self.timer.phase("rollout") as done:
+            answers = done(self._sample(state.params, batch, step))
+        answers = self._crop(answers)
+        every = run.log.samples_every
+        if every and step % every == 0:
+            with self.timer.phase("samples"):
+                self._write_samples(state, answers, step)
+        with self.timer.phase("teacher") as done:
+            states_BTE = done(step_programs.teacher_states(self.teacher, answers, cfg=parts.cfg))
+        with self.timer.phase("update") as done:
+            state, means = step_programs.distill_step(
+                state, self.teacher, answers, cfg=parts.cfg, tx=parts.tx, states_BTE=states_BTE
+            )
+            done(means)
+        num_tokens = float(means["length_tokens"].total)
+        values = metrics.reduce(means)
+        self._check_finite(values, step)
+        seconds = self.timer.take()
+        values["mean_length"] = values.pop("length_tokens")
+        values["tokens_per_s"] = num_tokens / (time.perf_counter() - begun)
+        del values["nonfinite"]
+        self._warn_of_truncation(values["truncated_share"])
+        line = values | {f"{name}_s": value for name, value in seconds.items()}
+        for writer in self.writers:
+            writer.write(step + 1, line)
+        return state, values, seconds
+
+    def _sample(self, tree: Params, batch: data.Batch, step: int) -> Rollout:
+        run, parts = self.run_cfg, self.parts
+        width = data.bucket(batch.longest, run.data.buckets or (run.data.max_prompt,))
+        prompt = data.pad([row.ids for row in batch.examples], width, parts.policy.pad_id)
+        return rollout.sample(
+            tree,
+            meshlib.to_global(prompt, parts.mesh),
+            jax.random.fold_in(self.base_key, step),
+            cfg=parts.cfg.student,
+            sampler=parts.policy,
+            max_new=run.rollout.max_new,
+            samples=run.rollout.samples,
+            bias_V=parts.bias_V,
+            policy_step=step,
+        )
+
+    def _crop(self, answers: Rollout) -> Rollout:
+        """Cut what nobody sampled, to the smallest answer width that is compiled anyway."""
+        width = answers.ids_BT.shape[1] - self.run_cfg.rollout.max_new
+        longest = int(jnp.max(jnp.sum(answers.mask_BT, axis=1)))
+        total = width + data.bucket(longest, self.parts.answer_widths)
+        if total >= answers.ids_BT.shape[1]:
+            return answers
+        return answers.replace(
+            ids_BT=answers.ids_BT[:, :total],
+            mask_BT=answers.mask_BT[:, :total],
+            logp_BT=answers.logp_BT[:, :total],
+        )
+
+    def _check_finite(self, values: dict[str, float], step: int) -> None:
+        index = int(values["nonfinite"])
+        if index == -1:
+            return
+        what = "the loss"
+        if index >= 0:
+            template = assemble.state_template(self.parts).params
+            what = f"the gradient of {step_programs.leaf_names(template)[index]}"
+        steps = self.saves.steps()
+        kept = f"step {steps[-1]} is the newest checkpoint" if steps else "there is no checkpoint"
+        raise NonFiniteError(
+            f"step {step}: {what} is not finite (loss {values['loss']:.4g}, gradient norm "
+            f"{values['grad_norm']:.4g}); stopped before saving, {kept}; lower --config.optim.lr, "
+            "or compute in float32 (--config.student.dtype=float32)"
+        )
+
+    def _warn_of_truncation(self, share: float) -> None:
+        if share > _MANY_TRUNCATED and not self.has_warned:
+            self.has_warned = True
+            say(
+                f"warning: {share:.0%} of the answers are cut at rollout.max_new "
+                f"({self.run_cfg.rollout.max_new} tokens), so the student seldom learns to end; "
+                "raise --config.rollout.max_new if answers should be shorter than that"
+            )
+
+    def _evaluate(self, state: TrainState, step: int) -> dict[str, float | None]:
+        with self.timer.phase("eval"):
+            result = evaluate.evaluate(
+                state.params,
+                self.teacher,
+                state.rock,
+                self.parts.heldout,
+                self.parts.tokenizer,
+                jax.random.fold_in(self.base_key, 2**32 - 1),
+                self.parts.mesh,
+                cfg=self.parts.cfg,
+                plan=self.parts.plan,
+            )
+        for writer in self.writers:
+            writer.write(step, {f"eval/{name}": value for name, value in result.items()})
+        say(f"held out, step {step}: {narrate.evaluation_text(result)}")
+        return result
+
+    def _save(self, state: TrainState, step: int) -> None:
+        rest = {
+            "data": self.batches.get_state(),
+            "before": self.before,
+            "latest": self.latest,
+            "seconds": self._seconds(),
+        }
+        with self.timer.phase("save"):
+            numbers = {name: value for name, value in self.latest.items() if value is not None}
+            self.saves.save(step, state, rest, numbers)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def _write_samples(self, state: TrainState, answers: Rollout, step: int) -> None:
+        """Decode the first answers of this batch with the KL of every token; print one."""
+        _, tokens = step_programs.eval_step(
+            state.params, self.teacher, answers, state.rock, cfg=self.parts.cfg
+        )
+        host, kl_BT = meshlib.to_host((answers, tokens.reverse_BT))
+        show = self.parts.tokenizer.decode
+        chosen = []
+        for row in range(min(self.run_cfg.log.samples, len(host.ids_BT))):
+            ids, mask = host.ids_BT[row], host.mask_BT[row]
+            first = int(np.argmax(mask))
+            kl = kl_BT[row][mask[1:]]
+            chosen.append(
+                {
+                    "prompt": show(ids[host.start_B[row] : first]),
+                    "answer": show(ids[mask]),
+                    "ids": ids[mask].tolist(),
+                    "kl_nats": [round(float(x), 5) for x in kl],
+                    "truncated": bool(host.truncated_B[row]),
+                }
+            )
+        self.samples.write(step, {"samples": chosen})
+        if chosen:
+            sample = chosen[0]
+            worst = int(np.argmax(sample["kl_nats"]))
+            token = tokenizers.token_text(self.parts.tokenizer, sample["ids"][worst])
+            say(
+                f"sample, step {step}: {sample['prompt'][-160:]!r}\n  -> {sample['answer']!r}\n"
+                f"  mean KL {np.mean(sample['kl_nats']):.3f} nats, most at {token!r} "
+                f"({sample['kl_nats'][worst]:.2f})"
+            )
+
+    def _summary(self, state: TrainState, step: int, *, is_finished: bool) -> dict[str, Any]:
+        """Write ``summary.json``: before, after, and the types that carry most of the KL."""
+        result = {
+            "before": self.before,
+            "after": self.latest,
+            "steps": step,
+            "seconds": self._seconds(),
+            "compiles": sum(assemble.programs().values()),
+            "compiles_by_program": assemble.programs(),
+            "is_finished": is_finished,
+            "rocks": narrate.rock_table(state.rock, self.parts.tokenizer, self.run_cfg.log.rocks),
+        }
+        if jax.process_index() == 0:
+            text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
+            records.write_atomic(self.folder / "summary.json", text + "\n")
+        if is_finished:
+            for line in narrate.conclusion(result):
+                say(line)
+            say(f"more in {self.folder / 'summary.json'}")
+        return result
