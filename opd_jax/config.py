@@ -7,7 +7,6 @@ fields are the dataclasses below, so a default, its type and its meaning are wri
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import importlib.resources

@@ -120,7 +120,7 @@ def weighted_loss(
     """
     hs_BTD, _ = model.hidden(params, *inputs(rollout), cfg=cfg.student)
     head_VE = None
-    if cfg.teacher is not None and states_BTE is not None:
+    if cfg.teacher is not None and teacher is not None and states_BTE is not None:
         head_VE = jax.lax.stop_gradient(model.head(teacher, cfg.teacher))
     return kl.weighted_kl(
         hs_BTD,

@@ -7,6 +7,7 @@ number of new tokens that there is room for.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,8 @@ def _sample(params, prompt, key, bias_V, policy_step, rows_B, *, cfg, sampler, m
 
 def compiles() -> int:
     """How often the rollout has been compiled in this process."""
-    return _sample._cache_size()
+    program: Any = _sample
+    return program._cache_size()
 
 
 def prefill(

@@ -184,16 +184,15 @@ class _Loop:
         log = self.run_cfg.log
         with contextlib.ExitStack() as stack:
 
-            def opened(writer):
+            def opened(writer: metrics.Writer) -> metrics.Writer:
                 stack.callback(writer.close)
                 return writer
 
-            self.samples = opened(
-                metrics.JsonlWriter(self.folder / "samples.jsonl", restored=restored)
-            )
-            writers = [
-                opened(metrics.JsonlWriter(self.folder / "metrics.jsonl", restored=restored))
-            ]
+            def lines(name: str) -> metrics.Writer:
+                return opened(metrics.JsonlWriter(self.folder / name, restored=restored))
+
+            self.samples = lines("samples.jsonl")
+            writers = [lines("metrics.jsonl")]
             if log.tensorboard:
                 events = self.folder / "tensorboard"
                 writers.append(opened(metrics.TensorBoardWriter(events, restored=restored)))
@@ -254,7 +253,7 @@ class _Loop:
             sampler=parts.policy,
             max_new=run.rollout.max_new,
             samples=run.rollout.samples,
-            bias_V=parts.bias_V,
+            bias_V=None if parts.bias_V is None else jnp.asarray(parts.bias_V),
             policy_step=step,
         )
 
