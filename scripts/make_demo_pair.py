@@ -4,9 +4,9 @@
 
 Writes FOLDER/teacher, FOLDER/student (Hugging Face folders with the same tokenizer) and
 FOLDER/prompts/{train,heldout}.jsonl, and prints the greedy accuracy of both models on held-out
-problems. The teacher learns from its own style only; the student sees far fewer problems, most of
-them solved in another style (see demo_problems.py), and stops while it still gets most of them
-wrong. Seeded throughout.
+problems. The teacher learns from its own style only; the student sees fewer problems, most of them
+solved in another style (see demo_problems.py), and stops while it still gets most of them wrong.
+Seeded throughout; about half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -56,11 +56,12 @@ class Recipe:
 
     Attributes:
       model: the architecture.
-      problems: how many different problems it sees, each once.
+      problems: how many problems its schedule is made for, each seen once.
       batch: problems a step.
       lr: peak learning rate.
       final_lr: where its cosine ends.
       teacher_share: share of the problems that are solved in the teacher's style.
+      stop: optimizer steps after which training breaks off; None: at the end of the schedule.
     """
 
     model: ModelConfig
@@ -69,6 +70,7 @@ class Recipe:
     lr: float
     final_lr: float
     teacher_share: float
+    stop: int | None = None
 
 
 def architecture(width: int, ffn: int, num_layers: int, num_heads: int) -> ModelConfig:
@@ -89,7 +91,9 @@ def architecture(width: int, ffn: int, num_layers: int, num_heads: int) -> Model
 
 
 TEACHER = Recipe(architecture(128, 384, 4, 4), 80_000, 16, 3e-3, 3e-5, 1.0)
-STUDENT = Recipe(architecture(128, 384, 4, 4), 40_000, 16, 2e-3, 2e-3, 0.2)
+# Greedy accuracy rises steeply around the stop: 0.31 after 2000 and after 2100 steps, 0.57 after 2200.
+# Any change of the recipe (the warm-up is a share of the schedule) moves it, so measure again.
+STUDENT = Recipe(architecture(128, 384, 4, 4), 40_000, 16, 2e-3, 2e-3, 0.2, stop=2100)
 
 
 def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -210,11 +214,12 @@ def train(
     key = jax.random.key(seed)
     state = steps.init(params.init(model.specs(recipe.model), key), key, cfg=cfg, tx=tx)
     start = time.monotonic()
-    for i, batch in enumerate(batches(rows, recipe.batch, tokenizers.pad_id(tokenizer)), 1):
+    supply = batches(rows, recipe.batch, tokenizers.pad_id(tokenizer))
+    for i, batch in enumerate(itertools.islice(supply, recipe.stop), 1):
         state, measured = steps.off_policy_step(state, None, batch, cfg=cfg, tx=tx)
         if i % 100 == 0:
-            seconds = time.monotonic() - start
-            print(f"  step {i}/{spec.steps}  loss {measured['loss'].value():.3f}  {seconds:.0f} s")
+            done, loss = f"{i}/{recipe.stop or spec.steps}", measured["loss"].value()
+            print(f"  step {done}  loss {loss:.3f}  {time.monotonic() - start:.0f} s", flush=True)
     return state.params
 
 
