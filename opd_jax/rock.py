@@ -76,7 +76,9 @@ class RockConfig:
         check(self.score in SCORES, "score", f"one of {SCORES}")
         check(self.top_k >= 1, "top_k", "at least 1")
         check(self.skip_top >= 0, "skip_top", "at least 0")
-        check(0 < self.fast_decay <= self.decay <= 1, "fast_decay", "0 < fast_decay <= decay <= 1")
+        check(0 < self.decay <= 1, "decay", "above 0, up to 1")
+        is_faster = 0 < self.fast_decay <= self.decay
+        check(is_faster, "fast_decay", f"above 0, up to rock.decay ({self.decay})")
         check(0 <= self.inside <= 1, "inside", "a weight from 0 to 1")
         check(self.every >= 1, "every", "at least 1")
         check(self.exit_factor >= 1, "exit_factor", "at least 1")
@@ -162,7 +164,7 @@ def scores(rock: RockState, name: str) -> Float[Array, " V"]:
         return _ratio(rock.kl_sum_V, rock.count_V)
     if name == "count":
         return rock.count_V
-    raise ValueError(f"score {name!r}: expected one of {SCORES}")
+    raise ValueError(f"score {name!r}: expected one of {SCORES}; set --config.rock.score")
 
 
 def persistence(rock: RockState) -> Float[Array, " V"]:
