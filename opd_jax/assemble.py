@@ -45,7 +45,7 @@ class Assembly:
     rows: tuple[Example, ...]
     heldout: tuple[Example, ...]
     plan: evaluate.EvalPlan
-    bias_V: np.ndarray | None
+    bias_V: jax.Array | None  # [V] f32
 
     @property
     def answer_widths(self) -> tuple[int, ...]:
@@ -108,6 +108,7 @@ def assemble(run: RunConfig, *, say: Callable[[str], None] = print) -> Assembly:
                 f"{run.rollout.max_new}: the {name} has {part.max_positions} positions; lower "
                 "--config.data.max_prompt or --config.rollout.max_new"
             )
+    bias_V = _bias(run, vocab_size, student.vocab_size)
     return Assembly(
         run=run,
         mesh=mesh,
@@ -118,8 +119,8 @@ def assemble(run: RunConfig, *, say: Callable[[str], None] = print) -> Assembly:
         policy=policy,
         rows=tuple(rows),
         heldout=tuple(heldout),
-        plan=_eval_plan(run, policy, heldout, shards),
-        bias_V=_bias(run, vocab_size, student.vocab_size),
+        plan=_eval_plan(run, policy, heldout, shards, bias_V),
+        bias_V=bias_V,
     )
 
 
@@ -208,7 +209,11 @@ def _read_prompts(
 
 
 def _eval_plan(
-    run: RunConfig, policy: Sampler, heldout: Sequence[Example], shards: int
+    run: RunConfig,
+    policy: Sampler,
+    heldout: Sequence[Example],
+    shards: int,
+    bias_V: jax.Array | None,
 ) -> evaluate.EvalPlan:
     size = run.eval.batch or run.train.prompts * run.rollout.samples
     if size % (shards * run.train.microbatches):
@@ -227,10 +232,11 @@ def _eval_plan(
         num_kl=run.eval.kl_prompts,
         temperature=run.eval.temperature,
         samples=run.eval.samples,
+        bias_V=bias_V,
     )
 
 
-def _bias(run: RunConfig, vocab_size: int, num_rows: int) -> np.ndarray | None:
+def _bias(run: RunConfig, vocab_size: int, num_rows: int) -> jax.Array | None:
     if not run.rollout.bias:
         return None
     bias_V = np.zeros(num_rows, np.float32)
@@ -241,4 +247,4 @@ def _bias(run: RunConfig, vocab_size: int, num_rows: int) -> np.ndarray | None:
                 "set --config.rollout.bias"
             )
         bias_V[token_id] = value
-    return bias_V
+    return jnp.asarray(bias_V)

@@ -114,6 +114,7 @@ class CheckpointSpec:
 class LogSpec:
     """What a run writes."""
 
+    every: int = 1  # steps per progress line; metrics.jsonl has every step
     samples_every: int = 50  # steps between decoded samples with per-token KL; 0: never
     samples: int = 2  # answers each time
     rocks: int = 10  # top types printed at the end
@@ -392,6 +393,7 @@ def _check(run: RunConfig) -> None:
     for key in ("eval.every", "checkpoint.every", "log.samples_every", "log.rocks"):
         group, _, name = key.partition(".")
         rule(getattr(getattr(run, group), name) >= 0, key, "at least 0 (0: never)")
+    rule(run.log.every >= 1, "log.every", "at least 1")
     rule(run.checkpoint.keep >= 1, "checkpoint.keep", "at least 1")
     rule(run.checkpoint.best in ("", "accuracy", "kl_nats"), "checkpoint.best", "accuracy, kl_nats")
     if run.eval.every:

@@ -56,6 +56,7 @@ class EvalPlan:
       num_kl: prompts for KL; 0: none.
       temperature: of graded answers; 0 is greedy.
       samples: graded answers per prompt.
+      bias_V: logit bias of the policy, also in evaluation.
     """
 
     policy: Sampler
@@ -66,6 +67,7 @@ class EvalPlan:
     num_kl: int
     temperature: float = 0.0
     samples: int = 1
+    bias_V: jax.Array | None = None
 
     @property
     def grader(self) -> Sampler:
@@ -116,6 +118,7 @@ def sample(
             sampler=sampler,
             max_new=plan.max_new,
             samples=samples,
+            bias_V=plan.bias_V,
             rows_B=rows_B,
         )
         yield answers, real * samples

@@ -6,7 +6,6 @@ models and a prompt must render to the same ids. Both are checked here, before t
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -101,17 +100,6 @@ def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
         f"the tokenizer in {tokenizer.name_or_path or '(memory)'} names neither a pad nor an EOS "
         "token: expected one of them; set pad_token or eos_token in its tokenizer_config.json"
     )
-
-
-def generation_eos(path: str | os.PathLike[str]) -> tuple[int, ...]:
-    """EOS ids that a model folder declares: generation_config.json, else config.json, else none."""
-    for name in ("generation_config.json", "config.json"):
-        file = Path(path) / name
-        if file.is_file():
-            eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-            if eos is not None:
-                return _as_ids(eos)
-    return ()
 
 
 def stop_ids(

@@ -27,6 +27,7 @@ from opd_jax import (
     evaluate,
     metrics,
     narrate,
+    optim,
     records,
     rollout,
 )
@@ -113,6 +114,7 @@ class _Loop:
         self.parts, self.run_cfg, self.folder = parts, parts.run, folder
         self.saves, self.stop = saves, stop
         self.timer = metrics.Timer()
+        self.schedule = optim.schedule(parts.run.optim)
         self.base_key = jax.random.key(self.run_cfg.seed)
         self.before: dict[str, float | None] = dict(evaluate.EMPTY)
         self.latest: dict[str, float | None] = dict(evaluate.EMPTY)
@@ -139,9 +141,9 @@ class _Loop:
         restored = first if self.saves.steps() else None
         with self._writers(restored) as writers:
             self.writers = writers
-            if first == 0 and run.eval.every:
+            if restored is None and run.eval.every:
                 self.before = self.latest = self._evaluate(state, 0)
-            progress = metrics.Progress(run.train.steps, start=first)
+            progress = metrics.Progress(run.train.steps, start=first, every=run.log.every)
             step = first
             while step < run.train.steps and not self.stop.everywhere():
                 batch = next(self.batches, None)
@@ -162,7 +164,7 @@ class _Loop:
                     f"stopped by {self.stop.signal} at step {step}, saved; the same command resumes"
                 )
                 return self._summary(state, step, is_finished=False)
-            if run.eval.every and (step > first or first == 0):
+            if run.eval.every and (step > first or restored is None):
                 self.latest = self._evaluate(state, step)
             self._save(state, step)
             self.saves.wait()
@@ -188,11 +190,13 @@ class _Loop:
                 stack.callback(writer.close)
                 return writer
 
-            def lines(name: str) -> metrics.Writer:
+            def lines(name: str, restored: int | None) -> metrics.Writer:
                 return opened(metrics.JsonlWriter(self.folder / name, restored=restored))
 
-            self.samples = lines("samples.jsonl")
-            writers = [lines("metrics.jsonl")]
+            # A step's samples are written before its update: those of the restored step come again.
+            again = None if restored is None else restored - 1
+            self.samples = lines("samples.jsonl", again)
+            writers = [lines("metrics.jsonl", restored)]
             if log.tensorboard:
                 events = self.folder / "tensorboard"
                 writers.append(opened(metrics.TensorBoardWriter(events, restored=restored)))
@@ -234,6 +238,7 @@ class _Loop:
         seconds = self.timer.take()
         values["mean_length"] = values.pop("length_tokens")
         values["tokens_per_s"] = num_tokens / (time.perf_counter() - begun)
+        values["lr"] = float(np.asarray(self.schedule(step)))
         del values["nonfinite"]
         self._warn_of_truncation(values["truncated_share"])
         line = values | {f"{name}_s": value for name, value in seconds.items()}
@@ -253,7 +258,7 @@ class _Loop:
             sampler=parts.policy,
             max_new=run.rollout.max_new,
             samples=run.rollout.samples,
-            bias_V=None if parts.bias_V is None else jnp.asarray(parts.bias_V),
+            bias_V=parts.bias_V,
             policy_step=step,
         )
 

@@ -60,7 +60,7 @@ def test_both_models_are_qwen3_and_share_one_tokenizer(ids):
         assert (PAIR / "teacher" / name).read_bytes() == (PAIR / "student" / name).read_bytes()
     assert len(ids) <= teacher.vocab_size == student.vocab_size
     for folder in ("teacher", "student"):
-        assert tokenizer.generation_eos(PAIR / folder) == (ids.convert_tokens_to_ids("<|im_end|>"),)
+        assert hf.generation_eos(PAIR / folder) == (ids.convert_tokens_to_ids("<|im_end|>"),)
 
 
 def test_the_committed_tokenizer_is_the_one_that_the_script_trains(script):

@@ -21,9 +21,8 @@ def inputs(seed=0, dtype=np.float32, scale=1.0):
     hs, ht = rng.normal(size=(B, T, D)), rng.normal(size=(B, T, E))
     ws, wt = rng.normal(size=(V, D)) * scale, rng.normal(size=(V, E)) * scale
     weight = rng.uniform(size=(B, T)) * (rng.uniform(size=(B, T)) < 0.6)
-    return tuple(jnp.asarray(x, dtype) for x in (hs, ws, ht, wt)) + (
-        jnp.asarray(weight, jnp.float32),
-    )
+    models = (jnp.asarray(x, dtype) for x in (hs, ws, ht, wt))
+    return (*models, jnp.asarray(weight, jnp.float32))
 
 
 def log_softmax(z):

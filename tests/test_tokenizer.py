@@ -1,6 +1,5 @@
 """Tokenizers: loading, rendering, stop ids and equality, on small real BPE tokenizers."""
 
-import json
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -112,14 +111,6 @@ def test_pad_id_is_pad_else_eos():
     assert tok.pad_id(build()) == 2
     with pytest.raises(ValueError, match="neither a pad nor an EOS"):
         tok.pad_id(build(eos=None))
-
-
-def test_generation_eos_prefers_the_generation_config(tmp_path):
-    assert tok.generation_eos(tmp_path) == ()
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
-    assert tok.generation_eos(tmp_path) == (7,)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 8]}))
-    assert tok.generation_eos(tmp_path) == (9, 8)
 
 
 def test_stop_ids_join_tokenizer_and_generation_config(tokenizer):
