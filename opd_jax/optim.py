@@ -40,6 +40,10 @@ class OptimSpec:
             ("min_lr", 0 <= self.min_lr <= self.lr, f"from 0 to optim.lr ({self.lr})"),
             ("warmup", 0 <= self.warmup < 1, "a share from 0 to below 1"),
             ("steps", self.steps >= 1, "at least 1"),
+            ("b1", 0 <= self.b1 < 1, "from 0 to below 1"),
+            ("b2", 0 <= self.b2 < 1, "from 0 to below 1"),
+            ("eps", self.eps > 0, "above 0"),
+            ("weight_decay", self.weight_decay >= 0, "at least 0"),
             ("clip", self.clip >= 0, "at least 0 (0: off)"),
         ):
             if not ok:
@@ -66,9 +70,11 @@ def make(spec: OptimSpec) -> optax.GradientTransformation:
     """Build the optax transform; clipping comes first and sees the whole gradient."""
     clip = optax.clip_by_global_norm(spec.clip) if spec.clip else optax.identity()
     if spec.name == "sgd":
+        # Decay after the momentum, as in AdamW: it must not pile up in the trace.
         rule = optax.chain(
+            optax.trace(spec.b1) if spec.b1 else optax.identity(),
             optax.add_decayed_weights(spec.weight_decay),
-            optax.sgd(schedule(spec), momentum=spec.b1 or None),
+            optax.scale_by_learning_rate(schedule(spec)),
         )
     else:
         rule = optax.adamw(
