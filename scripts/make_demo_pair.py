@@ -91,7 +91,7 @@ def architecture(width: int, ffn: int, num_layers: int, num_heads: int) -> Model
 
 
 TEACHER = Recipe(architecture(128, 384, 4, 4), 80_000, 16, 3e-3, 3e-5, 1.0)
-# Greedy accuracy rises steeply around the stop: 0.31 after 2000 and after 2100 steps, 0.57 after 2200.
+# Greedy accuracy rises steeply here: 0.31 after 2000 steps, 0.32 after 2100, 0.57 after 2200.
 # Any change of the recipe (the warm-up is a share of the schedule) moves it, so measure again.
 STUDENT = Recipe(architecture(128, 384, 4, 4), 40_000, 16, 2e-3, 2e-3, 0.2, stop=2100)
 
