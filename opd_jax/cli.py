@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 _TRAIN_HELP = """usage: opd-jax train --config=FILE[:args] --workdir=DIR [--config.group.key=value]
 
@@ -64,7 +65,8 @@ def _prepare_jax() -> None:
     from opd_jax import mesh
 
     mesh.start()
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    config: Any = jax.config  # its options are not declared for type checkers
+    if config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opd_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
