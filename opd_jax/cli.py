@@ -15,6 +15,7 @@ Distil on-policy. The same command resumes a run that was stopped or killed.
 
   --config   a Python file with get_config(arg), for example configs/demo.py:steps=20
   --workdir  folder of the run: run.json, metrics.jsonl, samples.jsonl, checkpoints/, summary.json
+  --help     this text
 
 Groups and keys, with their default values:
 """
