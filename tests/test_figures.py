@@ -80,7 +80,7 @@ def test_another_extension_is_refused_before_anything_is_read(tmp_path, name):
 
 
 def test_curves_hold_what_was_measured(tmp_path):
-    kl, accuracy, _ = draw(write_run(tmp_path / "run")).axes
+    accuracy, kl, _ = draw(write_run(tmp_path / "run")).axes
     train, heldout = kl.get_lines()
     assert xy(train) == ([1, 2, 4], [8.5, 1.0, 0.5])
     assert xy(heldout) == ([0, 4], [8.0, 0.4])
@@ -125,6 +125,27 @@ def test_the_kl_axis_is_logarithmic_over_more_than_a_decade(tmp_path, values, sc
     low, high = axes.get_ylim()
     assert low <= min(values)
     assert high > max(values)
+
+
+@pytest.mark.parametrize("accuracy", [(0.0,), (1.0,), (0.0, 1.0), (0.5, 0.5), (1.0, 0.97)])
+@pytest.mark.parametrize("kl", [1.0, 100.0])
+def test_values_at_the_ends_of_the_scale_stay_in_their_panel(tmp_path, accuracy, kl):
+    metrics = [
+        {"step": i, "eval/accuracy": value, "eval/kl_nats": kl**i}
+        for i, value in enumerate(accuracy)
+    ]
+    for axes in draw(write_run(tmp_path / "run", metrics)).axes[:2]:
+        panel = axes.get_window_extent()
+        for text in axes.texts:
+            box = text.get_window_extent()
+            assert panel.y0 <= box.y0 < box.y1 <= panel.y1
+
+
+def test_no_accuracy_is_offered_outside_of_0_to_100_percent(tmp_path):
+    metrics = [{"step": i, "eval/accuracy": float(i)} for i in range(2)]
+    axes = draw(write_run(tmp_path / "run", metrics)).axes[0]
+    shown = [label.get_text() for label in axes.get_yticklabels()]
+    assert [text for text in shown if text] == ["0%", "20%", "40%", "60%", "80%", "100%"]
 
 
 def test_only_what_there_is_gets_a_panel(tmp_path):

@@ -38,7 +38,7 @@ MAIN, ACCENT, MUTED, INK = "#0072B2", "#D55E00", "#9AA5B1", "#2B2F36"
 
 TOKEN_FONT = "DejaVu Sans Mono"  # comes with matplotlib and has the glyphs of visible whitespace
 LOG_SPAN = 10.0  # a KL that spans more than this factor is drawn on a log axis
-MAX_LABEL = 18  # characters of a token
+MAX_LABEL = 14  # characters of a token
 
 STYLE: dict[Any, Any] = {
     "text.usetex": False,
@@ -161,7 +161,7 @@ def read(workdir: str | os.PathLike) -> RunFiles:
 
 
 def draw(run: RunFiles) -> Figure:
-    """Draw a run: KL above accuracy (if graded), beside them the rock tokens (if any)."""
+    """Draw a run: KL above accuracy, beside them the rock tokens; what is missing has no panel."""
     # Constrained layout makes room for token labels of any length.
     figure = Figure(figsize=(10.5 if run.rocks else 6.5, 5.4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.03)  # pyright: ignore
@@ -172,20 +172,21 @@ def draw(run: RunFiles) -> Figure:
         fontsize=13,
         fontweight="bold",
     )
+    has_kl = bool(run.train_kl.steps or run.heldout_kl.steps)
     has_accuracy = bool(run.accuracy.steps)
     grid = figure.add_gridspec(
-        2 if has_accuracy else 1,
+        2 if has_kl and has_accuracy else 1,
         2 if run.rocks else 1,
         width_ratios=[1.25, 1] if run.rocks else None,
-        height_ratios=[1.35, 1] if has_accuracy else None,
+        height_ratios=[1.35, 1] if has_kl and has_accuracy else None,
     )
-    kl_axes = figure.add_subplot(grid[0, 0])
-    _draw_kl(kl_axes, run)
-    bottom = kl_axes
+    bottom = figure.add_subplot(grid[-1, 0])
     if has_accuracy:
-        bottom = figure.add_subplot(grid[1, 0], sharex=kl_axes)
         _draw_accuracy(bottom, run.accuracy)
-        kl_axes.tick_params(labelbottom=False)
+    if has_kl:
+        top = figure.add_subplot(grid[0, 0], sharex=bottom) if has_accuracy else bottom
+        _draw_kl(top, run)
+        top.tick_params(labelbottom=top is bottom)
     bottom.set_xlabel("step")
     bottom.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
     if run.rocks:
@@ -202,20 +203,21 @@ def token_label(text: str) -> str:
 
 def _draw_kl(axes: Axes, run: RunFiles) -> None:
     train, heldout = run.train_kl, run.heldout_kl
-    axes.set_title("KL(student ‖ teacher), nats per token")
+    axes.set_title("KL(student ‖ teacher)")
+    axes.set_ylabel("nats per token")
     axes.plot(train.steps, train.values, color=MUTED, linewidth=1.0, label="training")
     _draw_points(axes, heldout, "{:.3g}", line="none", label="held-out")
     axes.margins(x=0.06, y=0.14)
     values = train.values + heldout.values
-    if values and min(values) > 0 and max(values) > LOG_SPAN * min(values):
+    if min(values) > 0 and max(values) > LOG_SPAN * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(axis="y", which="minor", length=0)
-    elif values:
+    else:
         # A rounding error may take a KL of 0 below it.
-        axes.set_ylim(bottom=min(0.0, *values), top=axes.get_ylim()[1])
+        axes.set_ylim(bottom=min(0.0, *values), top=max(values) * 1.2 or 1.0)
     axes.legend(**LEGEND)
 
 
@@ -224,8 +226,8 @@ def _draw_accuracy(axes: Axes, accuracy: Series) -> None:
     _draw_points(axes, accuracy, "{:.1%}", line="-", label="accuracy")
     axes.margins(x=0.06, y=0.3)
     low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -0.02), min(high, 1.1))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+    axes.set_ylim(max(low, 0.0), min(high, 1.2))  # above 1 there is only the label
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(_percent))
 
 
@@ -240,6 +242,8 @@ def _draw_points(axes: Axes, series: Series, text: str, *, line: str, label: str
         marker="o",
         markersize=6.5,
         markeredgecolor="white",
+        clip_on=False,  # a value at the end of the scale is a whole point too
+        zorder=4,  # and lies above the axis line
         label=label,
     )
     for i in sorted({0, len(series.steps) - 1} if series.steps else ()):
@@ -290,7 +294,7 @@ def _plain(value: float, _: int) -> str:
 
 
 def _percent(value: float, _: int) -> str:
-    return f"{100 * value:g}%"
+    return f"{100 * value:g}%" if value < 1.0 + 1e-9 else ""
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
