@@ -122,7 +122,7 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
 
     def micro(grads, piece):
         rollout, goal, states_BTE = piece
-        if states_BTE is None and cfg.kl.ce < 1:
+        if states_BTE is None and teacher is not None and cfg.kl.ce < 1:
             states_BTE = objective.teacher_states(teacher, rollout, cfg=cfg)
 
         def scaled(params):
@@ -156,7 +156,7 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
         )
     metrics = measure(rollout, goal, tokens, state.rock, cfg=cfg) | {
         "loss": Mean(loss * norm, norm),
-        "grad_norm": Mean.of(optax.global_norm(grads)),
+        "grad_norm": Mean.of(optax.tree.norm(grads)),
         "nonfinite": Mean.of(_first_nonfinite(loss, grads)),
         "rock_members": Mean.of(jnp.sum(new_rock.member_V)),
     }
