@@ -223,15 +223,31 @@ def load(argv: Sequence[str], **flag_values: str | None) -> tuple[ConfigDict, di
     try:
         rest = values(["opd-jax", *argv])
         config = values["config"].value
+        if config is not None:
+            config.keys()  # a file that did not load is told on the first access
     except (AttributeError, KeyError) as error:
         raise ConfigError(_unknown_key(argv, error)) from error
-    except (flags.Error, OSError, TypeError) as error:
+    except OSError as error:
+        raise ConfigError(_unread_file(argv, error)) from error
+    except (flags.Error, TypeError) as error:
         raise ConfigError(f"{error}; see opd-jax train --help") from error
     if rest[1:]:
         raise ConfigError(f"unexpected arguments {rest[1:]}: expected flags --name=value")
     if config is None:
         raise ConfigError("no --config given: expected --config=FILE[:arg], e.g. configs/demo.py")
     return config, {name: values[name].value for name in flag_values}
+
+
+def _unread_file(argv: Sequence[str], error: OSError) -> str:
+    expected = "expected a Python file with get_config(arg), e.g. configs/demo.py"
+    given = [item.lstrip("-") for item in argv]
+    for name, value in zip(given, [*given[1:], ""], strict=True):
+        if name.startswith("config=") or name == "config":
+            path = (name.partition("=")[2] or value).partition(":")[0]
+            if not Path(path).is_file():
+                return f"config file {path!r} does not exist: {expected}; change --config"
+            return f"config file {path!r} failed: {error.__cause__ or error}: {expected}; mend it"
+    return f"{error}: {expected}; change --config"
 
 
 def _unknown_key(argv: Sequence[str], error: Exception) -> str:

@@ -1,0 +1,249 @@
+"""Configs, overrides and the messages about what cannot be used."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from opd_jax import config, hf_config, model, params
+from opd_jax.config import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
+
+
+def load(*argv, path=DEMO):
+    given, _ = config.load([f"--config={path}", *argv], workdir=None)
+    return given
+
+
+def resolve(**keys):
+    """The demo's config with ``group__name=value`` set, resolved."""
+    given = load()
+    with given.unlocked():
+        for key, value in keys.items():
+            given.update_from_flattened_dict({key.replace("__", "."): value})
+    return config.resolve(given)
+
+
+def write(folder, body):
+    file = folder / "mine.py"
+    lines = ["from opd_jax import config", "def get_config(arg=''):", "    c = config.defaults()"]
+    file.write_text("\n".join([*lines, *(f"    {line}" for line in body), "    return c\n"]))
+    return file
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_resolves(path):
+    run = config.resolve(load(path=path))
+    assert run.train.steps > 0
+    assert run.optim.steps == run.train.steps
+    for spec in (run.student, run.teacher):
+        if not (Path(spec.path) / "config.json").is_file():
+            assert "demo_pair" not in spec.path
+            continue
+        tree = params.abstract(model.specs(hf_config.read_config(spec.path)), jnp.float32)
+        assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+
+
+def test_a_config_takes_its_argument():
+    run = config.resolve(load(path=f"{DEMO}:steps=7,lr=5e-4"))
+    assert (run.train.steps, run.optim.lr) == (7, 5e-4)
+
+
+def test_a_run_hashes_and_describes_itself():
+    run = resolve()
+    assert hash(run) == hash(resolve())
+    flat = config.describe(run)
+    assert flat["train.steps"] == 120
+    assert flat["rock.mode"] == "off"
+    assert json.loads(json.dumps(flat))["data.max_prompt"] == 128
+
+
+def test_overrides_are_typed():
+    given = load(
+        "--config.train.steps=3",
+        "--config.optim.lr=1",
+        "--config.data.shuffle=false",
+        "--config.rollout.buckets=(8, 96)",
+        "--config.kl.direction=forward",
+    )
+    run = config.resolve(given)
+    assert run.train.steps == 3
+    assert type(run.optim.lr) is float
+    assert run.data.shuffle is False
+    assert run.rollout.buckets == (8, 96)
+    assert run.kl.direction == "forward"
+
+
+@pytest.mark.parametrize(
+    ("flag", "parts"),
+    [
+        ("--config.optim.lrr=1", ("'optim.lrr'", "'optim.lr'", "--config.optim.lrr")),
+        ("--config.rollot.samples=1", ("'rollot.samples'", "'rollout.samples'")),
+        ("--config.train.steps=abc", ("config.train.steps", "abc")),
+        ("--config.data.shuffle=perhaps", ("config.data.shuffle", "perhaps")),
+        ("--wrkdir=x", ("wrkdir",)),
+        ("extra", ("extra", "--name=value")),
+    ],
+)
+def test_a_bad_flag_is_named(flag, parts):
+    with pytest.raises(ConfigError) as error:
+        load(flag)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_an_unknown_key_in_the_file_has_a_nearest_one(tmp_path):
+    path = write(tmp_path, ["c.train.step = 5"])
+    with pytest.raises(ConfigError, match=r"'train.step' \(nearest known: 'train.steps'\)"):
+        config.resolve(load(path=path))
+
+
+def test_an_unknown_group_in_the_file_is_refused(tmp_path):
+    path = write(tmp_path, ["c.trian = dict(steps=5)"])
+    with pytest.raises(ConfigError, match="unknown config key 'trian.steps'.*'train.steps'"):
+        config.resolve(load(path=path))
+
+
+@pytest.mark.parametrize("spelling", [["--config={}"], ["--config", "{}"]])
+def test_a_missing_file_says_what_to_give(tmp_path, spelling):
+    path = tmp_path / "absent.py"
+    with pytest.raises(ConfigError) as error:
+        config.load([part.format(path) for part in spelling], workdir=None)
+    assert str(path) in str(error.value)
+    assert "does not exist" in str(error.value)
+    assert "get_config" in str(error.value)
+    assert "change --config" in str(error.value)
+
+
+def test_a_file_that_reads_a_missing_file_is_not_called_missing(tmp_path):
+    path = write(tmp_path, ["open('/nowhere/at/all')"])
+    with pytest.raises(ConfigError, match="failed.*nowhere"):
+        load(path=path)
+
+
+def test_a_command_line_without_config_is_refused():
+    with pytest.raises(ConfigError, match=r"no --config given: expected --config=FILE"):
+        config.load([], workdir=None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("student.path", "", "a Hugging Face model folder"),
+        ("student.dtype", "int8", "float32"),
+        ("student.remat", "some", "dots"),
+        ("seed", -1, "0 to 2"),
+        ("data.prompts", "", "JSONL"),
+        ("data.too_long", "cut", "left_truncate"),
+        ("data.epochs", -1, "at least 0"),
+        ("data.buckets", (64, 32), "increasing widths that reach 128"),
+        ("data.buckets", (64,), "increasing widths that reach 128"),
+        ("rollout.buckets", (0, 96), "increasing widths that reach 96"),
+        ("rollout.samples", 0, "at least 1"),
+        ("rollout.max_new", 0, "at least 1"),
+        ("rollout.temperature", 0.0, "above 0"),
+        ("rollout.top_p", 1.5, "top_p"),
+        ("kl.direction", "backward", "reverse"),
+        ("rock.mode", "frozen", "static"),
+        ("rock.inside", 2.0, "from 0 to 1"),
+        ("rock.mode", "static", "the gated ids"),
+        ("optim.lr", -1.0, "lr"),
+        ("train.steps", -1, "at least 0"),
+        ("train.prompts", 0, "at least 1"),
+        ("train.microbatches", 7, "a divisor of"),
+        ("train.normaliser", "rows", "tokens"),
+        ("eval.every", -1, "at least 0"),
+        ("eval.prompts", 0, "at least 1"),
+        ("data.heldout", "", "eval.every is above 0"),
+        ("checkpoint.keep", 0, "at least 1"),
+        ("checkpoint.best", "loss", "kl_nats"),
+        ("log.every", 0, "at least 1"),
+    ],
+)
+def test_a_value_out_of_range_is_named(key, value, expected):
+    with pytest.raises(ConfigError) as error:
+        resolve(**{key: value})
+    message = str(error.value)
+    assert expected in message
+    assert key.rpartition(".")[2] in message
+    assert "--config." in message
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "expected"),
+    [
+        ("c.train = dict(steps='5')", "train.steps", "int"),
+        ("c.data.shuffle = None", "data.shuffle", "bool"),
+        ("c.optim = dict(lr=True)", "optim.lr", "float"),
+        ("c.rollout = dict(buckets=4)", "rollout.buckets", "tuple"),
+    ],
+)
+def test_a_value_of_another_type_in_the_file_is_named(tmp_path, line, key, expected):
+    path = write(tmp_path, ["c.unlock()", line])
+    with pytest.raises(ConfigError) as error:
+        config.resolve(load(path=path))
+    assert f"{key} is " in str(error.value)
+    assert f"expected a {expected}" in str(error.value)
+    assert f"--config.{key}" in str(error.value)
+
+
+def test_a_best_checkpoint_needs_evaluations():
+    with pytest.raises(ConfigError, match=r"checkpoint.best is 'accuracy': expected empty"):
+        resolve(eval__every=0, checkpoint__best="accuracy")
+
+
+def test_ids_file_becomes_the_gated_ids(tmp_path):
+    file = tmp_path / "ids.json"
+    file.write_text("[5, 3]")
+    assert resolve(rock__mode="static", rock__ids_file=str(file)).rock.ids == (5, 3)
+
+
+@pytest.mark.parametrize("text", ['{"ids": [1]}', "[1, 2.5]", "[true]", "[1,", None])
+def test_a_bad_ids_file_is_refused(tmp_path, text):
+    file = tmp_path / "ids.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        resolve(rock__mode="static", rock__ids_file=str(file))
+    assert str(file) in str(error.value)
+    assert "expected a JSON list of token ids" in str(error.value)
+    assert "--config.rock.ids_file" in str(error.value)
+
+
+def test_parse_arg_gives_the_types_of_the_defaults():
+    args = config.parse_arg("steps=3, fast,name=x,lr=1", steps=1, fast=False, name="", lr=0.1)
+    assert args.to_dict() == {"steps": 3, "fast": True, "name": "x", "lr": 1.0}
+    assert type(args.lr) is float
+    assert config.parse_arg("", steps=1).steps == 1
+    assert config.parse_arg("fast=false", fast=True).fast is False
+
+
+@pytest.mark.parametrize(
+    ("arg", "parts"),
+    [
+        ("step=3", ("'step'", "nearest known: 'steps'", "['fast', 'steps']")),
+        ("steps=x", ("steps='x'", "expected a int", "such as 1")),
+        ("steps", ("steps=''", "expected a int")),
+        ("fast=2", ("fast='2'", "expected a bool")),
+    ],
+)
+def test_parse_arg_refuses_what_it_does_not_know(arg, parts):
+    with pytest.raises(ConfigError) as error:
+        config.parse_arg(arg, steps=1, fast=False)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_path_of_finds_the_embedded_pair():
+    assert (Path(config.path_of("embedded:teacher")) / "config.json").is_file()
+    assert config.path_of("models/x") == "models/x"
+
+
+def test_every_group_is_a_field_of_the_run():
+    names = {f.name for f in dataclasses.fields(config.RunConfig)}
+    assert names == {"seed", *config.GROUPS}
