@@ -105,7 +105,7 @@ def test_an_unknown_key_in_the_file_has_a_nearest_one(tmp_path):
 
 def test_an_unknown_group_in_the_file_is_refused(tmp_path):
     path = write(tmp_path, ["c.trian = dict(steps=5)"])
-    with pytest.raises(ConfigError, match="unknown config key 'trian.steps'.*'train.steps'"):
+    with pytest.raises(ConfigError, match=r"unknown config key 'trian.steps'.*'train.steps'"):
         config.resolve(load(path=path))
 
 
@@ -122,7 +122,7 @@ def test_a_missing_file_says_what_to_give(tmp_path, spelling):
 
 def test_a_file_that_reads_a_missing_file_is_not_called_missing(tmp_path):
     path = write(tmp_path, ["open('/nowhere/at/all')"])
-    with pytest.raises(ConfigError, match="failed.*nowhere"):
+    with pytest.raises(ConfigError, match=r"failed.*nowhere"):
         load(path=path)
 
 
