@@ -13,7 +13,7 @@ from opd_jax import config
 
 def get_config(arg: str = ""):
     """Return the config; sized for two CPU cores."""
-    args = config.parse_arg(arg, steps=80, lr=1e-4)
+    args = config.parse_arg(arg, steps=40, lr=1e-4)
     c = config.defaults()
     c.student.path = "models/SmolLM2-135M-pruned"
     c.teacher.path = "models/SmolLM2-135M-Instruct"
