@@ -66,7 +66,13 @@ def train(run: RunConfig, workdir: str, *, command: Sequence[str] = ()) -> dict[
     folder = Path(workdir)
     record = records.describe(config.describe(run), seed=run.seed, command=command)
     record |= {"data": data.digest(parts.rows), "stop_ids": list(parts.stop_ids)}
-    records.enter_workdir(folder, record)
+    try:
+        records.enter_workdir(folder, record)
+    except OSError as error:  # a file in its place, no right to read
+        raise records.WorkdirError(
+            f"{folder} cannot be the workdir ({error}): expected a folder that can be read and "
+            "written; make it one or give another --workdir"
+        ) from error
     best = (run.checkpoint.best, _BEST[run.checkpoint.best]) if run.checkpoint.best else None
     with (
         checkpoint.open(folder, keep=run.checkpoint.keep, best=best, say=say) as saves,

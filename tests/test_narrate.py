@@ -1,0 +1,62 @@
+"""A run in words."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+
+from opd_jax import config, evaluate, narrate, rock
+from opd_jax import tokenizer as tokenizers
+
+tiny = tiny_run.tiny
+
+
+@pytest.mark.parametrize(
+    ("keys", "formula"),
+    [
+        ({}, "KL(student || teacher) / number of scored tokens; no gate"),
+        ({"kl__direction": "forward"}, "KL(teacher || student)"),
+        ({"kl__direction": "jsd", "kl__beta": 0.25}, "student weight 0.25"),
+        ({"kl__direction": "skew_reverse"}, "KL(student || 0.1 student + 0.9 teacher)"),
+        ({"kl__direction": "skew_forward"}, "KL(teacher || 0.1 teacher + 0.9 student)"),
+        ({"kl__temperature": 2.0}, "at temperature 2"),
+        ({"train__normaliser": "weight"}, "number of weights"),
+        ({"rock__mode": "ema", "rock__inside": 0.5}, "rock gate ema, weight 0.5 inside"),
+    ],
+)
+def test_the_objective_is_a_formula(tiny, keys, formula):
+    assert formula in narrate.objective_text(tiny_run.resolved(tiny, **keys))
+
+
+def test_an_evaluation_leaves_out_what_was_not_measured():
+    result = dict(evaluate.EMPTY)
+    assert narrate.evaluation_text(result) == "not measured"
+    result |= {"accuracy": 0.5, "kl_nats": 0.25}
+    assert narrate.evaluation_text(result) == "accuracy 50.0%, KL 0.2500 nats"
+
+
+def test_the_rock_table_ranks_by_carried_kl():
+    tokenizer = tokenizers.load(config.path_of("embedded:student"))
+    cfg = rock.RockConfig(decay=1.0, fast_decay=1.0)
+    ids = jnp.asarray([[7, 7, 9, 11]])
+    kl = jnp.asarray([[1.0, 2.0, 4.0, 1.0]])
+    state = rock.update(rock.init(640, cfg=cfg), ids, kl, jnp.ones((1, 4), bool), cfg=cfg)
+    table = narrate.rock_table(state, tokenizer, 2)
+    assert [row["token_id"] for row in table] == [9, 7]
+    np.testing.assert_allclose([row["share"] for row in table], [4 / 8, 3 / 8])
+    np.testing.assert_allclose([row["kl_mean"] for row in table], [4.0, 1.5])
+    np.testing.assert_allclose([row["token_share"] for row in table], [1 / 4, 2 / 4])
+    assert narrate.rock_table(rock.init(640), tokenizer, 5) == []
+
+
+def test_the_conclusion_has_both_sides_and_the_table():
+    row = {"token_id": 9, "token": "x", "share": 0.5, "kl_mean": 4.0, "token_share": 0.25}
+    sides = {"before": dict(evaluate.EMPTY), "after": evaluate.EMPTY | {"accuracy": 1.0}}
+    lines = narrate.conclusion(
+        {"rocks": [row], **sides, "steps": 3, "seconds": 61.0, "compiles": 4}
+    )
+    text = "\n".join(lines)
+    assert "50.0%" in text
+    assert "before: not measured" in text
+    assert "after: accuracy 100.0%" in text
+    assert "3 steps in 1m01s, 4 programs compiled" in text

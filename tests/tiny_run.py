@@ -1,0 +1,165 @@
+"""A run that takes seconds: a random pair with the demo's tokenizer, prompts and a config file."""
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from opd_jax import assemble, checkpoint, cli, config, hf, mesh, model, params
+from opd_jax import tokenizer as tokenizers
+
+CONFIG = """
+from opd_jax import config
+
+
+def get_config(arg=""):
+    c = config.defaults()
+    c.student.path = {folder!r} + "/student"
+    c.teacher.path = {folder!r} + "/teacher"
+    c.data.prompts = c.data.heldout = {folder!r} + "/prompts.jsonl"
+    c.data.max_prompt = 48
+    c.rollout.samples = 2
+    c.rollout.max_new = 6
+    c.train.prompts = 4
+    c.train.steps = 2
+    c.optim.lr = 1e-2
+    c.checkpoint.every = 0
+    c.log.samples_every = 0
+    return c
+"""
+# What a child to be killed runs: the command on the first device, hanging before its fourth step.
+CHILD = """
+import sys
+import time
+
+import jax
+
+from opd_jax import cli, mesh, train
+
+make, step = mesh.make, train._Loop._step
+
+
+def hang(self, state, batch, index):
+    if index == 3:
+        time.sleep(600)
+    return step(self, state, batch, index)
+
+
+mesh.make = lambda *axes: make(*axes, devices=jax.devices()[:1])
+train._Loop._step = hang
+sys.exit(cli.main(sys.argv[1:]))
+"""
+EMBED_SCALE = 20.0  # a fresh model is uniform over the vocabulary; this one has preferences
+MODEL = model.ModelConfig(
+    model_type="qwen3",
+    vocab_size=640,
+    width=16,
+    ffn=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    qk_norm=True,
+    tied=True,
+    max_positions=64,
+)
+
+
+def make_folder(folder: Path) -> Path:
+    """Write ``student``, ``teacher``, ``prompts.jsonl`` and ``config.py``."""
+    tokenizer = tokenizers.load(config.path_of("embedded:student"))
+    for name, seed in (("student", 1), ("teacher", 2)):
+        tree = params.init(model.specs(MODEL), jax.random.key(seed))
+        tree["embed"] = tree["embed"] * EMBED_SCALE
+        hf.save(folder / name, MODEL, tree, tokenizer=tokenizer)
+    rows = [{"prompt": f"{i} + {i + 2} = ?", "answer": str(2 * i + 2)} for i in range(12)]
+    write_lines(folder / "prompts.jsonl", rows)
+    (folder / "config.py").write_text(CONFIG.format(folder=str(folder)))
+    return folder
+
+
+def copy_folder(source: Path, target: Path) -> Path:
+    """A copy to be damaged."""
+    shutil.copytree(source, target)
+    (target / "config.py").write_text(CONFIG.format(folder=str(target)))
+    return target
+
+
+def write_lines(path: Path, rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def argv(folder: Path, workdir: Path, **keys) -> list[str]:
+    """The command line of a run; ``train__steps=3`` is ``--config.train.steps=3``."""
+    flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in keys.items()]
+    return ["train", f"--config={folder / 'config.py'}", f"--workdir={workdir}", *flags]
+
+
+def train(folder: Path, workdir: Path, **keys) -> int:
+    """Run the command in this process and return its exit status."""
+    return cli.main(argv(folder, workdir, **keys))
+
+
+def start(folder: Path, workdir: Path, **keys) -> subprocess.Popen:
+    """Run the command in a process of its own that hangs after three steps, to be killed."""
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, *argv(folder, workdir, **keys)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def resolved(folder: Path, **keys) -> config.RunConfig:
+    """The config of a run, without running it."""
+    given, _ = config.load(argv(folder, folder / "unused", **keys)[1:], workdir=None)
+    return config.resolve(given)
+
+
+def saved(folder: Path, workdir: Path, step: int | None = None, **keys):
+    """(leaves by name as numpy, the other saved state, step) of a checkpoint of the run."""
+    parts = assemble.assemble(resolved(folder, **keys), say=lambda line: None)
+    with checkpoint.open(workdir) as saves, jax.set_mesh(parts.mesh):
+        state, rest, step = saves.restore(assemble.state_template(parts), step)
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        leaves[jax.tree_util.keystr(path)] = np.asarray(
+            jax.random.key_data(leaf) if is_key else leaf
+        )
+    return leaves, rest, step
+
+
+def curve(workdir: Path) -> list[dict]:
+    """``metrics.jsonl`` without what depends on the clock."""
+    return [
+        {k: v for k, v in line.items() if not k.endswith("_s")}
+        for line in read_lines(workdir / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """The folder of the pair; tests do not write to it."""
+    return make_folder(tmp_path_factory.mktemp("tiny"))
+
+
+def use_one_device(patch: pytest.MonkeyPatch) -> None:
+    """Give every run the first device only, which compiles and runs faster than eight."""
+    patch.setattr(mesh, "make", functools.partial(mesh.make, devices=jax.devices()[:1]))
+
+
+@pytest.fixture
+def one_device(monkeypatch) -> None:
+    """:func:`use_one_device` for the length of a test."""
+    use_one_device(monkeypatch)
