@@ -6,8 +6,8 @@ scanned micro-batches, optimizer, then ``rock.update`` and, on its cadence, ``ro
 
 from __future__ import annotations
 
+import collections
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,11 @@ from jaxtyping import Array, Float
 from opd_jax import objective, rock
 from opd_jax.objective import ObjectiveConfig, Targets
 from opd_jax.pytrees import Mean, Params, Rollout, TokenKL, TrainState
+
+_PROGRAMS = ("teacher_states", "distill_step", "off_policy_step", "eval_step")
+# Each program counts itself while it is traced. jit's own cache would not do: under a mesh it also
+# counts new entries that share a compiled program.
+_traced: collections.Counter[str] = collections.Counter()
 
 
 def init(
@@ -40,6 +45,7 @@ def teacher_states(
     teacher: Params, rollout: Rollout, *, cfg: ObjectiveConfig
 ) -> Float[Array, "B T E"]:
     """Run the teacher over a batch, in micro-batches; see ``objective.teacher_states``."""
+    _traced["teacher_states"] += 1
     pieces = objective.split(rollout.replace(policy_step=None), cfg.microbatches)
     return objective.join(
         jax.lax.map(lambda piece: objective.teacher_states(teacher, piece, cfg=cfg), pieces)
@@ -70,6 +76,7 @@ def distill_step(
       ``grad_norm``, ``rock_members`` and ``nonfinite`` (index in :func:`leaf_names` of the first
       tensor whose gradient is not finite; -1: all are; -2: only the loss is not).
     """
+    _traced["distill_step"] += 1
     return _step(state, teacher, rollout, states_BTE, cfg, tx)
 
 
@@ -87,6 +94,7 @@ def off_policy_step(
     The same computation as :func:`distill_step`; only the origin of the ids differs. With
     ``cfg.kl.ce == 1`` this is supervised fine-tuning and ``teacher`` may be None.
     """
+    _traced["off_policy_step"] += 1
     return _step(state, teacher, batch, None, cfg, tx)
 
 
@@ -100,6 +108,7 @@ def eval_step(
     cfg: ObjectiveConfig,
 ) -> tuple[dict[str, Mean], TokenKL]:
     """Measure KL on rollouts without gradient, every scored position, gated or not."""
+    _traced["eval_step"] += 1
     # Plain measurement: no position is skipped, whatever the gate would do in training.
     goal = objective.targets(rollout, state, jax.random.key(0), cfg=cfg)
     goal = goal.replace(importance_BT=goal.mask_BT.astype(jnp.float32))
@@ -213,11 +222,5 @@ def _first_nonfinite(loss, grads):
 
 
 def programs() -> dict[str, int]:
-    """How often each step has been compiled in this process."""
-    compiled: dict[str, Any] = {
-        "teacher_states": teacher_states,
-        "distill_step": distill_step,
-        "off_policy_step": off_policy_step,
-        "eval_step": eval_step,
-    }
-    return {name: program._cache_size() for name, program in compiled.items()}
+    """How often each step has been traced, hence compiled, in this process."""
+    return {name: _traced[name] for name in _PROGRAMS}
