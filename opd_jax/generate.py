@@ -50,12 +50,25 @@ def generate(
     target = Path(out)
     if target.exists():
         raise FileExistsError(f"{out} exists: expected a new file; give another --out or remove it")
+    for name, value, least in (
+        ("max-new", max_new, 1),
+        ("samples", samples, 1),
+        ("batch", batch, 1),
+        ("limit", limit, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}: expected at least {least}; set --{name}")
     folder, prompts = path_of(model), path_of(prompts)
     tokenizer = tokenizers.load(folder)
     stop_ids = tokenizers.stop_ids(tokenizer, hf_config.generation_eos(folder))
     cfg = hf_config.read_config(folder)
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    spec = data.PromptSpec(prompts, max_prompt=max(cfg.max_positions - max_new, 1))
+    if max_new >= cfg.max_positions:
+        raise ValueError(
+            f"max-new is {max_new}: expected below the {cfg.max_positions} positions of {model}, "
+            "which hold prompt and answer; lower --max-new"
+        )
+    spec = data.PromptSpec(prompts, max_prompt=cfg.max_positions - max_new)
     rows, counts = data.examples(spec, tokenizer)
     rows = rows[:limit] if limit else rows
     mesh = meshlib.make()

@@ -38,6 +38,8 @@ from opd_jax.assemble import Assembly
 from opd_jax.config import RunConfig
 from opd_jax.pytrees import Params, Rollout, TrainState
 
+# The schedule's horizon follows from train.steps, which may change.
+_MAY_CHANGE = (*records.MAY_CHANGE, "optim.steps")
 _BEST = {"accuracy": "max", "kl_nats": "min"}
 # Share of answers cut by length from which training is on answers without an end (PEERS 4, row 3).
 _MANY_TRUNCATED = 0.5
@@ -67,7 +69,14 @@ def train(run: RunConfig, workdir: str, *, command: Sequence[str] = ()) -> dict[
     record = records.describe(config.describe(run), seed=run.seed, command=command)
     record |= {"data": data.digest(parts.rows), "stop_ids": list(parts.stop_ids)}
     try:
-        records.enter_workdir(folder, record)
+        old = records.read_run(folder)
+        if old and old.get("data", record["data"]) != record["data"]:
+            raise records.WorkdirError(
+                f"{folder} was started on other prompts (digest {old['data']}) than "
+                f"{run.data.prompts} holds now ({record['data']}): expected the same, as their "
+                "order is gone on with; put the file back or give another --workdir"
+            )
+        records.enter_workdir(folder, record, _MAY_CHANGE)
     except OSError as error:  # a file in its place, no right to read
         raise records.WorkdirError(
             f"{folder} cannot be the workdir ({error}): expected a folder that can be read and "

@@ -1,0 +1,111 @@
+"""Answers of one model to a file of prompts."""
+
+import json
+
+import pytest
+import tiny_run
+
+from opd_jax import cli
+
+tiny, one_device = tiny_run.tiny, tiny_run.one_device
+
+
+def generate(tiny, out, **flags):
+    given = {
+        "model": tiny / "student",
+        "prompts": tiny / "prompts.jsonl",
+        "out": out,
+        "max-new": 6,
+        "batch": 8,
+    }
+    given |= {name.replace("_", "-"): value for name, value in flags.items()}
+    return cli.main(["generate", *(f"--{name}={value}" for name, value in given.items())])
+
+
+@pytest.mark.usefixtures("one_device")
+def test_one_line_per_answer(tiny, tmp_path, capsys):
+    out = tmp_path / "new" / "answers.jsonl"
+    assert generate(tiny, out, samples=2, temperature=1.0) == 0
+    lines = tiny_run.read_lines(out)
+    assert [line["index"] for line in lines] == [i for i in range(12) for _ in range(2)]
+    prompts = tiny_run.read_lines(tiny / "prompts.jsonl")
+    for line in lines:
+        assert line.keys() == {
+            *("index", "prompt", "answer", "tokens", "truncated", "gold", "correct")
+        }
+        assert prompts[line["index"]]["prompt"] in line["prompt"]
+        assert line["gold"] == prompts[line["index"]]["answer"]
+        assert 1 <= line["tokens"] <= 6
+        assert type(line["correct"]) is bool
+    assert len({line["answer"] for line in lines}) > 12  # the two samples are two draws
+    said = capsys.readouterr().out
+    assert "wrote 24 answers" in said
+    share = sum(line["correct"] for line in lines) / 24
+    assert f"accuracy {share:.1%} of 24" in said
+
+
+@pytest.mark.usefixtures("one_device")
+def test_the_batch_size_does_not_change_an_answer(tiny, tmp_path):
+    assert generate(tiny, tmp_path / "a", batch=8, temperature=1.0) == 0
+    assert generate(tiny, tmp_path / "b", batch=5, temperature=1.0) == 0
+    assert generate(tiny, tmp_path / "c", batch=8, temperature=1.0, seed=1) == 0
+    first, again, other = (tiny_run.read_lines(tmp_path / name) for name in "abc")
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.usefixtures("one_device")
+def test_limit_and_prompts_without_an_answer(tiny, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    tiny_run.write_lines(prompts, [{"prompt": f"{i} + {i + 2} = ?"} for i in range(12)])
+    assert generate(tiny, tmp_path / "out", prompts=prompts, limit=3) == 0
+    lines = tiny_run.read_lines(tmp_path / "out")
+    assert [line["index"] for line in lines] == [0, 1, 2]
+    assert all("gold" not in line for line in lines)
+    assert "accuracy" not in capsys.readouterr().out
+
+
+def test_on_eight_devices_the_answers_are_the_same(tiny, tmp_path, monkeypatch):
+    assert generate(tiny, tmp_path / "eight") == 0
+    tiny_run.use_one_device(monkeypatch)
+    assert generate(tiny, tmp_path / "one") == 0
+    assert tiny_run.read_lines(tmp_path / "eight") == tiny_run.read_lines(tmp_path / "one")
+
+
+def test_an_existing_file_is_refused(tiny, tmp_path, capsys):
+    out = tmp_path / "answers.jsonl"
+    out.write_text("mine\n")
+    assert generate(tiny, out) == 1
+    message = capsys.readouterr().err
+    assert str(out) in message
+    assert "another --out" in message
+    assert out.read_text() == "mine\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ({"model": "absent/model"}, "absent/model"),
+        ({"prompts": "absent.jsonl"}, "absent.jsonl"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"max_new": 0}, "max-new"),
+        ({"samples": 0}, "samples"),
+        ({"batch": 0}, "batch"),
+        ({"limit": -1}, "limit"),
+        ({"max_new": 64}, "max-new"),
+    ],
+)
+def test_what_cannot_be_generated_is_named(tiny, tmp_path, capsys, flags, part):
+    assert generate(tiny, tmp_path / "out", **flags) == 1
+    message = capsys.readouterr().err
+    assert part in message
+    assert "expected" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_lines_are_json_with_text_as_it_is(tiny, tmp_path, monkeypatch):
+    tiny_run.use_one_device(monkeypatch)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "né?"}) + "\n")
+    assert generate(tiny, tmp_path / "out", prompts=prompts) == 0
+    assert "né?" in (tmp_path / "out").read_text()
