@@ -184,7 +184,8 @@ def measure(
     """Per-token means of a batch, each an unbiased estimate where positions were skipped.
 
     ``kl_nats`` is the reverse KL at temperature 1 over all scored tokens, whatever is trained on
-    and whatever is gated; ``kl_gated`` and ``kl_ungated`` split it by membership.
+    and whatever is gated; ``kl_gated`` and ``kl_ungated`` split it by membership. Without a teacher
+    (``cfg.kl.ce == 1``) what compares with one is left out.
     """
     seen_BT = goal.importance_BT
     gated_BT = rock.gated(state, goal.ids_BT, cfg=cfg.rock)
@@ -194,13 +195,15 @@ def measure(
 
     scored_BT = goal.mask_BT.astype(jnp.float32)
     num_rows = jnp.asarray(scored_BT.shape[0], jnp.float32)
-    return {
+    against_teacher = {
         "kl_nats": mean(tokens.reverse_BT),
         "kl_gated": mean(tokens.reverse_BT, seen_BT * gated_BT),
         "kl_ungated": mean(tokens.reverse_BT, seen_BT * ~gated_BT),
+        "teacher_entropy_nats": mean(tokens.teacher_entropy_BT),
+    }
+    return (against_teacher if cfg.kl.ce < 1 else {}) | {
         "divergence": mean(tokens.kl_BT),
         "student_entropy_nats": mean(tokens.entropy_BT),
-        "teacher_entropy_nats": mean(tokens.teacher_entropy_BT),
         "gated_share": mean((goal.weight_BT != goal.mask_BT).astype(jnp.float32), scored_BT),
         "projected_share": mean((seen_BT > 0).astype(jnp.float32), scored_BT),
         "length_tokens": Mean(jnp.sum(scored_BT), num_rows),
