@@ -46,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return commands[argv[0]][0](argv[1:])
     except _user_errors() as error:
+        if os.environ.get("OPD_JAX_TRACE"):
+            raise
         print(f"opd-jax {argv[0]}: {error}", file=sys.stderr)
+        print("(OPD_JAX_TRACE=1 shows where it was raised)", file=sys.stderr)
         return 1
 
 

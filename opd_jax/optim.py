@@ -1,4 +1,4 @@
-"""The optimizer and its learning-rate schedule, from one frozen spec (defaults of PAPER 1.13)."""
+"""The optimizer and its learning-rate schedule, from one frozen spec (arXiv 2605.09253, app. B)."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ For each vocabulary item v the state holds exponentially decayed sums over score
 
 .. math:: c_v \leftarrow \gamma c_v + n_v, \qquad s_v \leftarrow \gamma s_v + \sum_i \ell_i
 
-so that the Rock Score (frequency x mean KL, PAPER 1.2) is :math:`s_v` itself, the mean is
+so that the Rock Score (frequency x mean KL, arXiv 2605.09253) is :math:`s_v` itself, the mean is
 :math:`s_v / c_v` (a ratio of two sums that decay alike, hence without start-up bias), and
 *persistence* is the fast mean over the slow mean: near 1 the type stagnates, well below it still
 learns. ``decay=1`` turns the same state into the plain corpus sums of the analyses.
@@ -211,7 +211,7 @@ def weights(rock: RockState, ids_BT: Int[Array, "B T"], *, cfg: RockConfig) -> F
     """Weight of each position by its predicted id, from the state before this batch.
 
     A constant of the gradient that never sees this batch's KL, so that a position cannot lower its
-    own weight (PAPER 1.14; defect 1: the published code keys on the previous token).
+    own weight (the code published with arXiv 2605.09253 keys on the previous token instead).
     """
     is_gated_BT = gated(rock, ids_BT, cfg=cfg) & (rock.step >= cfg.start)
     inside_BT = jnp.asarray(cfg.inside, jnp.float32)

@@ -1,6 +1,6 @@
 """The training and evaluation steps: pure, module-level, jitted, the state donated.
 
-Order inside a step (DESIGN section 3): weights from the old rock state, loss and gradient over
+Order inside a step: weights from the old rock state, loss and gradient over
 scanned micro-batches, optimizer, then ``rock.update`` and, on its cadence, ``rock.refresh``.
 """
 

@@ -41,7 +41,7 @@ from opd_jax.pytrees import Params, Rollout, TrainState
 # The schedule's horizon follows from train.steps, which may change.
 _MAY_CHANGE = (*records.MAY_CHANGE, "optim.steps")
 _BEST = {"accuracy": "max", "kl_nats": "min"}
-# Share of answers cut by length from which training is on answers without an end (PEERS 4, row 3).
+# Share of answers cut by length from which training is on answers without an end (arXiv 2604.08527).
 _MANY_TRUNCATED = 0.5
 
 
