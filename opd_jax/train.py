@@ -41,7 +41,7 @@ from opd_jax.pytrees import Params, Rollout, TrainState
 # The schedule's horizon follows from train.steps, which may change.
 _MAY_CHANGE = (*records.MAY_CHANGE, "optim.steps")
 _BEST = {"accuracy": "max", "kl_nats": "min"}
-# Share of answers cut by length from which training is on answers without an end (arXiv 2604.08527).
+# Share of answers cut by length from which they seldom have an end to learn (arXiv 2604.08527).
 _MANY_TRUNCATED = 0.5
 
 
@@ -149,6 +149,8 @@ class _Loop:
             process_count=jax.process_count(),
         )
         state, first = self._start()
+        if (done := self._finished(first)) is not None:
+            return done
         self.teacher = assemble.teacher_params(self.parts)
         for line in narrate.introduction(self.parts):
             say(line)
@@ -170,7 +172,8 @@ class _Loop:
                 progress.update(step, values, seconds)
                 if run.eval.every and step % run.eval.every == 0 and step < run.train.steps:
                     self.latest = self._evaluate(state, step)
-                if run.checkpoint.every and step % run.checkpoint.every == 0:
+                is_due = run.checkpoint.every and step % run.checkpoint.every == 0
+                if is_due and step < run.train.steps:  # the last one waits for its evaluation
                     self._save(state, step)
             if self.stop.everywhere():
                 self._save(state, step)
@@ -195,6 +198,19 @@ class _Loop:
         self.seconds_before = rest["seconds"]
         say(f"resuming {self.folder} at step {step}")
         return state, step
+
+    def _finished(self, first: int) -> dict[str, Any] | None:
+        """Say again what came out, where there is nothing left to do; else None."""
+        path = self.folder / "summary.json"
+        if first < self.run_cfg.train.steps or not self.saves.steps() or not path.exists():
+            return None
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not result["is_finished"] or result["steps"] != first:
+            return None
+        say(f"{self.folder} is finished; raise --config.train.steps to go on")
+        for line in narrate.conclusion(result):
+            say(line)
+        return result
 
     @contextlib.contextmanager
     def _writers(self, restored: int | None) -> Iterator[list[metrics.Writer]]:
