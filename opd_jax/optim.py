@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import optax
 
@@ -66,8 +67,12 @@ def schedule(spec: OptimSpec) -> optax.Schedule:
     return optax.join_schedules([rise, decay], [warmup])
 
 
+@functools.cache
 def make(spec: OptimSpec) -> optax.GradientTransformation:
-    """Build the optax transform; clipping comes first and sees the whole gradient."""
+    """Build the optax transform; clipping comes first and sees the whole gradient.
+
+    The same spec gives the same object: a step that is static in it is not traced again.
+    """
     clip = optax.clip_by_global_norm(spec.clip) if spec.clip else optax.identity()
     if spec.name == "sgd":
         # Decay after the momentum, as in AdamW: it must not pile up in the trace.
