@@ -1,6 +1,5 @@
 """Tokenizers: loading, rendering, stop ids and equality, on small real BPE tokenizers."""
 
-
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
