@@ -47,11 +47,6 @@ class Assembly:
     plan: evaluate.EvalPlan
     bias_V: jax.Array | None  # [V] f32
 
-    @property
-    def answer_widths(self) -> tuple[int, ...]:
-        """Answer widths that the update is compiled for."""
-        return self.run.rollout.buckets or (self.run.rollout.max_new,)
-
 
 def assemble(run: RunConfig, *, say: Callable[[str], None] = print) -> Assembly:
     """Check all parts of a run against each other, without reading weights.
@@ -137,7 +132,7 @@ def teacher_params(parts: Assembly) -> Params:
     """Load the frozen teacher onto the mesh, its vocabulary rows fitted to the student's."""
     spec, cfg = parts.run.teacher, parts.cfg.teacher
     assert cfg is not None
-    dtype = cfg.dtype if spec.param_dtype == "auto" else spec.param_dtype
+    dtype = spec.stored_dtype(cfg.dtype)
     _, tree = hf.load(path_of(spec.path), dtype=jnp.dtype(dtype), mesh=parts.mesh)
     with jax.set_mesh(parts.mesh):
         return model.with_vocab_rows(tree, cfg.vocab_size)
@@ -146,7 +141,7 @@ def teacher_params(parts: Assembly) -> Params:
 def state(parts: Assembly) -> TrainState:
     """Load the student onto the mesh and wrap it into a fresh train state."""
     spec = parts.run.student
-    dtype = "float32" if spec.param_dtype == "auto" else spec.param_dtype
+    dtype = spec.stored_dtype("float32")
     _, tree = hf.load(path_of(spec.path), dtype=jnp.dtype(dtype), mesh=parts.mesh)
     with jax.set_mesh(parts.mesh):
         return _init(parts)(tree, jax.random.key(parts.run.seed))
@@ -155,7 +150,7 @@ def state(parts: Assembly) -> TrainState:
 def state_template(parts: Assembly) -> TrainState:
     """Shapes and placements of the train state, for restoring without reading the student."""
     spec = parts.run.student
-    dtype = "float32" if spec.param_dtype == "auto" else spec.param_dtype
+    dtype = spec.stored_dtype("float32")
     tree = params.abstract(model.specs(parts.cfg.student), jnp.dtype(dtype), parts.mesh)
     with jax.set_mesh(parts.mesh):
         return jax.eval_shape(_init(parts), tree, jax.random.key(parts.run.seed))
@@ -221,12 +216,11 @@ def _eval_plan(
             f"eval.batch {size}: expected a multiple of batch shards x micro-batches "
             f"({shards} x {run.train.microbatches}); set --config.eval.batch"
         )
-    widths = run.data.buckets or (run.data.max_prompt,)
     longest = max((len(row.ids) for row in heldout), default=1)
     return evaluate.EvalPlan(
         policy=policy,
         max_new=run.rollout.max_new,
-        width=data.bucket(longest, widths),
+        width=data.bucket(longest, run.data.widths),
         size=size,
         num_graded=run.eval.prompts,
         num_kl=run.eval.kl_prompts,

@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from opd_jax import data, optim, sampling
+from opd_jax import data, sampling
 from opd_jax.kl import KLSpec
 from opd_jax.model import REMAT
 from opd_jax.objective import NORMALISERS
@@ -40,6 +40,10 @@ class ModelSpec:
     param_dtype: str = "auto"  # auto: float32 for the student, the compute dtype for the teacher
     dtype: str = "auto"  # compute dtype; auto: bfloat16 on accelerators, float32 on CPU
     remat: str = "none"  # what the backward pass keeps: none, dots, full
+
+    def stored_dtype(self, auto: str) -> str:
+        """Dtype of the parameters, ``auto`` where the spec leaves it open."""
+        return auto if self.param_dtype == "auto" else self.param_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,11 @@ class DataSpec:
     epochs: int = 0  # 0: as many as the steps need
     template: tuple[tuple[str, Any], ...] = ()  # chat template arguments, (name, value) pairs
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Padded prompt widths in use."""
+        return self.buckets or (self.max_prompt,)
+
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSpec:
@@ -77,6 +86,11 @@ class RolloutSpec:
     min_p: float = 0.0
     bias: tuple[tuple[int, float], ...] = ()  # (id, logit bias) pairs
     buckets: tuple[int, ...] = ()  # answer widths the update is cropped to; (): (max_new,)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Answer widths that the update is compiled for."""
+        return self.buckets or (self.max_new,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -419,11 +433,10 @@ def _check(run: RunConfig) -> None:
         rule(run.eval.kl_prompts >= 0, "eval.kl_prompts", "at least 0 (0: not measured)")
     else:
         rule(not run.checkpoint.best, "checkpoint.best", "empty, since eval.every is 0")
-    try:  # the ranges of these belong to the modules that use them
+    try:  # their ranges belong to the module that uses them
         sampling.Sampler(
             vocab_size=2**31 - 1,
             **{k: getattr(run.rollout, k) for k in ("temperature", "top_k", "top_p", "min_p")},
         )
-        optim.make(run.optim)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from opd_jax import checkpoint, hf, hf_config, model, params, records
 from opd_jax import tokenizer as tokenizers
-from opd_jax.config import path_of
+from opd_jax.config import ModelSpec, path_of
 
 
 def export(workdir: str, out: str, *, step: int | None = None, dtype: str | None = None) -> int:
@@ -46,8 +46,8 @@ def export(workdir: str, out: str, *, step: int | None = None, dtype: str | None
         ) from error
     source = path_of(record["config"]["student.path"])
     cfg = hf_config.read_config(source)
-    kept = record["config"]["student.param_dtype"]
-    kept = jnp.dtype("float32" if kept == "auto" else kept)
+    spec = ModelSpec(param_dtype=record["config"]["student.param_dtype"])
+    kept = jnp.dtype(spec.stored_dtype("float32"))
     template = {"params": params.abstract(model.specs(cfg), kept)}
     with checkpoint.open(folder) as saves:
         tree, _, found = saves.restore(template, step, partial=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -135,13 +134,6 @@ def check_bias(bias_V, sampler: Sampler, *, num_ids: int) -> None:
             f"logit bias is -inf at all {sampler.vocab_size} ids: expected at least one id that "
             "may be sampled; leave one without the bias"
         )
-
-
-def warn_off_policy(sampler: Sampler) -> None:
-    """Issue :func:`off_policy_warning` as a ``UserWarning``, if there is one."""
-    message = off_policy_warning(sampler)
-    if message:
-        warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def sample(

@@ -279,7 +279,7 @@ class _Loop:
 
     def _sample(self, tree: Params, batch: data.Batch, step: int) -> Rollout:
         run, parts = self.run_cfg, self.parts
-        width = data.bucket(batch.longest, run.data.buckets or (run.data.max_prompt,))
+        width = data.bucket(batch.longest, run.data.widths)
         prompt = data.pad([row.ids for row in batch.examples], width, parts.policy.pad_id)
         return rollout.sample(
             tree,
@@ -297,7 +297,7 @@ class _Loop:
         """Cut what nobody sampled, to the smallest answer width that is compiled anyway."""
         width = answers.ids_BT.shape[1] - self.run_cfg.rollout.max_new
         longest = int(jnp.max(jnp.sum(answers.mask_BT, axis=1)))
-        total = width + data.bucket(longest, self.parts.answer_widths)
+        total = width + data.bucket(longest, self.run_cfg.rollout.widths)
         if total >= answers.ids_BT.shape[1]:
             return answers
         return answers.replace(

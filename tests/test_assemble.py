@@ -32,7 +32,7 @@ def test_the_parts_agree_without_reading_weights(tiny, monkeypatch):
     assert parts.stop_ids == parts.policy.stop_ids == (2,)
     assert len(parts.rows) == 12
     assert parts.heldout == ()
-    assert parts.answer_widths == (6,)
+    assert parts.run.rollout.widths == (6,)
     assert parts.bias_V is None
     assert any("12 prompts kept" in line for line in said)
 

@@ -207,8 +207,6 @@ def test_only_plain_sampling_is_on_policy():
         assert not sampler.on_policy
         assert f"{name}={value}" in message
         assert f"--config.rollout.{name}=" in message
-        with pytest.warns(UserWarning, match=name):
-            sampling.warn_off_policy(sampler)
 
 
 def test_equal_samplers_are_one_static_argument():
