@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ Groups and keys, with their default values:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status; an error a user can act on is one message."""
+    started = time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
-        "train": (_train, "distil on-policy, or resume"),
+        "train": (functools.partial(_train, started=started), "distil on-policy, or resume"),
         "export": (_export, "write a checkpoint as a Hugging Face folder"),
         "generate": (_generate, "sample answers to a file of prompts"),
         "figure": (_figure, "draw a run's training curves and rock tokens"),
@@ -76,7 +79,7 @@ def _prepare_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _train(argv: list[str]) -> int:
+def _train(argv: list[str], *, started: float) -> int:
     from opd_jax import config, train
 
     if {"-h", "--help"} & set(argv):
@@ -85,7 +88,12 @@ def _train(argv: list[str]) -> int:
     given, flags = config.load(argv, workdir=None)
     if not flags["workdir"]:
         raise config.ConfigError("no --workdir given: expected --workdir=DIR, a new or resumed run")
-    train.train(config.resolve(given), flags["workdir"], command=["opd-jax", "train", *argv])
+    train.train(
+        config.resolve(given),
+        flags["workdir"],
+        command=["opd-jax", "train", *argv],
+        started=started,
+    )
     return 0
 
 

@@ -153,6 +153,28 @@ class RunConfig:
     eval: EvalSpec
     checkpoint: CheckpointSpec
     log: LogSpec
+    profile: str = ""  # steps to trace, FIRST:LAST or one number, counted from 1; empty: none
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """First and last training step to trace, both included; None: no trace.
+
+        Raises:
+          ConfigError: not a step or a range of steps.
+        """
+        if not self.profile:
+            return None
+        first, _, last = self.profile.partition(":")
+        try:
+            steps = int(first), int(last if ":" in self.profile else first)
+        except ValueError:
+            steps = (0, 0)
+        if not 1 <= steps[0] <= steps[1] <= self.train.steps:
+            raise ConfigError(
+                f"profile is {self.profile!r}: expected FIRST:LAST or one number, steps from 1 to "
+                f"train.steps ({self.train.steps}), e.g. 3:5; set --config.profile"
+            )
+        return steps
 
 
 GROUPS: dict[str, type] = {
@@ -180,7 +202,7 @@ def defaults() -> ConfigDict:
         for name, cls in GROUPS.items()
     }
     groups["rock"]["ids_file"] = ""
-    return ConfigDict({"seed": 0, **groups})
+    return ConfigDict({"seed": 0, "profile": "", **groups})
 
 
 def parse_arg(arg: str, **allowed: Any) -> ConfigDict:
@@ -342,7 +364,7 @@ def resolve(config: ConfigDict) -> RunConfig:
         made = {name: cls(**groups[name]) for name, cls in GROUPS.items()}
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    run = RunConfig(seed=merged["seed"], **made)
+    run = RunConfig(seed=merged["seed"], profile=merged["profile"], **made)
     _check(run)
     return run
 
@@ -433,6 +455,7 @@ def _check(run: RunConfig) -> None:
         rule(run.eval.kl_prompts >= 0, "eval.kl_prompts", "at least 0 (0: not measured)")
     else:
         rule(not run.checkpoint.best, "checkpoint.best", "empty, since eval.every is 0")
+    _ = run.profiled  # raises
     try:  # their ranges belong to the module that uses them
         sampling.Sampler(
             vocab_size=2**31 - 1,

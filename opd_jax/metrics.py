@@ -180,6 +180,7 @@ class Timer:
     """Seconds per phase of a step: ``with timer.phase("rollout") as done: done(sample(...))``.
 
     jax returns before the work is done, so a phase ends when what was handed to ``done`` is ready.
+    A phase shows under its name in a :class:`Profile`.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -197,8 +198,9 @@ class Timer:
 
         start = self._clock()
         try:
-            yield done
-            jax.block_until_ready(waiting)
+            with jax.profiler.TraceAnnotation(name):
+                yield done
+                jax.block_until_ready(waiting)
         finally:
             waiting.clear()
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
@@ -207,6 +209,55 @@ class Timer:
         """Seconds per phase since the last call; starts again from zero."""
         seconds, self._seconds = self._seconds, {}
         return seconds
+
+
+class Profile:
+    """A trace of some training steps: ``with profile.step(n): ...``; a no-op for other steps."""
+
+    def __init__(
+        self, folder: str | os.PathLike, steps: tuple[int, int] | None, say: Callable[[str], object]
+    ):
+        """Trace into ``folder`` (made when tracing starts).
+
+        Args:
+          folder: every process writes there, under a name of its own.
+          steps: first and last step, both included; None: never trace.
+          say: receives one line, once the trace is written.
+        """
+        self._folder, self._say = Path(folder), say
+        self._first, self._last = steps or (1, 0)
+        self._traced: list[int] = []
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Trace a block as one step; the last one, or an error, ends the trace."""
+        if not self._first <= number <= self._last:
+            yield
+            return
+        if not self._traced:
+            jax.profiler.start_trace(str(self._folder))
+        self._traced.append(number)
+        try:
+            with jax.profiler.StepTraceAnnotation("train", step_num=number):
+                yield
+        except BaseException:
+            self.close()
+            raise
+        if number == self._last:
+            self.close()
+
+    def close(self) -> None:
+        """Write what has been traced, where that is not done yet."""
+        if not self._traced:
+            return
+        jax.profiler.stop_trace()
+        first, last = self._traced[0], self._traced[-1]
+        self._traced, self._last = [], -1
+        self._say(
+            f"profile of steps {first} to {last} in {self._folder}: tensorboard --logdir="
+            f"{self._folder} (with the xprof package), or open the .trace.json.gz inside in "
+            "ui.perfetto.dev"
+        )
 
 
 class Progress:

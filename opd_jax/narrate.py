@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import math
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +15,7 @@ from opd_jax import mesh, model, params, rock
 from opd_jax import tokenizer as tokenizers
 from opd_jax.assemble import Assembly
 from opd_jax.config import RunConfig
-from opd_jax.pytrees import RockState
+from opd_jax.pytrees import RockState, Rollout
 
 
 def introduction(parts: Assembly) -> list[str]:
@@ -49,6 +52,8 @@ def conclusion(result: dict[str, Any]) -> list[str]:
         ]
     lines += [f"{when:>6}: {evaluation_text(result[when])}" for when in ("before", "after")]
     minutes, seconds = divmod(round(result["seconds"]), 60)
+    if result["phase_share"]:
+        lines.append(time_text(result))
     lines.append(
         f"{result['steps']} steps in {minutes}m{seconds:02d}s, "
         f"{result['compiles']} programs compiled"
@@ -87,6 +92,76 @@ def evaluation_text(result: dict[str, float | None]) -> str:
         text.format(result[name]) for name, text in formats.items() if result[name] is not None
     ]
     return ", ".join(shown) or "not measured"
+
+
+def samples(answers: Rollout, kl_BT: np.ndarray, tokenizer: Any, limit: int) -> list[dict]:
+    """Decode the first ``limit`` answers of a batch, with the KL of every token.
+
+    Args:
+      answers: on the host.
+      kl_BT: [B, T-1], nats at the predicting positions.
+      tokenizer: decodes.
+      limit: most rows.
+    """
+    chosen = []
+    for row in range(min(limit, len(answers.ids_BT))):
+        ids, mask = answers.ids_BT[row], answers.mask_BT[row]
+        first = int(np.argmax(mask))
+        chosen.append(
+            {
+                "prompt": tokenizer.decode(ids[answers.start_B[row] : first]),
+                "answer": tokenizer.decode(ids[mask]),
+                "ids": ids[mask].tolist(),
+                "kl_nats": [round(float(x), 5) for x in kl_BT[row][mask[1:]]],
+                "truncated": bool(answers.truncated_B[row]),
+            }
+        )
+    return chosen
+
+
+def sample_text(sample: dict[str, Any], tokenizer: Any) -> str:
+    """One of :func:`samples` for a reader: prompt, answer, and the token of the largest KL."""
+    worst = int(np.argmax(sample["kl_nats"]))
+    token = tokenizers.token_text(tokenizer, sample["ids"][worst])
+    return (
+        f"{sample['prompt'][-160:]!r}\n  -> {sample['answer']!r}\n"
+        f"  mean KL {np.mean(sample['kl_nats']):.3f} nats, most at {token!r} "
+        f"({sample['kl_nats'][worst]:.2f})"
+    )
+
+
+def phase_seconds(took: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Sum up where the time of a process went.
+
+    Args:
+      took: seconds by phase, one entry a step, where an absent phase took 0 s and ``step`` is their
+        sum; entries without ``step`` are of the time between steps.
+
+    Returns:
+      ``median_s``, the median over steps of each of their phases and of ``step``, and
+      ``phase_share``, the part of all timed seconds that each phase took, largest first. Both are
+      empty without steps.
+    """
+    steps = [seconds for seconds in took if "step" in seconds]
+    names = sorted({name for seconds in steps for name in seconds})
+    medians = {name: statistics.median(s.get(name, 0.0) for s in steps) for name in names}
+    totals = collections.Counter()
+    for seconds in took if steps else ():
+        totals.update({name: value for name, value in seconds.items() if name != "step"})
+    whole = sum(totals.values())
+    return {
+        "median_s": medians,
+        "phase_share": {name: value / whole for name, value in totals.most_common()},
+    }
+
+
+def time_text(result: dict[str, Any]) -> str:
+    """Where the time went, in one line."""
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in result["phase_share"].items())
+    return (
+        f"time: {shares}; median step {result['median_s']['step']:.2f}s, "
+        f"first step after {result['first_step_s']:.1f}s"
+    )
 
 
 def rock_table(state: RockState, tokenizer: Any, limit: int) -> list[dict[str, Any]]:

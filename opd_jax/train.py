@@ -33,13 +33,12 @@ from opd_jax import (
 )
 from opd_jax import mesh as meshlib
 from opd_jax import steps as step_programs
-from opd_jax import tokenizer as tokenizers
 from opd_jax.assemble import Assembly
 from opd_jax.config import RunConfig
 from opd_jax.pytrees import Params, Rollout, TrainState
 
 # The schedule's horizon follows from train.steps, which may change.
-_MAY_CHANGE = (*records.MAY_CHANGE, "optim.steps")
+_MAY_CHANGE = (*records.MAY_CHANGE, "optim.steps", "profile")
 _BEST = {"accuracy": "max", "kl_nats": "min"}
 # Share of answers cut by length from which they seldom have an end to learn (arXiv 2604.08527).
 _MANY_TRUNCATED = 0.5
@@ -55,8 +54,16 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def train(run: RunConfig, workdir: str, *, command: Sequence[str] = ()) -> dict[str, Any]:
+def train(
+    run: RunConfig, workdir: str, *, command: Sequence[str] = (), started: float | None = None
+) -> dict[str, Any]:
     """Run (or resume) a distillation and return what ``summary.json`` holds.
+
+    Args:
+      run: a resolved config.
+      workdir: a new folder, or that of the run to go on with.
+      command: goes into ``run.json``.
+      started: ``time.monotonic()`` at which the process began, for ``first_step_s``; default: now.
 
     Raises:
       ConfigError, ValueError, FileNotFoundError: something does not fit; nothing has been written.
@@ -64,6 +71,7 @@ def train(run: RunConfig, workdir: str, *, command: Sequence[str] = ()) -> dict[
       CheckpointError: saving or restoring failed.
       NonFiniteError: loss or gradients are not finite.
     """
+    started = time.monotonic() if started is None else started
     parts = assemble.assemble(run, say=say)
     folder = Path(workdir)
     record = records.describe(config.describe(run), seed=run.seed, command=command)
@@ -89,7 +97,7 @@ def train(run: RunConfig, workdir: str, *, command: Sequence[str] = ()) -> dict[
         _Stop() as stop,
     ):
         saves.claim()
-        return _Loop(parts, folder, saves, stop).run()
+        return _Loop(parts, folder, saves, stop, started).run()
 
 
 class _Stop:
@@ -125,16 +133,28 @@ class _Stop:
 class _Loop:
     """One process's side of a run; the numerics are in ``steps`` and ``rollout``."""
 
-    def __init__(self, parts: Assembly, folder: Path, saves: checkpoint.Checkpoints, stop: _Stop):
+    def __init__(
+        self,
+        parts: Assembly,
+        folder: Path,
+        saves: checkpoint.Checkpoints,
+        stop: _Stop,
+        started: float,
+    ):
         self.parts, self.run_cfg, self.folder = parts, parts.run, folder
         self.saves, self.stop = saves, stop
         self.timer = metrics.Timer()
+        self.profile = metrics.Profile(folder / "profile", parts.run.profiled, say)
+        self.took: list[dict[str, float]] = []  # seconds by phase of every step of this process
+        self.between: dict[str, float] = {}
+        self.begun = time.perf_counter()
+        self.first_step_s: float | None = None
         self.schedule = optim.schedule(parts.run.optim)
         self.base_key = jax.random.key(self.run_cfg.seed)
         self.before: dict[str, float | None] = dict(evaluate.EMPTY)
         self.latest: dict[str, float | None] = dict(evaluate.EMPTY)
         self.seconds_before = 0.0  # of earlier processes of this run
-        self.started = time.monotonic()
+        self.process_started, self.started = started, time.monotonic()
         self.has_warned = False
 
     def run(self) -> dict[str, Any]:
@@ -161,13 +181,15 @@ class _Loop:
             if restored is None and run.eval.every:
                 self.before = self.latest = self._evaluate(state, 0)
             progress = metrics.Progress(run.train.steps, start=first, every=run.log.every)
-            step = first
+            step, batch = first, ()
             while step < run.train.steps and not self.stop.everywhere():
-                batch = next(self.batches, None)
-                if batch is None:
-                    say(f"stopping at step {step}: {run.data.epochs} epochs of prompts are used up")
-                    break
-                state, values, seconds = self._step(state, batch, step)
+                self.between, self.begun = self.timer.take(), time.perf_counter()
+                with self.profile.step(step + 1):
+                    with self.timer.phase("data"):
+                        batch = next(self.batches, None)
+                    if batch is None:
+                        break
+                    state, values, seconds = self._step(state, batch, step)
                 step += 1
                 progress.update(step, values, seconds)
                 if run.eval.every and step % run.eval.every == 0 and step < run.train.steps:
@@ -175,6 +197,9 @@ class _Loop:
                 is_due = run.checkpoint.every and step % run.checkpoint.every == 0
                 if is_due and step < run.train.steps:  # the last one waits for its evaluation
                     self._save(state, step)
+            self.profile.close()
+            if batch is None:
+                say(f"stopping at step {step}: {run.data.epochs} epochs of prompts are used up")
             if self.stop.everywhere():
                 self._save(state, step)
                 self.saves.wait()
@@ -248,10 +273,10 @@ class _Loop:
         self, state: TrainState, batch: data.Batch, step: int
     ) -> tuple[TrainState, dict[str, float], dict[str, float]]:
         run, parts = self.run_cfg, self.parts
-        begun = time.perf_counter()
         with self.timer.phase("rollout") as done:
             answers = done(self._sample(state.params, batch, step))
-        answers = self._crop(answers)
+        with jax.profiler.TraceAnnotation("crop"):
+            answers = self._crop(answers)
         every = run.log.samples_every
         if every and step % every == 0:
             with self.timer.phase("samples"):
@@ -263,19 +288,33 @@ class _Loop:
                 state, self.teacher, answers, cfg=parts.cfg, tx=parts.tx, states_BTE=states_BTE
             )
             done(means)
-        num_tokens = float(means["length_tokens"].total)
-        values = metrics.reduce(means)
+        with jax.profiler.TraceAnnotation("metrics"):
+            num_tokens = float(means["length_tokens"].total)
+            values = metrics.reduce(means)
         self._check_finite(values, step)
-        seconds = self.timer.take()
         values["mean_length"] = values.pop("length_tokens")
-        values["tokens_per_s"] = num_tokens / (time.perf_counter() - begun)
         values["lr"] = float(np.asarray(self.schedule(step)))
         del values["nonfinite"]
         self._warn_of_truncation(values["truncated_share"])
+        seconds = self._step_seconds()
+        values["tokens_per_s"] = num_tokens / seconds["step"]
         line = values | {f"{name}_s": value for name, value in seconds.items()}
         for writer in self.writers:
             writer.write(step + 1, line)
         return state, values, seconds
+
+    def _step_seconds(self) -> dict[str, float]:
+        """Seconds of the step that ends now: its phases and ``host``, the rest, add up to ``step``.
+
+        Evaluating and saving before it are named too, and are no part of ``step``.
+        """
+        seconds = self.timer.take()
+        whole = time.perf_counter() - self.begun
+        seconds |= {"host": whole - sum(seconds.values()), "step": whole}
+        if self.first_step_s is None:
+            self.first_step_s = time.monotonic() - self.process_started
+        self.took += [self.between, seconds]
+        return seconds | self.between
 
     def _sample(self, tree: Params, batch: data.Batch, step: int) -> Rollout:
         run, parts = self.run_cfg, self.parts
@@ -369,31 +408,10 @@ class _Loop:
             state.params, self.teacher, answers, state.rock, cfg=self.parts.cfg
         )
         host, kl_BT = meshlib.to_host((answers, tokens.reverse_BT))
-        show = self.parts.tokenizer.decode
-        chosen = []
-        for row in range(min(self.run_cfg.log.samples, len(host.ids_BT))):
-            ids, mask = host.ids_BT[row], host.mask_BT[row]
-            first = int(np.argmax(mask))
-            kl = kl_BT[row][mask[1:]]
-            chosen.append(
-                {
-                    "prompt": show(ids[host.start_B[row] : first]),
-                    "answer": show(ids[mask]),
-                    "ids": ids[mask].tolist(),
-                    "kl_nats": [round(float(x), 5) for x in kl],
-                    "truncated": bool(host.truncated_B[row]),
-                }
-            )
+        chosen = narrate.samples(host, kl_BT, self.parts.tokenizer, self.run_cfg.log.samples)
         self.samples.write(step, {"samples": chosen})
         if chosen:
-            sample = chosen[0]
-            worst = int(np.argmax(sample["kl_nats"]))
-            token = tokenizers.token_text(self.parts.tokenizer, sample["ids"][worst])
-            say(
-                f"sample, step {step}: {sample['prompt'][-160:]!r}\n  -> {sample['answer']!r}\n"
-                f"  mean KL {np.mean(sample['kl_nats']):.3f} nats, most at {token!r} "
-                f"({sample['kl_nats'][worst]:.2f})"
-            )
+            say(f"sample, step {step}: {narrate.sample_text(chosen[0], self.parts.tokenizer)}")
 
     def _summary(self, state: TrainState, step: int, *, is_finished: bool) -> dict[str, Any]:
         """Write ``summary.json``: before, after, and the types that carry most of the KL."""
@@ -404,6 +422,8 @@ class _Loop:
             "seconds": self._seconds(),
             "compiles": sum(assemble.programs().values()),
             "compiles_by_program": assemble.programs(),
+            "first_step_s": self.first_step_s,
+            **narrate.phase_seconds([*self.took, self.timer.take()]),
             "is_finished": is_finished,
             "rocks": narrate.rock_table(state.rock, self.parts.tokenizer, self.run_cfg.log.rocks),
         }

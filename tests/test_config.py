@@ -138,6 +138,10 @@ def test_a_command_line_without_config_is_refused():
         ("student.dtype", "int8", "float32"),
         ("student.remat", "some", "dots"),
         ("seed", -1, "0 to 2"),
+        ("profile", "5:3", "FIRST:LAST"),
+        ("profile", "0", "steps from 1"),
+        ("profile", "1000000", "train.steps"),
+        ("profile", "3:", "FIRST:LAST"),
         ("data.prompts", "", "JSONL"),
         ("data.too_long", "cut", "left_truncate"),
         ("data.epochs", -1, "at least 0"),
@@ -246,4 +250,4 @@ def test_path_of_finds_the_embedded_pair():
 
 def test_every_group_is_a_field_of_the_run():
     names = {f.name for f in dataclasses.fields(config.RunConfig)}
-    assert names == {"seed", *config.GROUPS}
+    assert names == {"seed", "profile", *config.GROUPS}

@@ -53,10 +53,34 @@ def test_the_conclusion_has_both_sides_and_the_table():
     row = {"token_id": 9, "token": "x", "share": 0.5, "kl_mean": 4.0, "token_share": 0.25}
     sides = {"before": dict(evaluate.EMPTY), "after": evaluate.EMPTY | {"accuracy": 1.0}}
     lines = narrate.conclusion(
-        {"rocks": [row], **sides, "steps": 3, "seconds": 61.0, "compiles": 4}
+        {"rocks": [row], **sides, "steps": 3, "seconds": 61.0, "compiles": 4, "phase_share": {}}
     )
     text = "\n".join(lines)
     assert "50.0%" in text
     assert "before: not measured" in text
     assert "after: accuracy 100.0%" in text
     assert "3 steps in 1m01s, 4 programs compiled" in text
+
+
+def test_shares_are_of_all_timed_seconds_and_medians_of_steps():
+    took = [
+        {},
+        {"update": 3.0, "host": 1.0, "step": 4.0},
+        {"eval": 6.0},
+        {"update": 1.0, "samples": 1.0, "host": 2.0, "step": 4.0},
+        {"update": 2.0, "host": 0.0, "step": 2.0},
+        {"save": 4.0},
+    ]
+    times = narrate.phase_seconds(took)
+    assert times["median_s"] == {"host": 1.0, "samples": 0.0, "step": 4.0, "update": 2.0}
+    assert times["phase_share"] == {
+        "update": 0.3,
+        "eval": 0.3,
+        "save": 0.2,
+        "host": 0.15,
+        "samples": 0.05,
+    }
+    text = narrate.time_text(times | {"first_step_s": 9.0})
+    assert "update 30%" in text
+    assert "median step 4.00s, first step after 9.0s" in text
+    assert narrate.phase_seconds([{"save": 1.0}]) == {"median_s": {}, "phase_share": {}}

@@ -1,5 +1,7 @@
 """The run end to end: what it writes, what it compiles, and when it stops by itself."""
 
+import collections
+import gzip
 import json
 
 import jax
@@ -28,10 +30,15 @@ STEP_FIELDS = {
     "truncated_share",
     "tokens_per_s",
     "lr",
+    "data_s",
     "rollout_s",
     "teacher_s",
     "update_s",
+    "host_s",
+    "step_s",
 }
+# All that a step's seconds are split into; evaluating and saving happen between steps.
+PHASES = ("data_s", "rollout_s", "samples_s", "teacher_s", "update_s", "host_s")
 
 
 def compiled_since(before):
@@ -53,6 +60,7 @@ def finished(tiny, tmp_path_factory):
             eval__batch=8,
             checkpoint__every=2,
             log__samples_every=2,
+            profile="2:3",
         )
     assert status == 0
     return workdir, compiled_since(before)
@@ -70,6 +78,30 @@ def test_metrics_has_every_step_once_with_all_fields(finished):
         assert line["kl_ungated"] == line["kl_nats"]
     evaluations = [line for line in lines if "eval/accuracy" in line]
     assert [line["step"] for line in evaluations] == [0, 2, 4]
+
+
+def test_the_phases_of_a_step_add_up(finished):
+    lines = [x for x in tiny_run.read_lines(finished[0] / "metrics.jsonl") if "loss" in x]
+    for line in lines:
+        assert sum(line.get(name, 0) for name in PHASES) == pytest.approx(line["step_s"])
+        assert all(line[name] >= 0 for name in PHASES if name in line)
+    assert "samples_s" in lines[0]
+    assert "samples_s" not in lines[1]
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    steps = sorted(line["step_s"] for line in lines)
+    assert summary["median_s"]["step"] == pytest.approx(sum(steps[1:3]) / 2)
+    assert set(summary["phase_share"]) == {x[:-2] for x in PHASES} | {"eval", "save"}
+    assert sum(summary["phase_share"].values()) == pytest.approx(1)
+    assert lines[0]["step_s"] < summary["first_step_s"] < summary["seconds"] + 60
+
+
+def test_the_profile_holds_the_asked_steps_with_their_phases(finished):
+    (file,) = (finished[0] / "profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    names = collections.Counter(event["name"] for event in events if "name" in event)
+    assert [names[name] for name in ("train", "rollout", "teacher", "update")] == [2] * 4
+    assert names["data"] == names["crop"] == 2
+    assert names["samples"] == 1
 
 
 def test_samples_pair_every_id_with_its_kl(finished):
@@ -161,6 +193,17 @@ def test_answer_buckets_compile_once_each(tiny, tmp_path, one_device, monkeypatc
     assert tiny_run.train(tiny, tmp_path / "run", **keys) == 0
     assert widths == [54, 51, 54, 51]
     assert compiled_since(before)["distill_step"] <= 2
+
+
+def test_a_profile_ends_with_the_run_and_may_differ_on_resume(tiny, tmp_path, one_device):
+    workdir = tmp_path / "run"
+    bad = {"profile": "9:12"}
+    assert tiny_run.train(tiny, workdir, **bad) == 1
+    assert not workdir.exists()
+    # 12 prompts are 3 steps: the run ends inside the range, and the trace is written all the same.
+    assert tiny_run.train(tiny, workdir, data__epochs=1, profile="3:4") == 0
+    assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 1
+    assert tiny_run.train(tiny, workdir, data__epochs=1, profile="4") == 0
 
 
 def test_a_student_equal_to_its_teacher_has_no_kl(tiny, tmp_path, one_device):
