@@ -1,0 +1,286 @@
+#!/usr/bin/env python3
+"""The fused KL of ``opd_jax.kl`` against the dense two-logit loss: memory, time, gradients, sums.
+
+    .venv/bin/python scripts/benchmarks/kl.py --out=runs/bench/kl.json
+
+Four questions, at Qwen3's vocabulary and the widths of a 4B teacher and a 1.7B student:
+
+1. How much temporary memory do loss and gradient need? From the compiled program, nothing runs. (On
+   CPU XLA widens bf16 heads to f32 first, so that the bf16 rows tell little about accelerators.)
+2. How long do they take? Medians of calls that alternate.
+3. By how much do the gradients differ, relative to the largest entry?
+4. What is the mean over 65,536 rows worth with bf16 inputs, against float64 on the same inputs, and
+   what would adding up in bf16 give?
+
+``--rows`` sets the rows of 2 and 3; the dense loss holds several f32 arrays of rows x 151,936.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax import kl
+
+VOCAB, TEACHER_WIDTH, STUDENT_WIDTH = 151_936, 2560, 2048  # Qwen3 4B and 1.7B
+MEMORY_ROWS = 4096
+SUM_ROWS, SUM_VOCAB, SUM_WIDTH = 65_536, 512, 64
+LOGIT_STD = 2.0
+
+
+def whole(text: str) -> int:
+    """Read a command-line number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a whole number of at least 1; give one, such as 256"
+        )
+    return int(text)
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser with what every benchmark takes: ``--out`` and ``--repeats``."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--repeats", type=whole, default=5, help="timed calls of each (default 5)")
+    return parser
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+    """Time the calls in turns (A, B, A, B, ...), after one untimed call each that compiles.
+
+    Turns, so that a disturbance of the machine falls on all of them alike.
+
+    Returns:
+      Per call ``seconds``, the median, and ``spread``, slowest less fastest over the median.
+    """
+    for call in calls.values():
+        jax.block_until_ready(call())
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            taken[name].append(time.perf_counter() - start)
+    return {name: summary(seconds) for name, seconds in taken.items()}
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median of the times, and their range over the median."""
+    middle = statistics.median(seconds)
+    return {"seconds": middle, "spread": (max(seconds) - min(seconds)) / middle}
+
+
+def machine() -> dict[str, Any]:
+    """What the times depend on."""
+    return {
+        "processor": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write(path: Path | None, work: str, results: list[dict[str, Any]]) -> None:
+    """Write ``{"machine", "work", "results"}`` as JSON where a path is given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {"machine": machine(), "work": work, "results": results}
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def fused_loss(hs_RD, ws_VD, ht_RE, wt_VE, weight_R):
+    """Weighted reverse KL by ``opd_jax``."""
+    batch = (hs_RD[None], ws_VD, ht_RE[None], wt_VE, weight_R[None])
+    return kl.weighted_kl(*batch, spec=kl.KLSpec())[0]
+
+
+def dense_loss(hs_RD, ws_VD, ht_RE, wt_VE, weight_R):
+    """The same from two whole arrays of logits, differentiated by jax."""
+
+    def log_softmax(h, w):
+        z_RV = jnp.matmul(h, w.T, preferred_element_type=jnp.float32)
+        return jax.nn.log_softmax(z_RV, axis=-1)
+
+    logp_RV = log_softmax(hs_RD, ws_VD)
+    logq_RV = jax.lax.stop_gradient(log_softmax(ht_RE, wt_VE))
+    return jnp.sum(weight_R * jnp.sum(jnp.exp(logp_RV) * (logp_RV - logq_RV), axis=-1))
+
+
+LOSSES = {
+    "opd_jax": fused_loss,
+    "dense": dense_loss,
+    "dense_remat": jax.checkpoint(dense_loss),
+}
+
+
+def gradient(loss) -> Callable:
+    """Jitted value and gradient with respect to the student's states and head."""
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+
+
+def shapes(rows: int, dtype, vocab=VOCAB, student=STUDENT_WIDTH, teacher=TEACHER_WIDTH):
+    """Abstract inputs of a loss."""
+    sizes = ((rows, student), (vocab, student), (rows, teacher), (vocab, teacher))
+    return (
+        *(jax.ShapeDtypeStruct(size, dtype) for size in sizes),
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
+    )
+
+
+def draw(inputs, seed: int = 0):
+    """Values for :func:`shapes`: logits with standard deviation ``LOGIT_STD``, weights 1 / rows."""
+    rng = np.random.default_rng(seed)  # numpy: several times faster than jax.random on a CPU
+    values = []
+    for index, like in enumerate(inputs[:4]):
+        # States have unit entries, and a logit is a sum of `width` products.
+        scale = LOGIT_STD / like.shape[1] ** 0.5 if index % 2 else 1.0
+        value = rng.standard_normal(like.shape, np.float32) * np.float32(scale)
+        values.append(jnp.asarray(value, like.dtype))
+    rows = inputs[4].shape[0]
+    return (*values, jnp.full((rows,), 1.0 / rows, jnp.float32))
+
+
+def temporary_bytes(loss, inputs) -> int:
+    """Bytes of scratch that the compiled value-and-gradient needs beside inputs and outputs.
+
+    On CPU, XLA hands fused multiplications to a library that allocates whole arrays of logits for
+    itself, where the compiler's own account does not see them; for the account these fusions are
+    switched off, and only there.
+    """
+    is_cpu = jax.default_backend() == "cpu"
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""} if is_cpu else None
+    compiled = gradient(loss).lower(*inputs).compile(compiler_options=options)
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def relative_difference(ours, theirs) -> float:
+    """Largest absolute difference over the largest absolute entry of ``theirs``."""
+    return float(jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs)))
+
+
+def running_sum(values: Iterable[float], dtype) -> float:
+    """Add one value after the other in ``dtype``, rounding each time."""
+    total = np.zeros((), dtype)
+    for value in np.asarray(values).astype(dtype):
+        total = (total + value).astype(dtype)
+    return float(total)
+
+
+def exact_kl(hs_RD, ws_VD, ht_RE, wt_VE) -> np.ndarray:
+    """Reverse KL of every row in float64, by numpy; nats."""
+
+    def log_softmax(h, w):
+        z_RV = np.asarray(h, np.float64) @ np.asarray(w, np.float64).T
+        z_RV -= z_RV.max(axis=-1, keepdims=True)
+        return z_RV - np.log(np.exp(z_RV).sum(axis=-1, keepdims=True))
+
+    logp_RV, logq_RV = log_softmax(hs_RD, ws_VD), log_softmax(ht_RE, wt_VE)
+    return (np.exp(logp_RV) * (logp_RV - logq_RV)).sum(axis=-1)
+
+
+def measure_memory(rows: int) -> list[dict[str, Any]]:
+    """Scratch of every loss, in f32 and bf16."""
+    results = []
+    for dtype in ("float32", "bfloat16"):
+        inputs = shapes(rows, dtype)
+        needed = {name: temporary_bytes(loss, inputs) for name, loss in LOSSES.items()}
+        for name, size in needed.items():
+            ratio = needed["opd_jax"] / size
+            print(
+                f"memory  {dtype:8}  {rows} rows  {name:12} {size / 2**30:7.3f} GiB"
+                f"  opd_jax / this: {ratio:.4f}",
+                flush=True,
+            )
+            results.append(
+                {
+                    "measure": "memory",
+                    "loss": name,
+                    "dtype": dtype,
+                    "rows": rows,
+                    "temporary_bytes": size,
+                    "opd_jax_over_this": ratio,
+                }
+            )
+    return results
+
+
+def measure_time(rows: int, repeats: int) -> list[dict[str, Any]]:
+    """Seconds of every loss in f32, and how far our gradients lie from the dense ones."""
+    inputs = draw(shapes(rows, jnp.float32))
+    compiled = {name: gradient(loss) for name, loss in LOSSES.items()}
+    (loss, ours), (dense, theirs) = compiled["opd_jax"](*inputs), compiled["dense"](*inputs)
+    gaps = {
+        "states": relative_difference(ours[0], theirs[0]),
+        "head": relative_difference(ours[1], theirs[1]),
+        "loss": relative_difference(loss, dense),
+    }
+    del ours, theirs  # as large as the head; the timed calls need the room
+    print(f"agreement  {rows} rows  float32  " + "  ".join(f"{k} {v:.1e}" for k, v in gaps.items()))
+    calls = {name: lambda call=call: call(*inputs) for name, call in compiled.items()}
+    results: list[dict[str, Any]] = [{"measure": "agreement", "rows": rows, **gaps}]
+    for name, times in interleaved(calls, repeats).items():
+        print(
+            f"time  {rows} rows  {name:12} {times['seconds']:7.2f} s  spread {times['spread']:.0%}",
+            flush=True,
+        )
+        results.append({"measure": "time", "loss": name, "rows": rows, **times})
+    return results
+
+
+def measure_sums(rows: int = SUM_ROWS) -> dict[str, Any]:
+    """Mean KL of bf16 inputs: float64, ours (summed in f32), and summed in bf16."""
+    inputs = draw(shapes(rows, jnp.bfloat16, SUM_VOCAB, SUM_WIDTH, SUM_WIDTH))
+    ones_R = jnp.ones((rows,), jnp.float32)
+    exact_R = exact_kl(*inputs[:4])
+    exact = float(exact_R.mean())
+    ours = float(jax.jit(fused_loss)(*inputs[:4], ones_R)) / rows
+    half = running_sum(exact_R, jnp.bfloat16) / rows
+    result = {
+        "measure": "sums",
+        "rows": rows,
+        "float64": exact,
+        "opd_jax": ours,
+        "opd_jax_error": abs(ours - exact) / exact,
+        "bfloat16_sum": half,
+        "bfloat16_sum_error": abs(half - exact) / exact,
+    }
+    print(
+        f"sums  {rows} rows of bf16  float64 {exact:.7f}  opd_jax {ours:.7f} "
+        f"(off by {result['opd_jax_error']:.1e})  added up in bf16 {half:.7f} "
+        f"(off by {result['bfloat16_sum_error']:.1e})"
+    )
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run all four and print them."""
+    parser = arguments(__doc__)
+    parser.add_argument("--rows", type=whole, default=1024, help="rows timed (default 1024)")
+    args = parser.parse_args(argv)
+    results = [measure_sums(), *measure_memory(MEMORY_ROWS)]
+    results += measure_time(args.rows, args.repeats)
+    work = (
+        f"reverse KL and its gradient: vocabulary {VOCAB}, teacher {TEACHER_WIDTH}, student "
+        f"{STUDENT_WIDTH} wide; memory of {MEMORY_ROWS} rows, time of {args.rows}, sums of "
+        f"{SUM_ROWS} (vocabulary {SUM_VOCAB}, width {SUM_WIDTH})"
+    )
+    write(args.out, work, results)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
