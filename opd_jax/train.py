@@ -149,7 +149,7 @@ class _Loop:
         self.between: dict[str, float] = {}
         self.begun = time.perf_counter()
         self.first_step_s: float | None = None
-        self.schedule = optim.schedule(parts.run.optim)
+        self.schedule = jax.jit(optim.schedule(parts.run.optim))  # one program instead of six
         self.base_key = jax.random.key(self.run_cfg.seed)
         self.before: dict[str, float | None] = dict(evaluate.EMPTY)
         self.latest: dict[str, float | None] = dict(evaluate.EMPTY)
@@ -176,7 +176,10 @@ class _Loop:
             say(line)
         say(f"steps {first} to {run.train.steps}, in {self.folder}")
         restored = first if self.saves.steps() else None
-        with self._writers(restored) as writers:
+        # Processes that compile in different orders would wait for one another: alone only.
+        is_alone = jax.process_count() == 1 and first < run.train.steps
+        ahead = assemble.Ahead(self.parts, state, self.teacher, is_on=is_alone)
+        with self._writers(restored) as writers, ahead as self.ahead:
             self.writers = writers
             if restored is None and run.eval.every:
                 self.before = self.latest = self._evaluate(state, 0)
@@ -281,6 +284,8 @@ class _Loop:
         if every and step % every == 0:
             with self.timer.phase("samples"):
                 self._write_samples(state, answers, step)
+        with self.timer.phase("compile"):
+            self.ahead.wait(answers)
         with self.timer.phase("teacher") as done:
             states_BTE = done(step_programs.teacher_states(self.teacher, answers, cfg=parts.cfg))
         with self.timer.phase("update") as done:
@@ -334,6 +339,8 @@ class _Loop:
 
     def _crop(self, answers: Rollout) -> Rollout:
         """Cut what nobody sampled, to the smallest answer width that is compiled anyway."""
+        if len(self.run_cfg.rollout.widths) == 1:
+            return answers
         width = answers.ids_BT.shape[1] - self.run_cfg.rollout.max_new
         longest = int(jnp.max(jnp.sum(answers.mask_BT, axis=1)))
         total = width + data.bucket(longest, self.run_cfg.rollout.widths)
