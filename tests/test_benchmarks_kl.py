@@ -61,9 +61,11 @@ def test_temporary_memory_counts_the_logits_of_the_dense_loss():
 
 def test_calls_are_timed_in_turns_after_one_that_compiles():
     order = []
-    times = bench.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    assert set(bench.interleaved(calls, 3)) == {"a", "b"}
     assert "".join(order) == "ab" * 4
-    assert set(times) == {"a", "b"}
+    bench.interleaved(calls, 1, is_warm=True)
+    assert "".join(order) == "ab" * 5
 
 
 def test_summary_is_median_and_relative_range():
