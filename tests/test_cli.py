@@ -54,7 +54,7 @@ def test_an_unknown_command_is_refused(capsys):
 
 
 def test_a_defect_keeps_its_trace(monkeypatch):
-    def broken(argv):
+    def broken(argv, *, started):
         raise KeyError("a bug")
 
     monkeypatch.setattr(cli, "_train", broken)
