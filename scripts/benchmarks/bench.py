@@ -38,7 +38,8 @@ KINDS = ("step", "update", "rollout")
 LIBRARIES = ("opd_jax", "trl", "easydel", "tunix")
 DISTRIBUTIONS = {"opd_jax": "opd-jax", "trl": "trl", "easydel": "easydel", "tunix": "google-tunix"}
 PAD, EOS, UNKNOWN = 0, 1, 2  # special ids of the made-up tokenizer; nothing stops at EOS here
-SHARPER = 4.0  # times the usual initial embedding, which is the head
+SHARPER = {"student": 3.0, "teacher": 5.0}  # times the usual initial embedding and head
+DEEPER = 8.0  # times the usual initial weights of what a layer adds
 TOLERANCE = 1e-4  # relative; fp32 forward passes of two libraries differ by about 1e-6
 
 
@@ -175,7 +176,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_model(folder: str, shape: Shape, seed: int, max_positions: int) -> None:
+def write_model(folder: str, shape: Shape, seed: int, sharper: float, max_positions: int) -> None:
     """Write a Hugging Face folder of random weights with a tokenizer of one word per id."""
     import jax
     import jax.numpy as jnp
@@ -209,14 +210,18 @@ def write_model(folder: str, shape: Shape, seed: int, max_positions: int) -> Non
         unk_token=word(UNKNOWN),
     )
     tree = params.init(model.specs(cfg), jax.random.key(seed), jnp.float32)
-    # Distributions that differ from uniform: else both directions of KL would be one number.
-    tree["embed"] = tree["embed"] * SHARPER
+    # With the usual initial values both models would copy the last id, or be uniform, and every
+    # direction of KL would be one number. Depth must count, and the teacher be the surer one.
+    tree["embed"] = tree["embed"] * sharper
+    for name in ("o", "down"):
+        tree["layers"][name] = tree["layers"][name] * DEEPER
     hf.save(folder, cfg, tree, tokenizer=fast)
 
 
 def word(token_id: int) -> str:
     """How the made-up tokenizer spells an id."""
-    return f"t{token_id}"
+    # Special words are found inside of others, too, so none may begin like them.
+    return {PAD: "<pad>", EOS: "<eos>", UNKNOWN: "<unk>"}.get(token_id, f"t{token_id}")
 
 
 def write_inputs(work: dict[str, Any], folder: Path) -> tuple[str, str, str]:
@@ -228,12 +233,15 @@ def write_inputs(work: dict[str, Any], folder: Path) -> tuple[str, str, str]:
     paths = []
     for seed, role in enumerate(("student", "teacher")):
         shape = Shape(**work[role])
-        about = json.dumps([work[role], seed, work["max_positions"], SHARPER], sort_keys=True)
+        about = json.dumps(
+            [work[role], seed, work["max_positions"], SHARPER[role], DEEPER], sort_keys=True
+        )
         path = folder / f"{role}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
         if not path.exists():
             # A process of its own: this one would keep jax's threads and memory while others run.
             child = multiprocessing.get_context("spawn").Process(
-                target=write_model, args=(str(path), shape, seed, work["max_positions"])
+                target=write_model,
+                args=(str(path), shape, seed, SHARPER[role], work["max_positions"]),
             )
             child.start()
             child.join()
@@ -383,7 +391,8 @@ def remarks(rows: Sequence[dict[str, Any]], work: dict[str, Any], kind: str) -> 
     Adds the numbers to the rows. Peaks are those that our worker measured in its own process.
     """
     lines = []
-    peaks = [row for row in rows if "gemm_gflops" in row]
+    wanted = {"update": "gemm_gflops", "rollout": "memory_gb_s"}.get(kind)
+    peaks = [row for row in rows if wanted in row]
     student, teacher = Shape(**work["student"]), Shape(**work["teacher"])
     for row in rows:
         if "failed" in row or not peaks:

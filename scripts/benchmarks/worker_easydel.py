@@ -25,6 +25,7 @@ import datasets  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 import transformers  # noqa: E402
 
 NOTE = (
@@ -75,6 +76,7 @@ def load(path: str, job: bench.Job):
         path,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
+        torch_dtype=torch.float32,  # else the weights are rounded to half precision on the way
         sharding_axis_dims=(1, 1, 1, 1, 1),
         auto_shard_model=True,
     )

@@ -39,6 +39,8 @@ def run(job: Job) -> dict[str, Any]:
     )
     total = job.warmup + job.steps
     prompts = [" ".join(bench.word(i) for i in row) for row in prompt_BP]
+    if tokenizer(prompts)["input_ids"] != prompt_BP.tolist():
+        raise RuntimeError("the tokenizer does not give the fixed prompts back: expected each id")
     clock = Clock()
     trainer = trl.DistillationTrainer(
         model=student,

@@ -106,6 +106,8 @@ def _run(job: bench.Job, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         ),
     )
     prompts = [" ".join(bench.word(i) for i in row) for row in prompt_BP]
+    if [list(sampler.tokenize(text)) for text in prompts] != prompt_BP.tolist():
+        raise RuntimeError("the tokenizer does not give the fixed prompts back: expected each id")
     begins: list[float] = []
     rollout_seconds: list[float] = []
 

@@ -1,0 +1,164 @@
+"""The pure parts of the peer benchmark: FLOPs, rows, agreement, the table."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+_FILE = Path(__file__).parent.parent / "scripts" / "benchmarks" / "bench.py"
+_SPEC = importlib.util.spec_from_file_location("peer_bench", _FILE)
+bench = importlib.util.module_from_spec(_SPEC)
+sys.modules["peer_bench"] = bench  # where dataclasses look their module up
+_SPEC.loader.exec_module(bench)
+
+STUDENT = bench.Shape(1, width=4, ffn=8, heads=2, kv_heads=1, head_dim=2, vocab=10)
+TEACHER = bench.Shape(2, width=4, ffn=8, heads=2, kv_heads=1, head_dim=2, vocab=10)
+
+
+def raw(seconds, **rest):
+    return {
+        "seconds": seconds,
+        "phases": {"rollout": [0.5, 0.25, 1.0]},
+        "objective": "reverse KL",
+        "loss_fixed": 2.0,
+        "peak_rss_gb": 1.5,
+        "versions": {"opd-jax": "0.1.0", "trl": "1.16.0"},
+        **rest,
+    }
+
+
+def test_parameters_by_hand():
+    # q 4x4, k 4x2, v 4x2, o 4x4; gate, up, down 4x8 each.
+    assert STUDENT.body_params == 16 + 8 + 8 + 16 + 3 * 32
+    assert TEACHER.body_params == 2 * STUDENT.body_params
+    assert STUDENT.head_params == 40
+
+
+def test_flops_by_hand():
+    # 3 rows of 2 + 3 ids: 4 predicting positions each, 9 scored, 10 causal pairs a row.
+    body = 12 * (2 * 288 + 6 * 144)
+    head = 9 * 2 * 40 * 4
+    pair = 4 * 2 * 2  # two matmuls of head_dim 2 for 2 heads, 2 FLOPs each
+    attention = 30 * pair * (2 + 3 * 1)
+    found = bench.needed_flops(STUDENT, TEACHER, batch=3, prompt=2, new=3)
+    assert found == body + head + attention
+
+
+def test_measure_drops_the_warm_up():
+    calls = []
+
+    def once():
+        calls.append(None)
+        return {"part": float(len(calls))}
+
+    job = bench.Job("step", "s", "t", "f", prompt=1, new=1, lr=1.0, warmup=2, steps=3)
+    result = bench.measure(once, job)
+    assert len(calls) == 5
+    assert len(result["seconds"]) == 3
+    assert result["phases"] == {"part": [3.0, 4.0, 5.0]}
+
+
+def test_a_row_holds_medians():
+    row = bench.summarise("trl", 8, raw([3.0, 1.0, 2.0]))
+    assert row["seconds_per_step"] == 2.0
+    assert row["rollout_seconds"] == 0.5
+    assert row["spread"] == 1.0
+    assert row["version"] == "1.16.0"
+    assert "seconds" not in row
+
+
+def test_table_has_ratio_to_ours_and_the_reason_of_a_failure():
+    rows = [
+        bench.summarise("opd_jax", 8, raw([2.0, 2.0, 2.0])),
+        bench.summarise("trl", 8, raw([5.0, 5.0, 5.0])),
+        bench.summarise("tunix", 8, {"failed": "ValueError: no such thing"}),
+    ]
+    lines = bench.table(rows).splitlines()
+    assert lines[0].split()[:2] == ["library", "version"]
+    assert lines[1].split()[-1] == "1.00"
+    assert lines[2].split()[-1] == "2.50"
+    assert lines[3].split() == ["tunix", "8", "FAILED"]
+    assert lines[4] == "tunix, batch 8: FAILED: ValueError: no such thing"
+    assert lines[0].index("s/step") == lines[1].index("2.000")
+
+
+def test_ratio_is_to_our_row_of_the_same_batch():
+    rows = [
+        bench.summarise("opd_jax", 8, raw([2.0, 2.0, 2.0])),
+        bench.summarise("opd_jax", 32, raw([4.0, 4.0, 4.0])),
+        bench.summarise("trl", 32, raw([8.0, 8.0, 8.0])),
+        bench.summarise("trl", 16, raw([8.0, 8.0, 8.0])),
+    ]
+    assert [line.split()[-1] for line in bench.table(rows).splitlines()[1:]] == [
+        "1.00",
+        "1.00",
+        "2.00",
+        "-",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("loss", "objective", "verdict"),
+    [
+        (2.0, "reverse KL", "agrees"),
+        (2.0 * (1 + 2e-4), "reverse KL", "DIFFERS"),
+        (3.0, "forward KL", "agrees"),
+        (2.0, "forward KL", "DIFFERS"),
+        (float("nan"), "reverse KL", "DIFFERS"),
+    ],
+)
+def test_losses_are_compared_with_ours_of_the_same_direction(loss, objective, verdict):
+    ours = raw([1.0], losses_fixed={"reverse": 2.0, "forward": 3.0})
+    theirs = raw([1.0], loss_fixed=loss, objective=objective, note="one token late")
+    rows = [bench.summarise("opd_jax", 8, ours), bench.summarise("trl", 8, theirs)]
+    (line,) = bench.agreement(rows)
+    assert line.startswith(f"trl: {verdict}:")
+    assert ("one token late" in line) == (verdict == "DIFFERS")
+
+
+def test_a_failed_row_takes_no_part_in_the_agreement():
+    rows = [
+        bench.summarise("opd_jax", 8, raw([1.0], losses_fixed={"reverse": 2.0})),
+        bench.summarise("tunix", 8, {"failed": "why"}),
+    ]
+    assert bench.agreement(rows) == []
+
+
+def test_update_is_related_to_the_gemm_peak():
+    work = {"prompt": 2, "new": 3}
+    work |= {"student": vars(STUDENT), "teacher": vars(TEACHER)}
+    row = bench.summarise("opd_jax", 3, raw([2.0], gemm_gflops=1e-3))
+    (line,) = bench.remarks([row], work, "update")
+    flops = bench.needed_flops(STUDENT, TEACHER, batch=3, prompt=2, new=3)
+    assert row["gemm_share"] == pytest.approx(flops / 2.0 / 1e6)
+    assert f"{row['gemm_share']:.0%} of the GEMM peak" in line
+
+
+def test_rollout_is_related_to_weight_traffic():
+    work = {"prompt": 2, "new": 4, "student": vars(STUDENT), "teacher": vars(TEACHER)}
+    result = raw([3.0], memory_gb_s=1.0) | {"phases": {"prefill": [1.0]}}
+    row = bench.summarise("opd_jax", 3, result)
+    bench.remarks([row], work, "rollout")
+    assert row["seconds_per_token"] == pytest.approx(0.5)
+    assert row["bound_seconds_per_token"] == pytest.approx(4 * 184 / 1e9)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--libraries=verl", "--layers=2", "--batch=0", "--steps=0", "--layers=a,b"]
+)
+def test_bad_values_are_refused_with_the_flag_to_change(flag, capsys):
+    with pytest.raises(SystemExit):
+        bench.parse(["step", flag])
+    assert "change" in capsys.readouterr().err
+
+
+def test_rollout_has_two_libraries_and_two_batches():
+    flags = bench.parse(["rollout"])
+    assert flags.libraries == ["opd_jax", "trl"]
+    assert flags.batch == [8, 32]
+
+
+def test_no_word_of_the_tokenizer_begins_with_a_special_one():
+    special = [bench.word(i) for i in (bench.PAD, bench.EOS, bench.UNKNOWN)]
+    assert not any(bench.word(i).startswith(s) for i in range(3, 3000) for s in special)
