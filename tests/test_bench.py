@@ -8,6 +8,8 @@ import pytest
 
 _FILE = Path(__file__).parent.parent / "scripts" / "benchmarks" / "bench.py"
 _SPEC = importlib.util.spec_from_file_location("peer_bench", _FILE)
+assert _SPEC is not None
+assert _SPEC.loader is not None
 bench = importlib.util.module_from_spec(_SPEC)
 sys.modules["peer_bench"] = bench  # where dataclasses look their module up
 _SPEC.loader.exec_module(bench)

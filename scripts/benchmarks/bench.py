@@ -356,7 +356,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if r["library"] == "opd_jax" and "seconds_per_step" in r
     }
     heads = ("library", "version", "objective", "batch", "s/step", "rollout s", "spread", "peak GB")
-    lines = [(*heads, "time / ours")]
+    lines: list[tuple[str, ...]] = [(*heads, "time / ours")]
     reasons = []
     for row in rows:
         name, batch = row["library"], str(row["batch"])
@@ -427,7 +427,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
       SystemExit: a value that cannot be used, with what was expected.
     """
-    parser = argparse.ArgumentParser("scripts/bench", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        "scripts/bench", description="Time the same step in several libraries."
+    )
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--libraries", default="", help=f"default: {','.join(LIBRARIES)}")
     parser.add_argument("--layers", default="15,30", help="of student,teacher")

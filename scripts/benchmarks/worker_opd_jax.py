@@ -68,18 +68,18 @@ def _run(job: Job, mesh) -> dict[str, Any]:
     with np.load(job.fixed) as ids:
         prompt_BP, completion_BN = ids["prompt"], ids["completion"]
     batch = len(prompt_BP)
-    start_B = np.zeros(batch, np.int32)
-    prompt = meshlib.to_global(Prompt(ids_BP=prompt_BP, start_B=start_B), mesh)
-    mask_BT = np.zeros((batch, job.prompt + job.new), bool)
-    mask_BT[:, job.prompt :] = True
+    ids_BT = np.concatenate([prompt_BP, completion_BN], axis=1)
+    is_new_BT = np.arange(ids_BT.shape[1])[None, :] >= np.full((batch, 1), job.prompt)
+    start_B = jnp.zeros(batch, jnp.int32)
+    prompt = meshlib.to_global(Prompt(ids_BP=jnp.asarray(prompt_BP), start_B=start_B), mesh)
     fixed = meshlib.to_global(
         Rollout(
-            ids_BT=np.concatenate([prompt_BP, completion_BN], axis=1),
+            ids_BT=jnp.asarray(ids_BT),
             start_B=start_B,
-            mask_BT=mask_BT,
-            logp_BT=np.zeros(mask_BT.shape, np.float32),
-            truncated_B=np.ones(batch, bool),
-            policy_step=np.zeros((), np.int32),
+            mask_BT=jnp.asarray(is_new_BT),
+            logp_BT=jnp.zeros(ids_BT.shape, jnp.float32),
+            truncated_B=jnp.ones(batch, bool),
+            policy_step=jnp.zeros((), jnp.int32),
         ),
         mesh,
     )

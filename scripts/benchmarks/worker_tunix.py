@@ -24,6 +24,10 @@ from tunix.generate.sampler import CacheConfig, Sampler
 from tunix.models.llama3.model import Llama3, ModelConfig
 from tunix.models.llama3.params import create_model_from_safe_tensors
 
+NOTE = (
+    "its llama attention calls the rotary embedding without the config's rope_theta, so the models "
+    "run at the default of 1,000,000 and not at 100,000"
+)
 NO_ID = -1  # as the only stop id: nothing stops early
 
 
@@ -148,6 +152,7 @@ def _run(job: bench.Job, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         "peak_rss_gb": bench.peak_rss_gb(),
         "objective": "forward KL",
         "loss_fixed": float(loss_fixed),
+        "note": NOTE,
     }
 
 
