@@ -142,7 +142,7 @@ def test_rollout_is_related_to_weight_traffic():
     result = raw([3.0], memory_gb_s=1.0) | {"phases": {"prefill": [1.0]}}
     row = bench.summarise("opd_jax", 3, result)
     bench.remarks([row], work, "rollout")
-    assert row["seconds_per_token"] == pytest.approx(0.5)
+    assert row["seconds_per_token"] == pytest.approx(2 / 3)
     assert row["bound_seconds_per_token"] == pytest.approx(4 * 184 / 1e9)
 
 

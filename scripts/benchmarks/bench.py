@@ -410,7 +410,11 @@ def remarks(rows: Sequence[dict[str, Any]], work: dict[str, Any], kind: str) -> 
             )
         elif kind == "rollout":
             weights = 4 * (student.body_params + student.head_params)
-            row["seconds_per_token"] = (seconds - row.get("prefill_seconds", 0.0)) / work["new"]
+            if "prefill_seconds" in row:  # which gives the first id, too
+                decode, num_ids = seconds - row["prefill_seconds"], max(work["new"] - 1, 1)
+            else:
+                decode, num_ids = seconds, work["new"]
+            row["seconds_per_token"] = decode / num_ids
             row["bound_seconds_per_token"] = weights / (peak["memory_gb_s"] * 1e9)
             lines.append(
                 f"{row['library']}, batch {batch}: {row['seconds_per_token'] * 1e3:.1f} ms a token"
