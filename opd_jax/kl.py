@@ -41,6 +41,9 @@ DIRECTIONS = ("reverse", "forward", "jsd", "skew_reverse", "skew_forward")
 _MASKED = -1e30
 # One [C, V] f32 buffer of a chunk stays below this unless the spec names the chunk.
 _CHUNK_BYTES = 128 * 2**20
+# Vocabulary columns swept at a time. Tiles of 1024 to 4096 cost a CPU up to 1.5 times as much (small
+# matmuls); this many keep temporaries small and the matmuls efficient.
+_TILE = 16384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +238,6 @@ def _local(spec, has_grad, is_sharded, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, 
     weight_R, keep_R, labels_R = weight_BT.ravel(), keep_BT.ravel(), labels_BT.ravel()
     chunk = min(spec.chunk or _auto_chunk(num_ids), num_rows)
     first_id = lax.axis_index("model") * num_ids if is_sharded else 0
-    ids_V = first_id + jnp.arange(num_ids)
-    real_V = None if spec.vocab_size is None else ids_V < spec.vocab_size
     over_vocab = ("model",) if is_sharded else ()
 
     # Kept rows first, in their own order; the tail of the last chunk points past the end, where
@@ -253,17 +254,14 @@ def _local(spec, has_grad, is_sharded, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, 
         hs_CD = pick(hs_RD)
         zs_CV = _project(hs_CD, ws_VD)
         zt_CV = None if ht_RE is None else _project(pick(ht_RE), wt_VE)
-        label_CV = (pick(labels_R)[:, None] == ids_V[None, :]) if spec.ce > 0 else None
-        real_CV = None if real_V is None else jnp.broadcast_to(real_V[None, :], zs_CV.shape)
-        stats_C4, dz_CV = _divergence(zs_CV, zt_CV, real_CV, label_CV, spec, over_vocab)
-        stats_R4 = stats_R4.at[index_C].set(stats_C4, mode="drop")
+        rows = _Rows(spec, zs_CV, zt_CV, pick(labels_R), first_id, over_vocab)
+        stats_R4 = stats_R4.at[index_C].set(rows.stats_C4, mode="drop")
         if has_grad:
-            dz_CV = dz_CV * jnp.where(index_C < num_rows, pick(weight_R), 0.0)[:, None]
-            dz_CV = dz_CV.astype(hs_CD.dtype)
-            dh_CD = jnp.matmul(dz_CV, ws_VD, preferred_element_type=jnp.float32)
+            weight_C = jnp.where(index_C < num_rows, pick(weight_R), 0.0)
+            dz_CV, dws_VD = rows.gradient(weight_C, hs_CD, dws_VD)
+            dh_CD = jnp.matmul(dz_CV.astype(hs_CD.dtype), ws_VD, preferred_element_type=jnp.float32)
             dh_CD = lax.psum(dh_CD, over_vocab) if over_vocab else dh_CD
             dhs_RD = dhs_RD.at[index_C].set(dh_CD.astype(dhs_RD.dtype), mode="drop")
-            dws_VD = dws_VD + jnp.matmul(dz_CV.T, hs_CD, preferred_element_type=jnp.float32)
         return stats_R4, dhs_RD, dws_VD
 
     carry = (
@@ -295,49 +293,161 @@ def _project(h_CD, w_VD):
     return lax.dot_general(h_CD, w_VD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _divergence(zs_CV, zt_CV, real_CV, label_CV, spec: KLSpec, over_vocab):
-    """Return the four measurements [C, 4] and the gradient of the first to the student's logits."""
+class _Rows:
+    """Logits of C rows and what follows from them, swept over tiles of W vocabulary columns.
 
-    def total(x_CV):
-        x_C = jnp.sum(x_CV, axis=-1)
-        return lax.psum(x_C, over_vocab) if over_vocab else x_C
+    Three sweeps: normalisers, measurements, gradient. Nothing but the logits is ever [C, V]; the
+    gradient takes the place of the student's logits.
+    """
 
-    def log_softmax(z_CV):
-        if real_CV is not None:
-            z_CV = jnp.where(real_CV, z_CV, _MASKED)
-        top_C = jnp.max(z_CV, axis=-1)
-        top_C = lax.pmax(top_C, over_vocab) if over_vocab else top_C
-        z_CV = z_CV - top_C[:, None]
-        return z_CV - jnp.log(total(jnp.exp(z_CV)))[:, None]
+    def __init__(self, spec: KLSpec, zs_CV, zt_CV, label_C, first_id, over_vocab):
+        self.spec, self.label_C, self.first_id = spec, label_C, first_id
+        self.over_vocab = over_vocab
+        self.logits = (zs_CV,) if zt_CV is None else (zs_CV, zt_CV)
+        self.num_ids = zs_CV.shape[1]
+        self.tile = min(_TILE, self.num_ids)
+        self.norms = self._normalisers(1.0)
+        self.hot_norms = self.norms
+        if spec.temperature != 1.0:
+            self.hot_norms = self._normalisers(spec.temperature)
+        self.stats_C4, self.slope_C = self._stats()
 
-    def entropy(logp_CV):
-        return -total(jnp.exp(logp_CV) * logp_CV)
+    def _sweep(self, body, carry):
+        """Fold ``carry = body(carry, start, size)`` over the tiles; the last may be narrower."""
+        whole, rest = divmod(self.num_ids, self.tile)
+        if whole == 1:
+            carry = body(carry, 0, self.tile)
+        else:
+            carry = lax.fori_loop(0, whole, lambda i, c: body(c, i * self.tile, self.tile), carry)
+        return body(carry, whole * self.tile, rest) if rest else carry
 
-    logp_CV = log_softmax(zs_CV)
-    entropy_C = entropy(logp_CV)
-    if zt_CV is None:
-        reverse_C = teacher_entropy_C = jnp.zeros_like(entropy_C)
-        divergence_C, dz_CV = reverse_C, jnp.zeros_like(zs_CV)
-    else:
-        logq_CV = log_softmax(zt_CV)
-        teacher_entropy_C = entropy(logq_CV)
-        reverse_C = total(jnp.exp(logp_CV) * (logp_CV - logq_CV))
-        tau = spec.temperature
-        hot = (
-            (logp_CV, logq_CV)
-            if tau == 1.0
-            else (log_softmax(zs_CV / tau), log_softmax(zt_CV / tau))
-        )
-        terms_CV, slope_CV = _terms(*hot, spec)
-        divergence_C = reverse_C if spec.is_default_divergence else total(terms_CV)
-        # d/dz of sum_v f_v(p_v) through the softmax is s - p sum(s) with s = p f'(p).
-        dz_CV = (slope_CV - jnp.exp(hot[0]) * total(slope_CV)[:, None]) / tau
-    if spec.ce > 0:
-        ce_C = -total(jnp.where(label_CV, logp_CV, 0.0))
-        divergence_C = (1 - spec.ce) * divergence_C + spec.ce * ce_C
-        dz_CV = (1 - spec.ce) * dz_CV + spec.ce * (jnp.exp(logp_CV) - label_CV)
-    stats_C4 = jnp.stack([divergence_C, reverse_C, entropy_C, teacher_entropy_C], axis=-1)
-    return stats_C4, dz_CV
+    def _ids(self, start, size):
+        return self.first_id + start + jnp.arange(size)
+
+    def _tile(self, start, size, temperature):
+        """Each model's logits of one tile over the temperature, padded ids masked, [C, W]."""
+        tiles = [lax.dynamic_slice_in_dim(z_CV, start, size, axis=1) for z_CV in self.logits]
+        if self.spec.vocab_size is not None:
+            is_real_1W = (self._ids(start, size) < self.spec.vocab_size)[None, :]
+            tiles = [jnp.where(is_real_1W, z_CW, _MASKED) for z_CW in tiles]
+        return tiles if temperature == 1.0 else [z_CW / temperature for z_CW in tiles]
+
+    def _normalisers(self, temperature):
+        """Per model the largest logit and log sum exp(z - largest), [C] each, over all shards.
+
+        Kept apart: their sum would round away what small differences of large logits need.
+        """
+
+        def body(carry, start, size):
+            new = []
+            for (top_C, sum_C), z_CW in zip(
+                carry, self._tile(start, size, temperature), strict=True
+            ):
+                up_C = jnp.maximum(top_C, jnp.max(z_CW, axis=1))
+                tile_C = jnp.sum(jnp.exp(z_CW - up_C[:, None]), axis=1)
+                new.append((up_C, sum_C * jnp.exp(top_C - up_C) + tile_C))
+            return tuple(new)
+
+        rows = self.logits[0].shape[0]
+        empty = (jnp.full(rows, -jnp.inf), jnp.zeros(rows, jnp.float32))
+        norms = []
+        for top_C, sum_C in self._sweep(body, (empty,) * len(self.logits)):
+            if self.over_vocab:
+                local_C, top_C = top_C, lax.pmax(top_C, self.over_vocab)
+                sum_C = lax.psum(sum_C * jnp.exp(local_C - top_C), self.over_vocab)
+            norms.append((top_C, jnp.log(sum_C)))
+        return tuple(norms)
+
+    def _log_probs(self, start, size, *, is_hot: bool):
+        """Log-probabilities of one tile, [C, W], of the student and, where given, the teacher."""
+        tiles = self._tile(start, size, self.spec.temperature if is_hot else 1.0)
+        norms = self.hot_norms if is_hot else self.norms
+        return [
+            (z_CW - top_C[:, None]) - log_sum_C[:, None]
+            for z_CW, (top_C, log_sum_C) in zip(tiles, norms, strict=True)
+        ]
+
+    def _stats(self):
+        """The four measurements [C, 4], and sum_v of the slopes of :func:`_terms`, [C]."""
+        spec = self.spec
+        has_teacher = len(self.logits) == 2
+        has_terms = has_teacher and not spec.is_default_divergence
+
+        def body(sums, start, size):
+            logp_CW, *teacher = self._log_probs(start, size, is_hot=False)
+            p_CW = jnp.exp(logp_CW)
+            new = {"neg_entropy": p_CW * logp_CW}
+            if has_teacher:
+                logq_CW = teacher[0]
+                new["reverse"] = p_CW * (logp_CW - logq_CW)
+                new["neg_teacher_entropy"] = jnp.exp(logq_CW) * logq_CW
+            if has_terms:
+                hot = self._log_probs(start, size, is_hot=True)
+                new["divergence"], new["slope"] = _terms(hot[0], hot[1], spec)
+            if spec.ce > 0:
+                is_label_CW = self._ids(start, size)[None, :] == self.label_C[:, None]
+                new["log_likelihood"] = jnp.where(is_label_CW, logp_CW, 0.0)
+            return {name: sums[name] + jnp.sum(x_CW, axis=1) for name, x_CW in new.items()}
+
+        names = ["neg_entropy"]
+        names += ["reverse", "neg_teacher_entropy"] if has_teacher else []
+        names += ["divergence", "slope"] if has_terms else []
+        names += ["log_likelihood"] if spec.ce > 0 else []
+        zero_C = jnp.zeros(self.logits[0].shape[0], jnp.float32)
+        sums = self._sweep(body, dict.fromkeys(names, zero_C))
+        if self.over_vocab:
+            sums = lax.psum(sums, self.over_vocab)
+        reverse_C = sums.get("reverse", zero_C)
+        divergence_C = sums.get("divergence", reverse_C)
+        slope_C = sums.get("slope", reverse_C)
+        if spec.ce > 0:
+            divergence_C = (1 - spec.ce) * divergence_C - spec.ce * sums["log_likelihood"]
+        teacher_entropy_C = -sums.get("neg_teacher_entropy", zero_C)
+        stats = (divergence_C, reverse_C, -sums["neg_entropy"], teacher_entropy_C)
+        return jnp.stack(stats, axis=-1), slope_C
+
+    def gradient(self, weight_C, hs_CD, dws_VD):
+        """Weighted gradient to the student's logits [C, V], and ``dws_VD`` with its share added.
+
+        d/dz of sum_v f_v(p_v) through the softmax is s - p sum(s) with s = p f'(p).
+        """
+        spec = self.spec
+
+        def body(carry, start, size):
+            dz_CV, dws_VD = carry
+            dz_CW = jnp.zeros((), jnp.float32)
+            if len(self.logits) == 2:
+                # the student's logits of this tile have not been overwritten yet
+                hot = self._log_probs(start, size, is_hot=True)
+                slope_CW = _terms(hot[0], hot[1], spec)[1]
+                dz_CW = slope_CW - jnp.exp(hot[0]) * self.slope_C[:, None]
+                dz_CW *= (1 - spec.ce) / spec.temperature
+            if spec.ce > 0:
+                p_CW = jnp.exp(self._log_probs(start, size, is_hot=False)[0])
+                is_label_CW = self._ids(start, size)[None, :] == self.label_C[:, None]
+                dz_CW += spec.ce * (p_CW - is_label_CW)
+            dz_CW = dz_CW * weight_C[:, None]
+            new_WD = lax.dot_general(
+                dz_CW.astype(hs_CD.dtype),
+                hs_CD,
+                (((0,), (0,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+            old_WD = lax.dynamic_slice_in_dim(dws_VD, start, size, axis=0)
+            return (
+                lax.dynamic_update_slice_in_dim(dz_CV, dz_CW, start, axis=1),
+                lax.dynamic_update_slice_in_dim(dws_VD, old_WD + new_WD, start, axis=0),
+            )
+
+        # A view of the logits under another name would keep them alive beside the gradient.
+        def in_place(carry, start, size):
+            student, *teacher = self.logits
+            self.logits = (carry[0], *teacher)
+            out = body(carry, start, size)
+            self.logits = (student, *teacher)
+            return out
+
+        return self._sweep(in_place, (self.logits[0], dws_VD))
 
 
 def _terms(logp_CV, logq_CV, spec: KLSpec):
