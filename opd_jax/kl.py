@@ -41,8 +41,7 @@ DIRECTIONS = ("reverse", "forward", "jsd", "skew_reverse", "skew_forward")
 _MASKED = -1e30
 # One [C, V] f32 buffer of a chunk stays below this unless the spec names the chunk.
 _CHUNK_BYTES = 128 * 2**20
-# Vocabulary columns swept at a time. Tiles of 1024 to 4096 cost a CPU up to 1.5 times as much (small
-# matmuls); this many keep temporaries small and the matmuls efficient.
+# Vocabulary columns swept at a time: temporaries stay small and matmuls large. LOG.md has timings.
 _TILE = 16384
 
 
@@ -324,9 +323,10 @@ class _Rows:
     def _ids(self, start, size):
         return self.first_id + start + jnp.arange(size)
 
-    def _tile(self, start, size, temperature):
+    def _tile(self, start, size, temperature, logits=None):
         """Each model's logits of one tile over the temperature, padded ids masked, [C, W]."""
-        tiles = [lax.dynamic_slice_in_dim(z_CV, start, size, axis=1) for z_CV in self.logits]
+        logits = logits or self.logits
+        tiles = [lax.dynamic_slice_in_dim(z_CV, start, size, axis=1) for z_CV in logits]
         if self.spec.vocab_size is not None:
             is_real_1W = (self._ids(start, size) < self.spec.vocab_size)[None, :]
             tiles = [jnp.where(is_real_1W, z_CW, _MASKED) for z_CW in tiles]
@@ -358,9 +358,9 @@ class _Rows:
             norms.append((top_C, jnp.log(sum_C)))
         return tuple(norms)
 
-    def _log_probs(self, start, size, *, is_hot: bool):
+    def _log_probs(self, start, size, *, is_hot: bool, logits=None):
         """Log-probabilities of one tile, [C, W], of the student and, where given, the teacher."""
-        tiles = self._tile(start, size, self.spec.temperature if is_hot else 1.0)
+        tiles = self._tile(start, size, self.spec.temperature if is_hot else 1.0, logits)
         norms = self.hot_norms if is_hot else self.norms
         return [
             (z_CW - top_C[:, None]) - log_sum_C[:, None]
@@ -414,18 +414,18 @@ class _Rows:
         spec = self.spec
 
         def body(carry, start, size):
-            dz_CV, dws_VD = carry
+            dz_CV, dws_VD = carry  # from this tile on, dz_CV still holds the student's logits
+            logits = (dz_CV, *self.logits[1:])
             dz_CW = jnp.zeros((), jnp.float32)
-            if len(self.logits) == 2:
-                # the student's logits of this tile have not been overwritten yet
-                hot = self._log_probs(start, size, is_hot=True)
+            if len(logits) == 2:
+                hot = self._log_probs(start, size, is_hot=True, logits=logits)
                 slope_CW = _terms(hot[0], hot[1], spec)[1]
                 dz_CW = slope_CW - jnp.exp(hot[0]) * self.slope_C[:, None]
                 dz_CW *= (1 - spec.ce) / spec.temperature
             if spec.ce > 0:
-                p_CW = jnp.exp(self._log_probs(start, size, is_hot=False)[0])
+                logp_CW = self._log_probs(start, size, is_hot=False, logits=logits)[0]
                 is_label_CW = self._ids(start, size)[None, :] == self.label_C[:, None]
-                dz_CW += spec.ce * (p_CW - is_label_CW)
+                dz_CW += spec.ce * (jnp.exp(logp_CW) - is_label_CW)
             dz_CW = dz_CW * weight_C[:, None]
             new_WD = lax.dot_general(
                 dz_CW.astype(hs_CD.dtype),
@@ -439,15 +439,7 @@ class _Rows:
                 lax.dynamic_update_slice_in_dim(dws_VD, old_WD + new_WD, start, axis=0),
             )
 
-        # A view of the logits under another name would keep them alive beside the gradient.
-        def in_place(carry, start, size):
-            student, *teacher = self.logits
-            self.logits = (carry[0], *teacher)
-            out = body(carry, start, size)
-            self.logits = (student, *teacher)
-            return out
-
-        return self._sweep(in_place, (self.logits[0], dws_VD))
+        return self._sweep(body, (self.logits[0], dws_VD))
 
 
 def _terms(logp_CV, logq_CV, spec: KLSpec):

@@ -37,6 +37,16 @@ ROOT = HERE.parent.parent
 KINDS = ("step", "update", "rollout")
 LIBRARIES = ("opd_jax", "trl", "easydel", "tunix")
 DISTRIBUTIONS = {"opd_jax": "opd-jax", "trl": "trl", "easydel": "easydel", "tunix": "google-tunix"}
+RELEVANT = (
+    *DISTRIBUTIONS.values(),
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "torch",
+    "transformers",
+    "numpy",
+)
 PAD, EOS, UNKNOWN = 0, 1, 2  # special ids of the made-up tokenizer; nothing stops at EOS here
 SHARPER = {"student": 3.0, "teacher": 5.0}  # times the usual initial embedding and head
 DEEPER = 8.0  # times the usual initial weights of what a layer adds
@@ -158,8 +168,8 @@ def serve(run: Callable[[Job], dict[str, Any]]) -> None:
         reason = traceback.format_exception_only(error)[-1].strip()
         Path(result_file).write_text(json.dumps({"failed": reason}))
         raise
-    versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    result["versions"] = dict(sorted(versions.items(), key=lambda item: item[0].lower()))
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    result["versions"] = {name: installed[name] for name in RELEVANT if name in installed}
     Path(result_file).write_text(json.dumps(result))
 
 
