@@ -6,7 +6,6 @@ that a mistake costs seconds.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from opd_jax import data, evaluate, hf, hf_config, model, optim, params, rollout, sampling, steps
 from opd_jax import mesh as meshlib
@@ -25,7 +24,7 @@ from opd_jax.config import ConfigError, ModelSpec, RunConfig, path_of
 from opd_jax.data import Example
 from opd_jax.model import ModelConfig
 from opd_jax.objective import ObjectiveConfig
-from opd_jax.pytrees import Params, Rollout, TrainState
+from opd_jax.pytrees import Params, TrainState
 from opd_jax.sampling import Sampler
 
 # Prompts rendered by both tokenizers before step 1; a template that differs shows in the first few.
@@ -159,89 +158,6 @@ def state_template(parts: Assembly) -> TrainState:
 
 def _init(parts: Assembly):
     return jax.jit(functools.partial(steps.init, cfg=parts.cfg, tx=parts.tx), donate_argnums=0)
-
-
-class Ahead:
-    """Compiles the teacher's pass and the update in a thread, for the widest batch of the run.
-
-    Sampling compiles in the main thread meanwhile. jit finds what the thread has traced and
-    compiled, so a call after :meth:`wait` does neither again.
-    """
-
-    def __init__(self, parts: Assembly, state: TrainState, teacher: Params, *, is_on: bool = True):
-        """Start, if ``is_on``; of ``state`` and ``teacher`` only shapes and placements are used."""
-        run = parts.run
-        longest = max(len(row.ids) for row in parts.rows)
-        answer = data.bucket(run.rollout.max_new, run.rollout.widths)
-        answers = _rollout_template(
-            run.train.prompts * run.rollout.samples,
-            data.bucket(longest, run.data.widths) + min(answer, run.rollout.max_new),
-            parts.mesh,
-        )
-        self._shape = answers.ids_BT.shape
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "compile")
-        self._job = None
-        if is_on:
-            self._job = self._pool.submit(
-                _compile_step, parts, _template(state), _template(teacher), answers
-            )
-
-    def wait(self, answers: Rollout) -> None:
-        """Return when the programs for a batch of this shape are ready, if they are on the way.
-
-        Raises:
-          Exception: what tracing or compiling raised, as the call itself would have.
-        """
-        if self._job is not None and answers.ids_BT.shape == self._shape:
-            self._job.result()
-
-    def __enter__(self) -> Ahead:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        # Waits for the thread: a compilation that has begun cannot be stopped.
-        self._pool.shutdown(cancel_futures=True)
-
-
-def _compile_step(parts: Assembly, state: Any, teacher: Any, answers: Rollout) -> None:
-    with jax.set_mesh(parts.mesh):  # the main thread's mesh is not this one's
-        first = steps.teacher_states.lower(teacher, answers, cfg=parts.cfg)
-        first.compile()
-        states_BTE = jax.tree.map(
-            lambda x: _shape(x.shape, x.dtype, parts.mesh, *x.sharding.spec),
-            jax.eval_shape(
-                functools.partial(steps.teacher_states, cfg=parts.cfg), teacher, answers
-            ),
-        )
-        steps.distill_step.lower(
-            state, teacher, answers, cfg=parts.cfg, tx=parts.tx, states_BTE=states_BTE
-        ).compile()
-
-
-def _template(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-def _rollout_template(rows: int, width: int, mesh: Mesh) -> Rollout:
-    """Shapes and placements of ``rollout.sample``'s result."""
-
-    def rows_of(dtype: Any, *rest: int) -> Any:
-        spec = (meshlib.BATCH, *(None for _ in rest))
-        return _shape((rows, *rest), dtype, mesh, *spec)
-
-    return Rollout(
-        ids_BT=rows_of(jnp.int32, width),
-        start_B=rows_of(jnp.int32),
-        mask_BT=rows_of(jnp.bool, width),
-        logp_BT=rows_of(jnp.float32, width),
-        truncated_B=rows_of(jnp.bool),
-        policy_step=_shape((), jnp.int32, mesh),
-    )
-
-
-def _shape(shape: Sequence[int], dtype: Any, mesh: Mesh, *spec: Any) -> Any:
-    placed = NamedSharding(mesh, PartitionSpec(*spec))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
 
 def programs() -> dict[str, int]:

@@ -176,10 +176,7 @@ class _Loop:
             say(line)
         say(f"steps {first} to {run.train.steps}, in {self.folder}")
         restored = first if self.saves.steps() else None
-        # Processes that compile in different orders would wait for one another: alone only.
-        is_alone = jax.process_count() == 1 and first < run.train.steps
-        ahead = assemble.Ahead(self.parts, state, self.teacher, is_on=is_alone)
-        with self._writers(restored) as writers, ahead as self.ahead:
+        with self._writers(restored) as writers:
             self.writers = writers
             if restored is None and run.eval.every:
                 self.before = self.latest = self._evaluate(state, 0)
@@ -284,8 +281,6 @@ class _Loop:
         if every and step % every == 0:
             with self.timer.phase("samples"):
                 self._write_samples(state, answers, step)
-        with self.timer.phase("compile"):
-            self.ahead.wait(answers)
         with self.timer.phase("teacher") as done:
             states_BTE = done(step_programs.teacher_states(self.teacher, answers, cfg=parts.cfg))
         with self.timer.phase("update") as done:

@@ -1,4 +1,4 @@
-"""What a run compiles: every program once per length, however batches vary, ahead of its use."""
+"""What a run compiles: every program once per length, however batches vary."""
 
 import json
 
@@ -59,30 +59,3 @@ def test_fifty_steps_compile_each_program_once_per_length(varied, tmp_path, monk
     }
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 50
-
-
-@pytest.mark.usefixtures("one_device")
-def test_what_was_compiled_ahead_is_not_compiled_again(tiny, tmp_path, monkeypatch):
-    counts = []
-
-    def spy(self, answers, wait=assemble.Ahead.wait):
-        wait(self, answers)
-        counts.append(assemble.programs())
-
-    monkeypatch.setattr(assemble.Ahead, "wait", spy)
-    keys = {"data__max_prompt": 49, "train__steps": 2}
-    before = assemble.programs()
-    assert tiny_run.train(tiny, tmp_path / "run", **keys) == 0
-    for count in (*counts, assemble.programs()):
-        assert count["distill_step"] - before["distill_step"] == 1
-        assert count["teacher_states"] - before["teacher_states"] == 1
-
-
-@pytest.mark.usefixtures("one_device")
-def test_a_failure_ahead_is_raised_where_the_program_is_needed(tiny, tmp_path, monkeypatch):
-    def fail(*args):
-        raise MemoryError("no room")
-
-    monkeypatch.setattr(assemble, "_compile_step", fail)
-    with pytest.raises(MemoryError, match="no room"):
-        tiny_run.train(tiny, tmp_path / "run")

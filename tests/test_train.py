@@ -32,14 +32,13 @@ STEP_FIELDS = {
     "lr",
     "data_s",
     "rollout_s",
-    "compile_s",
     "teacher_s",
     "update_s",
     "host_s",
     "step_s",
 }
 # All that a step's seconds are split into; evaluating and saving happen between steps.
-PHASES = ("data_s", "rollout_s", "samples_s", "compile_s", "teacher_s", "update_s", "host_s")
+PHASES = ("data_s", "rollout_s", "samples_s", "teacher_s", "update_s", "host_s")
 
 
 def compiled_since(before):
