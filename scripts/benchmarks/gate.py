@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kl import arguments, draw, gradient, interleaved, shapes, whole, write
+from kl import arguments, draw, fused_loss, gradient, interleaved, shapes, whole, write
 
-from opd_jax import kl, model, optim, params, steps
+from opd_jax import model, optim, params, steps
 from opd_jax.kl import KLSpec
 from opd_jax.model import ModelConfig
 from opd_jax.objective import ObjectiveConfig
@@ -108,12 +108,7 @@ class Step:
 def head_stage(vocab: int, width: int, rows: int) -> dict[str, Callable[[], Any]]:
     """The KL with its gradient, every position weighted, and every other one frozen."""
     *inputs, weight_R = draw(shapes(rows, jnp.float32, vocab, width, width))
-
-    def loss(hs_RD, ws_VD, ht_RE, wt_VE, weight_R):
-        batch = (hs_RD[None], ws_VD, ht_RE[None], wt_VE, weight_R[None])
-        return kl.weighted_kl(*batch, spec=KLSpec())[0]
-
-    compiled = gradient(loss)
+    compiled = gradient(fused_loss)
     gated_R = weight_R * (jnp.arange(rows) % 2)
     return {
         "ungated": lambda: compiled(*inputs, weight_R),

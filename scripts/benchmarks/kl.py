@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -31,6 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench import machine, spread
 
 from opd_jax import kl
 
@@ -84,26 +83,15 @@ def interleaved(
 
 def summary(seconds: list[float]) -> dict[str, float]:
     """Median of the times, and their range over the median."""
-    middle = statistics.median(seconds)
-    return {"seconds": middle, "spread": (max(seconds) - min(seconds)) / middle}
-
-
-def machine() -> dict[str, Any]:
-    """What the times depend on."""
-    return {
-        "processor": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-    }
+    return {"seconds": statistics.median(seconds), "spread": spread(seconds)}
 
 
 def write(path: Path | None, work: str, results: list[dict[str, Any]]) -> None:
     """Write ``{"machine", "work", "results"}`` as JSON where a path is given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        record = {"machine": machine(), "work": work, "results": results}
+        about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        record = {"machine": machine() | about, "work": work, "results": results}
         path.write_text(json.dumps(record, indent=1) + "\n")
 
 
