@@ -20,12 +20,13 @@ from jax.sharding import Mesh
 from opd_jax import data, evaluate, hf, hf_config, model, optim, params, rollout, sampling, steps
 from opd_jax import mesh as meshlib
 from opd_jax import tokenizer as tokenizers
-from opd_jax.config import ConfigError, ModelSpec, RunConfig, path_of
+from opd_jax.config import path_of
 from opd_jax.data import Example
 from opd_jax.model import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Params, TrainState
 from opd_jax.sampling import Sampler
+from opd_jax.spec import ConfigError, ModelSpec, RunConfig
 
 # Prompts rendered by both tokenizers before step 1; a template that differs shows in the first few.
 _RENDERED = 64

@@ -1,8 +1,7 @@
 """Configuration: an ml_collections file becomes one frozen, checked ``RunConfig``.
 
-A config file defines ``get_config(arg="")`` and starts from :func:`defaults`. The groups and their
-fields are the dataclasses below, so a default, its type and its meaning are written once. Beyond
-:func:`resolve` nothing sees a ``ConfigDict``.
+A config file defines ``get_config(arg="")`` and starts from :func:`defaults`; what can be set is
+written in ``spec``. Beyond :func:`resolve` nothing sees a ``ConfigDict``.
 """
 
 from __future__ import annotations
@@ -19,178 +18,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from opd_jax import data, sampling
-from opd_jax.kl import KLSpec
 from opd_jax.model import REMAT
 from opd_jax.objective import NORMALISERS
-from opd_jax.optim import OptimSpec
-from opd_jax.rock import RockConfig
+from opd_jax.spec import GROUPS, ConfigError, ModelSpec, RunConfig
 
 EMBEDDED = "embedded:"  # prefix of paths inside the package's own demo pair
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be used; the message names the key and what to set."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSpec:
-    """A model folder and how to run it: groups ``student`` and ``teacher``."""
-
-    path: str = ""  # Hugging Face folder, or embedded:student, embedded:teacher
-    param_dtype: str = "auto"  # auto: float32 for the student, the compute dtype for the teacher
-    dtype: str = "auto"  # compute dtype; auto: bfloat16 on accelerators, float32 on CPU
-    remat: str = "none"  # what the backward pass keeps: none, dots, full
-
-    def stored_dtype(self, auto: str) -> str:
-        """Dtype of the parameters, ``auto`` where the spec leaves it open."""
-        return auto if self.param_dtype == "auto" else self.param_dtype
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshSpec:
-    """Devices along each axis; -1 takes what is left."""
-
-    data: int = -1
-    fsdp: int = 1
-    model: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSpec:
-    """Prompts to train on and to evaluate on."""
-
-    prompts: str = ""  # JSONL with messages or prompt, optional answer
-    heldout: str = ""  # the same, for evaluation; may be empty where eval.every is 0
-    max_prompt: int = 512  # ids
-    too_long: str = "drop"  # drop, left_truncate or error
-    buckets: tuple[int, ...] = ()  # padded prompt widths, each compiled once; (): (max_prompt,)
-    shuffle: bool = True
-    epochs: int = 0  # 0: as many as the steps need
-    template: tuple[tuple[str, Any], ...] = ()  # chat template arguments, (name, value) pairs
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Padded prompt widths in use."""
-        return self.buckets or (self.max_prompt,)
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutSpec:
-    """How the student samples its answers."""
-
-    samples: int = 4  # answers per prompt
-    max_new: int = 512  # most ids of an answer
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    bias: tuple[tuple[int, float], ...] = ()  # (id, logit bias) pairs
-    buckets: tuple[int, ...] = ()  # answer widths the update is cropped to; (): (max_new,)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Answer widths that the update is compiled for."""
-        return self.buckets or (self.max_new,)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSpec:
-    """The loop."""
-
-    steps: int = 1000  # optimizer steps
-    prompts: int = 16  # prompts per step; rows per step are prompts x rollout.samples
-    microbatches: int = 1  # equal pieces a step's rows are scanned in
-    normaliser: str = "tokens"  # or weight
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalSpec:
-    """Evaluation on held-out prompts, before, during and after."""
-
-    every: int = 0  # steps; 0: never
-    prompts: int = 64  # held-out prompts whose answers are graded
-    temperature: float = 0.0  # of graded answers; 0: greedy
-    samples: int = 1  # graded answers per prompt
-    kl_prompts: int = 32  # held-out prompts for KL, on fresh samples of the policy itself
-    batch: int = 0  # prompts at a time; 0: train.prompts x rollout.samples
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointSpec:
-    """What is kept of a run."""
-
-    every: int = 100  # steps; 0: only at the end
-    keep: int = 3  # newest checkpoints
-    best: str = ""  # also keep the best by accuracy or kl_nats, from evaluation
-
-
-@dataclasses.dataclass(frozen=True)
-class LogSpec:
-    """What a run writes."""
-
-    every: int = 1  # steps per progress line; metrics.jsonl has every step
-    samples_every: int = 50  # steps between decoded samples with per-token KL; 0: never
-    samples: int = 2  # answers each time
-    rocks: int = 10  # top types printed at the end
-    tensorboard: bool = False
-    wandb: str = ""  # project name; empty: off
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """A whole run, checked; see the group classes for the fields."""
-
-    seed: int
-    student: ModelSpec
-    teacher: ModelSpec
-    mesh: MeshSpec
-    data: DataSpec
-    rollout: RolloutSpec
-    kl: KLSpec
-    rock: RockConfig
-    optim: OptimSpec
-    train: TrainSpec
-    eval: EvalSpec
-    checkpoint: CheckpointSpec
-    log: LogSpec
-    profile: str = ""  # steps to trace, FIRST:LAST or one number, counted from 1; empty: none
-
-    @property
-    def profiled(self) -> tuple[int, int] | None:
-        """First and last training step to trace, both included; None: no trace.
-
-        Raises:
-          ConfigError: not a step or a range of steps.
-        """
-        if not self.profile:
-            return None
-        first, _, last = self.profile.partition(":")
-        try:
-            steps = int(first), int(last if ":" in self.profile else first)
-        except ValueError:
-            steps = (0, 0)
-        if not 1 <= steps[0] <= steps[1] <= self.train.steps:
-            raise ConfigError(
-                f"profile is {self.profile!r}: expected FIRST:LAST or one number, steps from 1 to "
-                f"train.steps ({self.train.steps}), e.g. 3:5; set --config.profile"
-            )
-        return steps
-
-
-GROUPS: dict[str, type] = {
-    "student": ModelSpec,
-    "teacher": ModelSpec,
-    "mesh": MeshSpec,
-    "data": DataSpec,
-    "rollout": RolloutSpec,
-    "kl": KLSpec,
-    "rock": RockConfig,
-    "optim": OptimSpec,
-    "train": TrainSpec,
-    "eval": EvalSpec,
-    "checkpoint": CheckpointSpec,
-    "log": LogSpec,
-}
 # Fields that follow from others and are therefore not set by hand.
 _DERIVED = {("kl", "vocab_size"), ("kl", "ce"), ("optim", "steps")}
 

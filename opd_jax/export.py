@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from opd_jax import checkpoint, hf, hf_config, model, params, records
 from opd_jax import tokenizer as tokenizers
-from opd_jax.config import ModelSpec, path_of
+from opd_jax.config import path_of
+from opd_jax.spec import ModelSpec
 
 
 def export(workdir: str, out: str, *, step: int | None = None, dtype: str | None = None) -> int:

@@ -14,8 +14,8 @@ import numpy as np
 from opd_jax import mesh, model, params, rock
 from opd_jax import tokenizer as tokenizers
 from opd_jax.assemble import Assembly
-from opd_jax.config import RunConfig
 from opd_jax.pytrees import RockState, Rollout
+from opd_jax.spec import RunConfig
 
 
 def introduction(parts: Assembly) -> list[str]:

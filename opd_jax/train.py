@@ -34,8 +34,8 @@ from opd_jax import (
 from opd_jax import mesh as meshlib
 from opd_jax import steps as step_programs
 from opd_jax.assemble import Assembly
-from opd_jax.config import RunConfig
 from opd_jax.pytrees import Params, Rollout, TrainState
+from opd_jax.spec import RunConfig
 
 # The schedule's horizon follows from train.steps, which may change.
 _MAY_CHANGE = (*records.MAY_CHANGE, "optim.steps", "profile")

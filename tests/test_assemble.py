@@ -9,7 +9,7 @@ import tiny_run
 from safetensors.numpy import load_file
 
 from opd_jax import assemble, hf
-from opd_jax.config import ConfigError
+from opd_jax.spec import ConfigError
 
 tiny, one_device = tiny_run.tiny, tiny_run.one_device
 

@@ -15,6 +15,7 @@ RANKS = {
     2.5: ("hf_config",),  # the config.json half of hf
     3: ("hf", "data", "rollout", "objective"),
     4: ("steps", "checkpoint"),
+    4.5: ("spec",),  # the groups of a configuration
     5: ("config", "evaluate"),
     5.25: ("assemble",),  # what a run needs, built from its config
     5.5: ("narrate",),  # what a run says

@@ -14,6 +14,7 @@ import pytest
 
 from opd_jax import assemble, checkpoint, cli, config, hf, mesh, model, params
 from opd_jax import tokenizer as tokenizers
+from opd_jax.spec import RunConfig
 
 CONFIG = """
 from opd_jax import config
@@ -122,7 +123,7 @@ def start(folder: Path, workdir: Path, **keys) -> subprocess.Popen:
     )
 
 
-def resolved(folder: Path, **keys) -> config.RunConfig:
+def resolved(folder: Path, **keys) -> RunConfig:
     """The config of a run, without running it."""
     given, _ = config.load(argv(folder, folder / "unused", **keys)[1:], workdir=None)
     return config.resolve(given)
