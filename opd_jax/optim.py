@@ -7,18 +7,21 @@ import functools
 
 import optax
 
+NAMES = ("adamw", "sgd", "signsgd")
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimSpec:
-    """AdamW (or SGD) with linear warm-up, cosine decay and clipping by the global norm.
+    """AdamW, SGD or sign-SGD with linear warm-up, cosine decay and clipping by the global norm.
 
     Attributes:
-      name: ``adamw`` or ``sgd``.
+      name: one of ``NAMES``; ``signsgd`` moves every weight by the sign of its momentum: Adam's
+        even steps without a second moment.
       lr: peak learning rate.
       min_lr: where the cosine ends.
       warmup: share of the steps that warm up.
       steps: length of the schedule.
-      b1, b2, eps: of Adam; ``b1`` is the momentum of SGD.
+      b1, b2, eps: of Adam; ``b1`` is the momentum of SGD and sign-SGD.
       weight_decay: decoupled.
       clip: largest global gradient norm; 0 turns clipping off.
     """
@@ -36,7 +39,7 @@ class OptimSpec:
 
     def __post_init__(self):
         for name, ok, expected in (
-            ("name", self.name in ("adamw", "sgd"), "'adamw' or 'sgd'"),
+            ("name", self.name in NAMES, f"one of {NAMES}"),
             ("lr", self.lr > 0, "above 0"),
             ("min_lr", 0 <= self.min_lr <= self.lr, f"from 0 to optim.lr ({self.lr})"),
             ("warmup", 0 <= self.warmup < 1, "a share from 0 to below 1"),
@@ -74,10 +77,13 @@ def make(spec: OptimSpec) -> optax.GradientTransformation:
     The same spec gives the same object: a step that is static in it is not traced again.
     """
     clip = optax.clip_by_global_norm(spec.clip) if spec.clip else optax.identity()
-    if spec.name == "sgd":
+    if spec.name in ("sgd", "signsgd"):
+        direction = optax.trace(spec.b1) if spec.b1 else optax.identity()
+        if spec.name == "signsgd":
+            direction = optax.chain(direction, optax.scale_by_sign())
         # Decay after the momentum, as in AdamW: it must not pile up in the trace.
         rule = optax.chain(
-            optax.trace(spec.b1) if spec.b1 else optax.identity(),
+            direction,
             optax.add_decayed_weights(spec.weight_decay),
             optax.scale_by_learning_rate(schedule(spec)),
         )

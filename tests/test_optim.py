@@ -81,7 +81,7 @@ def test_adamw_by_hand():
     np.testing.assert_allclose(run(spec, [2.0, -1.0], *grads), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", optim.NAMES)
 def test_weight_decay_is_decoupled(name):
     # Without a gradient the weights shrink by lr x decay, again and again: neither Adam's
     # normalisation nor the momentum may touch that.
@@ -94,6 +94,19 @@ def test_weight_decay_is_decoupled(name):
 def test_sgd_momentum():
     first, second = run(OptimSpec("sgd", **PLAIN, b1=0.5), [0.0], [1.0], [1.0])
     np.testing.assert_allclose([first[0], second[0]], [-0.5, -0.5 - 0.75])
+
+
+def test_sign_sgd_moves_by_the_sign_of_the_momentum():
+    # Momenta [3, -0.1], [0.5, 0], [0.25, 0.2]: the first weight goes on against its gradient, the
+    # second rests where its momentum is 0, and no size is seen.
+    spec = OptimSpec("signsgd", **PLAIN, b1=0.5)
+    seen = run(spec, [0.0, 0.0], [3.0, -0.1], [-1.0, 0.05], [0.0, 0.2])
+    np.testing.assert_allclose(seen, [[-0.5, 0.5], [-1.0, 0.5], [-1.5, 0.0]])
+
+
+def test_sign_sgd_without_momentum_forgets():
+    seen = run(OptimSpec("signsgd", **PLAIN, b1=0.0), [0.0], [3.0], [-1e-6])
+    np.testing.assert_allclose(np.ravel(seen), [-0.5, 0.0])
 
 
 @pytest.mark.parametrize(
