@@ -98,12 +98,24 @@ def load(argv: Sequence[str], **flag_values: str | None) -> tuple[ConfigDict, di
     except OSError as error:
         raise ConfigError(_unread_file(argv, error)) from error
     except (flags.Error, TypeError) as error:
+        if own := _from_file(error):
+            raise ConfigError(own) from error
         raise ConfigError(f"{error}; see opd-jax train --help") from error
     if rest[1:]:
         raise ConfigError(f"unexpected arguments {rest[1:]}: expected flags --name=value")
     if config is None:
         raise ConfigError("no --config given: expected --config=FILE[:arg], e.g. configs/demo.py")
     return config, {name: values[name].value for name in flag_values}
+
+
+def _from_file(error: BaseException | None) -> str:
+    """The message that a config file raised, below what absl wraps around it; or empty."""
+    message = ""
+    while error is not None:
+        if isinstance(error, ConfigError):
+            message = str(error)  # the innermost is the one without a traceback in its text
+        error = error.__cause__ or error.__context__
+    return message
 
 
 def _unread_file(argv: Sequence[str], error: OSError) -> str:
@@ -183,6 +195,12 @@ def resolve(config: ConfigDict) -> RunConfig:
             groups[group][name] = _frozen(value)
     ids_file = groups["rock"].pop("ids_file")
     if ids_file:
+        if groups["rock"]["mode"] != "static":
+            raise ConfigError(
+                f"rock.ids_file is {ids_file!r} and rock.mode {groups['rock']['mode']!r}: expected "
+                "static, the mode that gates given ids; set --config.rock.mode=static, or "
+                "--config.rock.ids_file=''"
+            )
         groups["rock"]["ids"] = _read_ids(ids_file)
     groups["optim"]["steps"] = max(groups["train"]["steps"], 1)
     for group, name in (
@@ -277,6 +295,12 @@ def _check(run: RunConfig) -> None:
     for key in ("eval.every", "checkpoint.every", "log.samples_every", "log.rocks"):
         group, _, name = key.partition(".")
         rule(getattr(getattr(run, group), name) >= 0, key, "at least 0 (0: never)")
+    gates = run.rock.mode != "off" and run.train.steps > 0
+    rule(
+        not gates or run.rock.start < run.train.steps,
+        "rock.start",
+        f"below train.steps ({run.train.steps}), or nothing is ever gated",
+    )
     rule(run.log.every >= 1, "log.every", "at least 1")
     rule(run.checkpoint.keep >= 1, "checkpoint.keep", "at least 1")
     rule(run.checkpoint.best in ("", "accuracy", "kl_nats"), "checkpoint.best", "accuracy, kl_nats")

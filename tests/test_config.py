@@ -125,6 +125,14 @@ def test_a_file_that_reads_a_missing_file_is_not_called_missing(tmp_path):
         load(path=path)
 
 
+def test_what_a_file_refuses_is_said_without_a_traceback(tmp_path):
+    path = write(tmp_path, ["raise config.ConfigError('x is 1: expected 2; set x')"])
+    with pytest.raises(ConfigError, match=r"^x is 1: expected 2; set x$"):
+        load(path=path)
+    with pytest.raises(ConfigError, match=r"^config argument 'step' is not known"):
+        load(path=f"{DEMO}:step=3")
+
+
 def test_a_command_line_without_config_is_refused():
     with pytest.raises(ConfigError, match=r"no --config given: expected --config=FILE"):
         config.load([], workdir=None)
@@ -155,7 +163,9 @@ def test_a_command_line_without_config_is_refused():
         ("rock.mode", "frozen", "static"),
         ("rock.inside", 2.0, "from 0 to 1"),
         ("rock.mode", "static", "the gated ids"),
+        ("rock.ids_file", "rock.json", "static"),
         ("optim.lr", -1.0, "lr"),
+        ("optim.name", "adam", "sgd"),
         ("train.steps", -1, "at least 0"),
         ("train.prompts", 0, "at least 1"),
         ("train.microbatches", 7, "a divisor of"),
@@ -198,6 +208,14 @@ def test_a_value_of_another_type_in_the_file_is_named(tmp_path, line, key, expec
 def test_a_best_checkpoint_needs_evaluations():
     with pytest.raises(ConfigError, match=r"checkpoint.best is 'accuracy': expected empty"):
         resolve(eval__every=0, checkpoint__best="accuracy")
+
+
+def test_a_gate_that_starts_after_the_run_is_refused():
+    with pytest.raises(ConfigError, match=r"rock.start is 5: expected below train.steps \(5\)"):
+        resolve(rock__mode="ema", rock__start=5, train__steps=5)
+    assert resolve(rock__mode="ema", rock__start=4, train__steps=5).rock.start == 4
+    assert resolve(rock__start=5, train__steps=5).rock.start == 5
+    assert resolve(rock__mode="ema", rock__start=5, train__steps=0).train.steps == 0
 
 
 def test_ids_file_becomes_the_gated_ids(tmp_path):
