@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from opd_jax import cli, records
-from opd_jax.analysis import figures
+from opd_jax.analysis import figures, run_files, style
 
 MAGIC = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
 
@@ -47,9 +47,9 @@ def write_run(folder, metrics=METRICS, rocks=ROCKS):
 
 def draw(folder):
     """Draw and lay out, with every warning (a missing glyph is one) an error."""
-    with warnings.catch_warnings(), matplotlib.rc_context(figures.STYLE):
+    with warnings.catch_warnings(), matplotlib.rc_context(style.STYLE):
         warnings.simplefilter("error")
-        figure = figures.draw(figures.read(folder))
+        figure = figures.draw(run_files.read(folder))
         figure.savefig(folder / "drawn.png")
     return figure
 
@@ -111,7 +111,7 @@ def test_tokens_are_shown_as_they_are(tmp_path):
 
 
 def test_a_long_token_is_cut():
-    assert figures.token_label("␣" * 100) == "␣" * (figures.MAX_LABEL - 1) + "…"
+    assert style.token_label("␣" * 100) == "␣" * (style.MAX_LABEL - 1) + "…"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_last_line_still_being_written_is_left_out(tmp_path):
     run = write_run(tmp_path / "run")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "kl_n')
-    assert figures.read(run).train_kl.steps == [1, 2, 4]
+    assert run_files.read(run).train_kl.steps == [1, 2, 4]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "run.json"])
@@ -176,13 +176,13 @@ def test_a_damaged_file_is_named(tmp_path, name):
     run = write_run(tmp_path / "run")
     (run / name).write_text('{"step": 1,\n{"step": 2}\n')
     with pytest.raises(records.WorkdirError, match=rf"{name} is damaged .*; expected .*; put"):
-        figures.read(run)
+        run_files.read(run)
 
 
 def test_a_run_without_a_measurement_is_refused(tmp_path):
     run = write_run(tmp_path / "run", metrics=[{"step": 0, "eval/kl_nats": None}])
     with pytest.raises(records.WorkdirError, match="1 lines and no measured KL or accuracy"):
-        figures.read(run)
+        run_files.read(run)
 
 
 def test_no_global_state_is_left(tmp_path):
