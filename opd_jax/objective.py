@@ -4,7 +4,8 @@ r"""The one place that aligns "the hidden state at t predicts the id at t+1".
           D\big(\pi_\theta(\cdot|y_{b,<t})\,\|\,\pi_T(\cdot|y_{b,<t})\big)
 
 with m marking ids that the student sampled, w the rock gate keyed on the *predicted* id, D the
-divergence of :mod:`opd_jax.kl`, and Z one number for the whole optimizer step.
+divergence of :mod:`opd_jax.kl`, and Z one number for the whole optimizer step. Two settings depart
+from this to reproduce published code: ``rock.key="input"`` and ``normaliser="per_sequence"``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from opd_jax.model import ModelConfig
 from opd_jax.pytrees import Mean, Params, RockState, Rollout, TokenKL
 from opd_jax.rock import RockConfig
 
-NORMALISERS = ("tokens", "weight")
+NORMALISERS = ("tokens", "weight", "per_sequence")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,11 @@ class ObjectiveConfig:
       student, teacher: model configurations; the teacher may be None where ``kl.ce`` is 1.
       kl: the divergence.
       rock: the gate.
-      normaliser: Z: ``tokens``, all scored tokens, so that gating does not change the step size; or
-        ``weight``, the sum of the weights.
+      normaliser: Z: ``tokens``, all scored tokens, so that gating does not change the step size;
+        ``weight``, the sum of the weights; or ``per_sequence``, the mean over sequences of
+        sum(w D) / max(sum w, 1), where a token of a short or much gated answer counts more: what
+        the code published with arXiv 2605.09253 does, for comparison only. Sequences without a
+        scored token do not count.
       microbatches: equal pieces the batch is scanned in; does not change the result.
     """
 
@@ -63,6 +67,7 @@ class Targets(struct.PyTreeNode):
 
     ids_BT: jax.Array  # [B, T-1] i32, the predicted id
     mask_BT: jax.Array  # [B, T-1] bool, that id was sampled and is scored
+    gated_BT: jax.Array  # [B, T-1] bool, the gate means this position, whatever its weight now
     weight_BT: jax.Array  # [B, T-1] f32, gate weight, 0 off the mask
     importance_BT: jax.Array  # [B, T-1] f32, what a measurement there stands for, 0: not measured
 
@@ -79,12 +84,16 @@ def inputs(
 def targets(rollout: Rollout, state: RockState, key: jax.Array, *, cfg: ObjectiveConfig) -> Targets:
     """Shift ids and mask by one, and look up weights from the rock state as it was before.
 
-    ``key`` draws the probed positions; draw once per optimizer step, before any split.
+    ``key`` draws the randomly gated and the probed positions; draw once per optimizer step, before
+    any split.
     """
     ids_BT, mask_BT = rollout.ids_BT[:, 1:], rollout.mask_BT[:, 1:]
-    weight_BT = rock.weights(state, ids_BT, cfg=cfg.rock) * mask_BT
-    importance_BT = rock.importance(weight_BT, mask_BT, key, cfg=cfg.rock)
-    return Targets(ids_BT, mask_BT, weight_BT, importance_BT)
+    gate_key, probe_key = jax.random.split(key)
+    key_BT = ids_BT if cfg.rock.key == "label" else rollout.ids_BT[:, :-1]
+    gated_BT = rock.gated(state, key_BT, cfg=cfg.rock, key=gate_key) & mask_BT
+    weight_BT = rock.weights(state, key_BT, cfg=cfg.rock, gated_BT=gated_BT) * mask_BT
+    importance_BT = rock.importance(weight_BT, mask_BT, probe_key, cfg=cfg.rock)
+    return Targets(ids_BT, mask_BT, gated_BT, weight_BT, importance_BT)
 
 
 def teacher_states(
@@ -100,9 +109,13 @@ def teacher_states(
 
 
 def normaliser(goal: Targets, *, cfg: ObjectiveConfig) -> Float[Array, ""]:
-    """Z of this batch: scored tokens or summed weights."""
-    counted_BT = goal.mask_BT if cfg.normaliser == "tokens" else goal.weight_BT
-    return jnp.sum(counted_BT, dtype=jnp.float32)
+    """Z of this batch: scored tokens, summed weights, or sequences with a scored token."""
+    counted = {
+        "tokens": goal.mask_BT,
+        "weight": goal.weight_BT,
+        "per_sequence": jnp.any(goal.mask_BT, axis=1),
+    }[cfg.normaliser]
+    return jnp.sum(counted, dtype=jnp.float32)
 
 
 def weighted_loss(
@@ -116,18 +129,22 @@ def weighted_loss(
 ) -> tuple[Float[Array, ""], TokenKL]:
     """Sum of weight x divergence over (a micro-batch of) the batch, not yet divided by Z.
 
+    ``per_sequence`` divides each row's weights by their sum first: rows are never split.
     Gradients flow to ``params`` only; ``states_BTE`` are the teacher's from :func:`teacher_states`.
     """
     hs_BTD, _ = model.hidden(params, *inputs(rollout), cfg=cfg.student)
     head_VE = None
     if cfg.teacher is not None and teacher is not None and states_BTE is not None:
         head_VE = jax.lax.stop_gradient(model.head(teacher, cfg.teacher))
+    weight_BT = goal.weight_BT
+    if cfg.normaliser == "per_sequence":
+        weight_BT /= jnp.maximum(jnp.sum(weight_BT, axis=1, keepdims=True), 1.0)
     return kl.weighted_kl(
         hs_BTD,
         model.head(params, cfg.student),
         states_BTE,
         head_VE,
-        goal.weight_BT,
+        weight_BT,
         spec=cfg.kl,
         measure_BT=goal.importance_BT > 0,
         labels_BT=goal.ids_BT,
@@ -145,7 +162,7 @@ def loss(
 ) -> tuple[Mean, TokenKL]:
     """Loss of one batch as ``Mean(sum of weight x divergence, Z)`` with its per-token measurements.
 
-    ``key`` draws probed positions; without one the draw is that of seed 0.
+    ``key`` is that of :func:`targets`; without one it is that of seed 0.
     """
     goal = targets(batch, rock_state, jax.random.key(0) if key is None else key, cfg=cfg)
     states_BTE = teacher_states(teacher, batch, cfg=cfg) if cfg.kl.ce < 1 else None

@@ -24,8 +24,13 @@ from jaxtyping import Array, Bool, Float, Int
 from opd_jax import mesh
 from opd_jax.pytrees import RockState
 
-MODES = ("off", "static", "ema", "adaptive")
+MODES = ("off", "static", "ema", "adaptive", "random")
 SCORES = ("kl_sum", "kl_mean", "count")
+KEYS = ("label", "input")
+
+# A fast count below this is a type that the fast horizon has forgotten: its sums near the end of
+# f32's range, where their ratio no longer means anything.
+_FORGOTTEN = 1e-20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +39,9 @@ class RockConfig:
 
     Attributes:
       mode: ``off`` measures only; ``static`` gates ``ids``; ``ema`` gates the ``top_k`` types by
-        ``score``; ``adaptive`` gates them too, but a member that still learns keeps its gradient.
+        ``score``; ``adaptive`` gates them too, but a member that still learns keeps its gradient;
+        ``random`` gates each scored position with probability ``share``, drawn anew every step: the
+        control that masks as many positions and knows nothing of types.
       score: one of ``SCORES``.
       top_k: number of types that may enter.
       skip_top: the most frequent types that may never enter.
@@ -47,6 +54,13 @@ class RockConfig:
       exit_factor: a member leaves only past rank ``top_k * exit_factor``.
       probe: share of the weight-0 positions that is still measured.
       ids: the gated ids of ``static``.
+      key: which token a position's gate is looked up by: ``label``, the one it predicts, or
+        ``input``, the one before. The second reproduces the mask of the code published with
+        arXiv 2605.09253 and serves comparison only; the state is keyed on the label either way.
+      share: of the scored positions that ``random`` gates.
+      ramp: steps from ``start`` over which a gated weight goes linearly from 1 to its value; 0: at
+        once.
+      until: step from which nothing is gated any more; 0: never. Members are refreshed all along.
     """
 
     mode: str = "off"
@@ -63,6 +77,10 @@ class RockConfig:
     exit_factor: float = 1.5
     probe: float = 0.1
     ids: tuple[int, ...] = ()
+    key: str = "label"
+    share: float = 0.0
+    ramp: int = 0
+    until: int = 0
 
     def __post_init__(self):
         def check(ok, name, expected):
@@ -84,6 +102,19 @@ class RockConfig:
         check(self.exit_factor >= 1, "exit_factor", "at least 1")
         check(0 < self.probe <= 1, "probe", "a share above 0, up to 1")
         check(self.mode != "static" or self.ids, "ids", "the gated ids where rock.mode is 'static'")
+        check(self.key in KEYS, "key", f"one of {KEYS}")
+        check(0 <= self.share <= 1, "share", "a share from 0 to 1")
+        is_drawn = self.mode == "random"
+        check(not is_drawn or self.share > 0, "share", "above 0 where rock.mode is 'random'")
+        check(self.start >= 0, "start", "at least 0")
+        check(self.ramp >= 0, "ramp", "at least 0")
+        is_later = self.until == 0 or self.until > self.start
+        check(is_later, "until", f"0 (never) or a step after rock.start ({self.start})")
+
+    @property
+    def is_refreshed(self) -> bool:
+        """Whether the members are recomputed as training goes on."""
+        return self.mode in ("ema", "adaptive")
 
 
 def init(vocab_size: int, *, cfg: RockConfig = RockConfig()) -> RockState:
@@ -168,10 +199,11 @@ def scores(rock: RockState, name: str) -> Float[Array, " V"]:
 
 
 def persistence(rock: RockState) -> Float[Array, " V"]:
-    """Fast mean over slow mean; 1 where the type has not been seen or has no KL."""
+    """Fast mean over slow mean; 1 where the type has no KL or has not been seen (lately)."""
     fast_V = _ratio(rock.fast_kl_sum_V, rock.fast_count_V)
     slow_V = _ratio(rock.kl_sum_V, rock.count_V)
-    return jnp.where(slow_V > 0, _ratio(fast_V, slow_V), 1.0)
+    is_known_V = (slow_V > 0) & (rock.fast_count_V > _FORGOTTEN)
+    return jnp.where(is_known_V, _ratio(fast_V, slow_V), 1.0)
 
 
 def _ratio(a_V, b_V):
@@ -180,7 +212,7 @@ def _ratio(a_V, b_V):
 
 def refresh(rock: RockState, *, cfg: RockConfig) -> RockState:
     """Recompute the members; ties go to the smaller id, so every process finds the same set."""
-    if cfg.mode in ("off", "static"):
+    if not cfg.is_refreshed:
         return rock
     is_eligible_V = (
         (rock.count_V >= cfg.min_count)
@@ -200,26 +232,83 @@ def _rank(score_V):
     return jnp.zeros_like(ranks_V).at[order_V].set(ranks_V)
 
 
-def gated(rock: RockState, ids_BT: Int[Array, "B T"], *, cfg: RockConfig) -> Bool[Array, "B T"]:
-    """Whether each predicted id is a member, whatever the gate's weight and start."""
+def leaders(rock: RockState, limit: int) -> dict[str, jax.Array]:
+    """The ``limit`` types with the highest Rock Score, best first; ties go to the smaller id.
+
+    Returns:
+      ``ids_K`` with ``count_K``, ``kl_sum_K`` and ``member_K``, and the sums over all types,
+      ``count`` and ``kl_sum``: little to fetch, whatever the vocabulary.
+    """
+    kl_sum_K, ids_K = lax.top_k(rock.kl_sum_V, min(limit, rock.kl_sum_V.size))
+    return {
+        "ids_K": ids_K,
+        "kl_sum_K": kl_sum_K,
+        "count_K": rock.count_V[ids_K],
+        "member_K": rock.member_V[ids_K],
+        "kl_sum": jnp.sum(rock.kl_sum_V),
+        "count": jnp.sum(rock.count_V),
+    }
+
+
+def gated(
+    rock: RockState, ids_BT: Int[Array, "B T"], *, cfg: RockConfig, key: jax.Array | None = None
+) -> Bool[Array, "B T"]:
+    """Whether the gate means each position, whatever its weight and its steps.
+
+    Args:
+      rock: state before the batch.
+      ids_BT: what the gate is looked up by: see ``RockConfig.key``.
+      cfg: static.
+      key: draws the positions of mode ``random``, which needs one.
+
+    Raises:
+      ValueError: mode ``random`` without a key.
+    """
     if cfg.mode == "off":
         return jnp.zeros_like(ids_BT, dtype=bool)
-    return rock.member_V.at[ids_BT].get(out_sharding=mesh.out(mesh.BATCH, None))
+    placed = mesh.out(mesh.BATCH, None)
+    if cfg.mode == "random":
+        if key is None:
+            raise ValueError("rock.mode 'random' and no key: expected a key; pass the step's")
+        return jax.random.uniform(key, ids_BT.shape, out_sharding=placed) < cfg.share
+    return rock.member_V.at[ids_BT].get(out_sharding=placed)
 
 
-def weights(rock: RockState, ids_BT: Int[Array, "B T"], *, cfg: RockConfig) -> Float[Array, "B T"]:
-    """Weight of each position by its predicted id, from the state before this batch.
+def weights(
+    rock: RockState,
+    ids_BT: Int[Array, "B T"],
+    *,
+    cfg: RockConfig,
+    gated_BT: Bool[Array, "B T"] | None = None,
+) -> Float[Array, "B T"]:
+    r"""Weight of each position by its id, from the state before this batch.
 
     A constant of the gradient that never sees this batch's KL, so that a position cannot lower its
-    own weight (the code published with arXiv 2605.09253 keys on the previous token instead).
+    own weight. A gated position weighs :math:`1 - r (1 - \lambda)` with r from 0 to 1 over
+    ``cfg.ramp`` steps and :math:`\lambda` from ``cfg.inside``; with ``inside=0`` it is exactly 0,
+    and not computed, only where r has reached 1.
+
+    Args:
+      rock: state before the batch.
+      ids_BT: what the gate is looked up by.
+      cfg: static.
+      gated_BT: what :func:`gated` gave; looked up here where None.
     """
-    is_gated_BT = gated(rock, ids_BT, cfg=cfg) & (rock.step >= cfg.start)
+    if gated_BT is None:
+        gated_BT = gated(rock, ids_BT, cfg=cfg)
     inside_BT = jnp.asarray(cfg.inside, jnp.float32)
     if cfg.mode == "adaptive":
         learning_V = jnp.clip(1.0 - persistence(rock), 0.0, 1.0)
         inside_V = cfg.inside + (1.0 - cfg.inside) * learning_V
         inside_BT = inside_V.at[ids_BT].get(out_sharding=mesh.out(mesh.BATCH, None))
-    return jnp.where(is_gated_BT, inside_BT, 1.0)
+    if cfg.ramp:
+        done = (rock.step - cfg.start) / cfg.ramp
+        ramped_BT = 1.0 - done * (1.0 - inside_BT)
+        inside_BT = jnp.where(rock.step < cfg.start + cfg.ramp, ramped_BT, inside_BT)
+    is_on = rock.step >= cfg.start
+    if cfg.until:
+        is_on &= rock.step < cfg.until
+    return jnp.where(gated_BT & is_on, inside_BT, 1.0)
 
 
 def importance(
@@ -236,7 +325,7 @@ def importance(
     unbiased.
     """
     weighted_BT = (mask_BT & (weight_BT != 0)).astype(jnp.float32)
-    if cfg.mode == "off" or (cfg.mode != "adaptive" and cfg.inside > 0):
+    if cfg.mode == "off" or cfg.inside > 0:  # no weight is 0
         return weighted_BT
     uniform_BT = jax.random.uniform(key, mask_BT.shape, out_sharding=mesh.out(mesh.BATCH, None))
     probed_BT = mask_BT & (weight_BT == 0) & (uniform_BT < cfg.probe)

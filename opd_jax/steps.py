@@ -72,9 +72,10 @@ def distill_step(
       states_BTE: what :func:`teacher_states` gave for this batch; computed here where None.
 
     Returns:
-      The new state, and measurements as (total, weight) pairs: see :func:`measure`, with ``loss``,
-      ``grad_norm``, ``rock_members`` and ``nonfinite`` (index in :func:`leaf_names` of the first
-      tensor whose gradient is not finite; -1: all are; -2: only the loss is not).
+      The new state, and measurements as (total, weight) pairs: see :func:`measure` and
+      :func:`membership`, with ``loss``, ``grad_norm`` and ``nonfinite`` (index in
+      :func:`leaf_names` of the first tensor whose gradient is not finite; -1: all are; -2: only the
+      loss is not).
     """
     _traced["distill_step"] += 1
     return _step(state, teacher, rollout, states_BTE, cfg, tx)
@@ -120,12 +121,12 @@ def eval_step(
 
     pieces = objective.split((rollout.replace(policy_step=None), goal), cfg.microbatches)
     tokens = objective.join(jax.lax.map(piece_of, pieces))
-    return measure(rollout, goal, tokens, state, cfg=cfg), tokens
+    return measure(rollout, goal, tokens, cfg=cfg), tokens
 
 
 def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
-    probe_key = jax.random.fold_in(jax.random.clone(state.key), state.step)
-    goal = objective.targets(rollout, state.rock, probe_key, cfg=cfg)
+    key = jax.random.fold_in(jax.random.clone(state.key), state.step)
+    goal = objective.targets(rollout, state.rock, key, cfg=cfg)
     norm = objective.normaliser(goal, cfg=cfg)
     scale = 1.0 / jnp.maximum(norm, 1e-9)
 
@@ -156,18 +157,18 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
 
     updates, opt = tx.update(grads, state.opt, state.params)
     new_rock = rock.update(state.rock, goal.ids_BT, tokens.kl_BT, goal.importance_BT, cfg=cfg.rock)
-    if cfg.rock.mode not in ("off", "static"):
+    if cfg.rock.is_refreshed:
         new_rock = jax.lax.cond(
             new_rock.step % cfg.rock.every == 0,
             functools.partial(rock.refresh, cfg=cfg.rock),
             lambda r: r,
             new_rock,
         )
-    metrics = measure(rollout, goal, tokens, state.rock, cfg=cfg) | {
+    metrics = measure(rollout, goal, tokens, cfg=cfg) | membership(state.rock, new_rock)
+    metrics |= {
         "loss": Mean(loss * norm, norm),
         "grad_norm": Mean.of(optax.tree.norm(grads)),
         "nonfinite": Mean.of(_first_nonfinite(loss, grads)),
-        "rock_members": Mean.of(jnp.sum(new_rock.member_V)),
     }
     state = state.replace(
         step=state.step + 1,
@@ -179,16 +180,18 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
 
 
 def measure(
-    rollout: Rollout, goal: Targets, tokens: TokenKL, state: rock.RockState, *, cfg: ObjectiveConfig
+    rollout: Rollout, goal: Targets, tokens: TokenKL, *, cfg: ObjectiveConfig
 ) -> dict[str, Mean]:
     """Per-token means of a batch, each an unbiased estimate where positions were skipped.
 
     ``kl_nats`` is the reverse KL at temperature 1 over all scored tokens, whatever is trained on
-    and whatever is gated; ``kl_gated`` and ``kl_ungated`` split it by membership. Without a teacher
-    (``cfg.kl.ce == 1``) what compares with one is left out.
+    and whatever is gated; ``kl_gated`` and ``kl_ungated`` split it by what the gate means, from the
+    first step on. ``gated_share`` (of positions) and ``gated_kl_share`` (of that KL) count what it
+    acts on now; ``gate_weight`` is the mean weight. Without a teacher (``cfg.kl.ce == 1``) what
+    compares with one is left out.
     """
     seen_BT = goal.importance_BT
-    gated_BT = rock.gated(state, goal.ids_BT, cfg=cfg.rock)
+    is_changed_BT = goal.weight_BT != goal.mask_BT
 
     def mean(x_BT, over_BT=seen_BT):
         return Mean(jnp.sum(x_BT * over_BT), jnp.sum(over_BT))
@@ -197,17 +200,34 @@ def measure(
     num_rows = jnp.asarray(scored_BT.shape[0], jnp.float32)
     against_teacher = {
         "kl_nats": mean(tokens.reverse_BT),
-        "kl_gated": mean(tokens.reverse_BT, seen_BT * gated_BT),
-        "kl_ungated": mean(tokens.reverse_BT, seen_BT * ~gated_BT),
+        "kl_gated": mean(tokens.reverse_BT, seen_BT * goal.gated_BT),
+        "kl_ungated": mean(tokens.reverse_BT, seen_BT * ~goal.gated_BT),
+        "gated_kl_share": mean(is_changed_BT.astype(jnp.float32), seen_BT * tokens.reverse_BT),
         "teacher_entropy_nats": mean(tokens.teacher_entropy_BT),
     }
     return (against_teacher if cfg.kl.ce < 1 else {}) | {
         "divergence": mean(tokens.kl_BT),
         "student_entropy_nats": mean(tokens.entropy_BT),
-        "gated_share": mean((goal.weight_BT != goal.mask_BT).astype(jnp.float32), scored_BT),
+        "gated_share": mean(is_changed_BT.astype(jnp.float32), scored_BT),
+        "gate_weight": mean(goal.weight_BT, scored_BT),
         "projected_share": mean((seen_BT > 0).astype(jnp.float32), scored_BT),
         "length_tokens": Mean(jnp.sum(scored_BT), num_rows),
         "truncated_share": Mean(jnp.sum(rollout.truncated_B, dtype=jnp.float32), num_rows),
+    }
+
+
+def membership(old: rock.RockState, new: rock.RockState) -> dict[str, Mean]:
+    """How the set of gated types moved: its size, who came, who went, Jaccard of both sets.
+
+    The Jaccard index is that of two sets of which at least one has members, else without weight.
+    """
+    count = lambda chosen_V: jnp.sum(chosen_V, dtype=jnp.float32)  # noqa: E731
+    was_V, is_V = old.member_V, new.member_V
+    return {
+        "rock_members": Mean.of(count(is_V)),
+        "rock_entries": Mean.of(count(is_V & ~was_V)),
+        "rock_exits": Mean.of(count(was_V & ~is_V)),
+        "rock_jaccard": Mean(count(is_V & was_V), count(is_V | was_V)),
     }
 
 
