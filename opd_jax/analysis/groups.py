@@ -121,7 +121,9 @@ def of_types(found: Occurrences, token_text: Callable[[int], str]) -> dict[int, 
     }
 
 
-def table(stats: TypeStats, kind: dict[int, str], rocks_k: Sequence[int]) -> list[dict[str, Any]]:
+def table(
+    stats: TypeStats, kind: dict[int, str], rocks_k: Sequence[int] | np.ndarray
+) -> list[dict[str, Any]]:
     """Types, shares of tokens and of KL by kind, for all types and for the rocks.
 
     Args:
