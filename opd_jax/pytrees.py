@@ -78,6 +78,8 @@ class TokenKL(struct.PyTreeNode):
     reverse_BT: jax.Array  # [B, T] KL(student || teacher) at temperature 1, whatever is trained on
     entropy_BT: jax.Array  # [B, T] of the student at temperature 1
     teacher_entropy_BT: jax.Array  # [B, T] at temperature 1
+    logp_BT: jax.Array  # [B, T] log-probability of the predicted id, student, temperature 1
+    teacher_logp_BT: jax.Array  # [B, T] of the same id under the teacher
 
 
 class RockState(struct.PyTreeNode):

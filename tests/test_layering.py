@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "opd_jax"
 # A module may import modules of a lower rank, not of its own.
 RANKS = {
     0: ("pytrees", "mesh"),
+    0.5: ("divergence",),  # the numerics of kl on a chunk of rows
     1: ("params", "attention", "kl", "rock", "sampling", "optim", "grading", "metrics", "records"),
     2: ("model", "tokenizer"),
     2.5: ("hf_config",),  # the config.json half of hf
