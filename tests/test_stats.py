@@ -1,0 +1,157 @@
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from opd_jax.analysis import stats
+
+
+def test_paired_bootstrap_of_a_constant_shift_is_exact():
+    base = np.arange(6.0)
+    got = stats.paired_bootstrap(base, base - 0.5, resamples=999)
+    assert (got.delta, got.low, got.high) == (-0.5, -0.5, -0.5)
+    assert got.p == pytest.approx(2 / 1000)  # no draw on the other side: 2 (1 + 0) / (999 + 1)
+
+
+def test_paired_bootstrap_without_a_difference_has_p_1_and_not_more():
+    assert stats.paired_bootstrap([1.0, 0, 1], [1.0, 0, 1], resamples=50).p == 1
+
+
+def test_paired_bootstrap_meets_the_enumeration_of_all_resamples():
+    difference = np.array([-1.0, 0, 0, 1, 1, 1])
+    means = np.array([np.mean(d) for d in itertools.product(difference, repeat=6)])
+    exact = 2 * min(np.mean(means <= 0), np.mean(means >= 0))
+    got = stats.paired_bootstrap(np.zeros(6), difference, resamples=40_000, seed=3)
+    assert got.delta == pytest.approx(1 / 3)
+    assert got.p == pytest.approx(exact, abs=4 * np.sqrt(exact / 40_000))
+    assert (got.low, got.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.02)
+
+
+def test_paired_bootstrap_pairs_the_problems():
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=200) * 100  # between problems; the arm differs by much less
+    got = stats.paired_bootstrap(base, base + 1 + rng.normal(size=200) * 0.1, resamples=500)
+    assert 0.9 < got.low < got.high < 1.1
+
+
+def test_bootstrap_interval_of_a_mean_is_that_of_the_normal_law():
+    values = np.random.default_rng(1).normal(2.0, 3.0, size=400)
+    got = stats.bootstrap(values, resamples=20_000)
+    half = 1.96 * values.std() / np.sqrt(400)
+    assert got.low == pytest.approx(values.mean() - half, abs=0.02)
+    assert got.high == pytest.approx(values.mean() + half, abs=0.02)
+
+
+def test_bootstrap_takes_another_statistic_and_repeats_itself():
+    values = [1.0, 2, 100]
+    got = stats.bootstrap(values, np.median, resamples=300, seed=5)
+    assert (got.delta, got.low, got.high) == (2, 1, 100)
+    assert got == stats.bootstrap(values, np.median, resamples=300, seed=5)
+    assert got.p < 0.01
+
+
+def test_bootstrap_draws_the_same_in_one_block_and_in_many(monkeypatch):
+    whole = stats.bootstrap([1.0, 2, 4], resamples=101)
+    monkeypatch.setattr(stats, "_BLOCK", 12)
+    assert stats.bootstrap([1.0, 2, 4], resamples=101) == whole
+
+
+def test_hierarchical_bootstrap_has_the_variance_of_both_levels():
+    rng = np.random.default_rng(2)
+    seeds, problems = 6, 50
+    difference = rng.normal(size=(seeds, 1)) + 0.5 * rng.normal(size=(1, problems))
+    got = stats.hierarchical_bootstrap(
+        np.zeros_like(difference), difference, resamples=20_000, seed=1
+    )
+    # For additive effects the two levels vary independently.
+    spread = np.sqrt(difference.mean(1).var() / seeds + difference.mean(0).var() / problems)
+    assert got.delta == pytest.approx(difference.mean())
+    assert got.high - got.low == pytest.approx(2 * 1.96 * spread, rel=0.04)
+
+
+def test_hierarchical_bootstrap_draws_one_set_of_problems_for_all_seeds():
+    # Every seed has the same differences: seeds add nothing, problems vary as if there were one.
+    difference = np.tile(np.random.default_rng(0).normal(size=30), (5, 1))
+    got = stats.hierarchical_bootstrap(np.zeros((5, 30)), difference, resamples=20_000)
+    one = stats.bootstrap(difference[0], resamples=20_000)
+    assert got.high - got.low == pytest.approx(one.high - one.low, rel=0.04)
+
+
+def test_hierarchical_bootstrap_with_one_problem_resamples_seeds_only():
+    got = stats.hierarchical_bootstrap([[0.0]] * 2, [[0.0], [1.0]], resamples=4000)
+    assert (got.delta, got.low, got.high) == (0.5, 0, 1)
+    assert got.p == pytest.approx(2 * 0.25, abs=0.05)  # both seeds the first one
+
+
+def by_hand(p):
+    """Benjamini and Hochberg's adjusted values, by their definition."""
+    m, ranked = len(p), sorted(p)
+    return [min(min(1.0, ranked[j] * m / (j + 1)) for j in range(ranked.index(x), m)) for x in p]
+
+
+def test_corrections_meet_their_definitions():
+    p = np.random.default_rng(0).permutation([0.001, 0.008, 0.039, 0.041, 0.042, 0.06, 0.9])
+    assert stats.bh_adjusted(p) == pytest.approx(by_hand(p.tolist()))
+    assert p[stats.benjamini_hochberg(p, 0.05)].tolist() == pytest.approx(
+        [x for x in p if x in (0.001, 0.008)]
+    )
+    assert stats.benjamini_hochberg(p, 0.06).sum() == 5
+    assert p[stats.bonferroni(p, 0.05)].tolist() == [0.001]
+    assert stats.bh_adjusted([]).size == stats.bonferroni([], 0.05).size == 0
+
+
+def test_published_knockout_p_values_survive_no_correction():
+    # The ten types that arXiv 2605.09253 calls pillars, of 200 on two benchmarks.
+    maths = [0.0038, 0.0074, 0.0154, 0.041, 0.0478, 0.0358, 0.0466] + [0.5] * 193
+    other = [0.0016, 0.0284, 0.0226] + [0.5] * 197
+    for p in (maths, other, maths + other):
+        assert not stats.bonferroni(p, 0.05).any()
+        assert not stats.benjamini_hochberg(p, 0.2).any()
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "p"),
+    [(10, 10, 1.953e-3), (7, 7, 0.0156), (3, 3, 0.25), (6, 6, 0.03125), (0, 10, 1.953e-3)],
+)
+def test_sign_test_of_the_published_census(k, n, p):
+    assert stats.sign_test(k, n) == pytest.approx(p, rel=3e-3)
+
+
+def test_sign_test_is_exact_and_has_a_plain_end():
+    assert stats.sign_test(8, 10) == pytest.approx(2 * (45 + 10 + 1) / 1024)
+    assert stats.sign_test(5, 10) == 1
+    assert stats.sign_test(0, 0) == 1
+
+
+def test_spearman_meets_scipy_and_is_none_where_undefined():
+    a, b = [1.0, 2, 2, 5, 0, 7], [3.0, 3, 1, 8, -1, 2]
+    assert stats.spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
+    assert stats.spearman([1.0, 1, 1], [1.0, 2, 3]) is None
+    assert stats.spearman([1.0], [2.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: stats.paired_bootstrap([1.0], [1.0, 2]), "1 problems of the base and 2"),
+        (lambda: stats.bootstrap([]), "at least one"),
+        (lambda: stats.bootstrap([1.0, np.nan]), "finite"),
+        (lambda: stats.bootstrap([1.0], resamples=0), "resamples"),
+        (lambda: stats.hierarchical_bootstrap([], []), "0 seeds"),
+        (
+            lambda: stats.hierarchical_bootstrap([[1.0]], [[1.0], [2.0]]),
+            "1 seeds of the base and 2",
+        ),
+        (
+            lambda: stats.hierarchical_bootstrap([[1.0], [1.0, 2]], [[1.0], [1.0, 2]]),
+            r"seeds with \[1, 2\] problems",
+        ),
+        (lambda: stats.bh_adjusted([0.5, 1.5]), "1.5"),
+        (lambda: stats.bonferroni([-0.1], 0.05), "0 to 1"),
+        (lambda: stats.sign_test(4, 3), "4 signs of 3"),
+    ],
+)
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
