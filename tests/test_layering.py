@@ -21,6 +21,7 @@ RANKS = {
     5.25: ("assemble",),  # what a run needs, built from its config
     5.5: ("narrate",),  # what a run says
     6: ("train", "export", "generate", "plan", "analysis"),
+    6.5: ("sweep",),  # many runs, and how they compare
     7: ("cli",),
 }
 RANK = {name: rank for rank, names in RANKS.items() for name in names}

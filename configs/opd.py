@@ -1,0 +1,120 @@
+"""The flagship: one student, one teacher, and every way to gate the objective, as an arm.
+
+    opd-jax train --config=configs/demo.py --workdir=runs/demo
+    opd-jax rocks --run=runs/demo --out=runs/rocks --with=gradients
+    opd-jax train --config=configs/opd.py:arm=rock,rocks=runs/rocks --workdir=runs/rock
+    opd-jax sweep --config=configs/opd.py:rocks=runs/rocks --arms=full,rock,random_positions \
+        --seeds=3 --workdir=runs/arms
+
+Arguments:
+  arm    a name of ``ARMS`` below
+  base   whose models, prompts and sizes: demo, smollm2, or the path of another config file
+  rocks  what ``opd-jax rocks --out`` wrote: the arms with a list, and random_positions, read it
+  steps  optimizer steps; 0: as in the base
+  lr     peak learning rate; 0: as in the base
+  k      rocks of ema and adaptive; 0: as many as the list of rocks holds, without one 100
+  norm   what the sum of losses is divided by: tokens, weight or per_sequence
+
+The arms and their controls follow the experiments asked for in the discussion of arXiv 2605.09253:
+an arm that is better than ``full`` has to be better than its controls too.
+"""
+
+import json
+import runpy
+from pathlib import Path
+
+from opd_jax import config
+from opd_jax.spec import ConfigError
+
+# What each arm sets in the group ``rock``. ``list`` names the file LIST.json of gated ids, and
+# ``share_of`` the list whose share of the tokens is gated at random.
+ARMS = {
+    "full": {"mode": "off"},  # plain distillation, the baseline
+    # The Rock Tokens, frozen; and by the token before the predicted one, as in the published code.
+    "rock": {"mode": "static", "list": "rock"},
+    "rock_input_key": {"mode": "static", "list": "rock", "key": "input"},
+    # Controls: as many tokens of other types, as many positions of any type, all other types.
+    "random_types": {"mode": "static", "list": "share_matched"},
+    "random_positions": {"mode": "random", "share_of": "rock"},
+    "complement": {"mode": "static", "list": "complement"},
+    # As many types by one property alone: is it frequency, loss, or the gradient?
+    "top_freq": {"mode": "static", "list": "top_freq"},
+    "top_mean_kl": {"mode": "static", "list": "top_mean_kl"},
+    "top_gradient_norm": {"mode": "static", "list": "top_gradient_norm"},
+    "top_gradient_alignment": {"mode": "static", "list": "top_gradient_alignment"},
+    # Weak controls, for they mask fewer tokens than the rocks: the published ones.
+    "hungarian": {"mode": "static", "list": "hungarian"},
+    "next_ranks": {"mode": "static", "list": "next_ranks"},
+    # The rocks with less weight instead of none, and with weight that goes in half of the steps.
+    "soft_0.3": {"mode": "static", "list": "rock", "inside": 0.3},
+    "soft_0.5": {"mode": "static", "list": "rock", "inside": 0.5},
+    "soft_0.7": {"mode": "static", "list": "rock", "inside": 0.7},
+    "ramp": {"mode": "static", "list": "rock", "ramp_share": 0.5},
+    # Rocks that the run itself finds; ``adaptive`` leaves its gradient to a type that still learns.
+    "ema": {"mode": "ema"},
+    "adaptive": {"mode": "adaptive"},
+}
+
+
+def get_config(arg: str = ""):
+    """Return the base's config with the arm's gate."""
+    args = config.parse_arg(
+        arg, arm="full", base="demo", rocks="", steps=0, lr=0.0, k=0, norm="tokens"
+    )
+    if args.arm not in ARMS:
+        raise ConfigError(f"arm is {args.arm!r}: expected one of {', '.join(ARMS)}; set :arm=NAME")
+    c = _base(args.base)
+    c.train.steps = args.steps or c.train.steps
+    c.optim.lr = args.lr or c.optim.lr
+    c.train.normaliser = args.norm
+    rock = dict(ARMS[args.arm])
+    if name := rock.pop("list", ""):
+        rock["ids_file"] = str(_made(args, f"{name}.json"))
+    if name := rock.pop("share_of", ""):
+        rock["share"] = _read(_made(args, "lists.json"))[name]["token_share"]
+    if share := rock.pop("ramp_share", 0):
+        rock["ramp"] = max(round(share * c.train.steps), 1)
+    if rock["mode"] in ("ema", "adaptive"):
+        rock["top_k"] = args.k or (len(_read(_made(args, "rock.json"))) if args.rocks else 100)
+    c.rock.update(rock)
+    return c
+
+
+def _base(name: str):
+    """The config of a file beside this one, or of any other."""
+    beside = Path(__file__).parent / f"{name}.py"
+    path = beside if beside.is_file() else Path(name)
+    if not path.is_file():
+        raise ConfigError(
+            f"base is {name!r}: expected demo, smollm2 or the path of a config file; set :base=NAME"
+        )
+    return runpy.run_path(str(path))["get_config"]()
+
+
+def _made(args, name: str) -> Path:
+    """A file that ``opd-jax rocks`` left in its folder of lists."""
+    command = "opd-jax rocks --run=RUN --out=DIR"
+    if name.startswith("top_gradient"):
+        command += " --with=gradients"
+    if not args.rocks:
+        raise ConfigError(
+            f"arm {args.arm} without rocks: expected the folder that `{command}` wrote; "
+            "set :rocks=DIR"
+        )
+    path = Path(args.rocks) / "lists" / name
+    if not path.is_file():
+        raise ConfigError(
+            f"arm {args.arm}: {path} does not exist; expected what "
+            f"`{command.replace('DIR', args.rocks)}` writes; run it, or set :rocks=DIR"
+        )
+    return path
+
+
+def _read(path: Path):
+    """JSON that ``opd-jax rocks`` wrote."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not JSON ({error}): expected what opd-jax rocks wrote; run it again"
+        ) from error

@@ -1,0 +1,146 @@
+"""The config files: each resolves, and the flagship's arms set what their names say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+from opd_jax import cli, config
+from opd_jax.rock import RockConfig
+from opd_jax.spec import ConfigError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+OPD = CONFIGS / "opd.py"
+LISTS = {
+    "rock": [5, 3, 8],
+    "next_ranks": [1],
+    "hungarian": [2, 4],
+    "share_matched": [9, 11, 13],
+    "complement": [1, 2, 4, 9],
+    "top_freq": [3, 7],
+    "top_mean_kl": [21],
+    "top_gradient_norm": [22],
+    "top_gradient_alignment": [23],
+}
+# What each arm gates: ids, share of the positions, or whatever the run finds.
+GATED = {
+    "rock": LISTS["rock"],
+    "rock_input_key": LISTS["rock"],
+    "random_types": LISTS["share_matched"],
+    "complement": LISTS["complement"],
+    "top_freq": LISTS["top_freq"],
+    "top_mean_kl": LISTS["top_mean_kl"],
+    "top_gradient_norm": LISTS["top_gradient_norm"],
+    "top_gradient_alignment": LISTS["top_gradient_alignment"],
+    "hungarian": LISTS["hungarian"],
+    "next_ranks": LISTS["next_ranks"],
+    "soft_0.3": LISTS["rock"],
+    "soft_0.5": LISTS["rock"],
+    "soft_0.7": LISTS["rock"],
+    "ramp": LISTS["rock"],
+}
+ARMS = ("full", *GATED, "random_positions", "ema", "adaptive")
+tiny, one_device = tiny_run.tiny, tiny_run.one_device
+
+
+@pytest.fixture(scope="module")
+def rocks(tmp_path_factory):
+    """What ``opd-jax rocks`` leaves for the arms."""
+    folder = tmp_path_factory.mktemp("rocks")
+    (folder / "lists").mkdir()
+    for name, ids in LISTS.items():
+        (folder / "lists" / f"{name}.json").write_text(json.dumps(ids))
+    about = {"rock": {"types": 3, "token_share": 0.25, "kl_share": 0.5, "residual": None}}
+    (folder / "lists" / "lists.json").write_text(json.dumps(about))
+    return folder
+
+
+def resolve(path, arg="", *flags):
+    given, _ = config.load([f"--config={path}:{arg}", *flags], workdir=None)
+    return config.resolve(given)
+
+
+def test_the_table_of_arms_is_whole(rocks):
+    with pytest.raises(ConfigError) as error:
+        resolve(OPD, "arm=none")
+    named = str(error.value).partition("one of ")[2].partition(";")[0].split(", ")
+    assert sorted(named) == sorted(ARMS)
+
+
+@pytest.mark.parametrize("base", ["demo", "smollm2"])
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_differs_from_its_base_in_the_gate_alone(arm, base, rocks):
+    plain = config.describe(resolve(CONFIGS / f"{base}.py"))
+    found = config.describe(resolve(OPD, f"arm={arm},base={base},rocks={rocks}"))
+    changed = {key for key in plain if plain[key] != found[key]}
+    assert plain.keys() == found.keys()
+    assert all(key.startswith("rock.") for key in changed)
+    assert bool(changed) == (arm != "full")
+
+
+@pytest.mark.parametrize(("arm", "ids"), GATED.items())
+def test_a_list_arm_gates_its_list(arm, ids, rocks):
+    rock = resolve(OPD, f"arm={arm},rocks={rocks}").rock
+    assert (rock.mode, list(rock.ids)) == ("static", ids)
+    inside = float(arm[5:]) if arm.startswith("soft") else 0.0
+    assert rock.inside == inside
+    assert rock.key == ("input" if arm == "rock_input_key" else "label")
+    assert rock.ramp == (60 if arm == "ramp" else 0)
+
+
+def test_random_positions_take_the_rocks_share_of_the_tokens(rocks):
+    rock = resolve(OPD, f"arm=random_positions,rocks={rocks}").rock
+    assert (rock.mode, rock.share) == ("random", 0.25)
+
+
+@pytest.mark.parametrize("arm", ["ema", "adaptive"])
+def test_a_run_finds_as_many_rocks_as_the_list_holds(arm, rocks):
+    assert resolve(OPD, f"arm={arm}").rock == RockConfig(mode=arm, top_k=100)
+    assert resolve(OPD, f"arm={arm},rocks={rocks}").rock == RockConfig(mode=arm, top_k=3)
+    assert resolve(OPD, f"arm={arm},rocks={rocks},k=7").rock == RockConfig(mode=arm, top_k=7)
+
+
+def test_arguments_reach_their_keys(rocks):
+    run = resolve(OPD, f"arm=ramp,rocks={rocks},steps=30,lr=5e-4,norm=per_sequence")
+    assert (run.train.steps, run.optim.lr, run.rock.ramp) == (30, 5e-4, 15)
+    assert run.train.normaliser == "per_sequence"
+    assert resolve(OPD).train.normaliser == "tokens"
+    assert resolve(OPD, "steps=30", "--config.train.steps=20").train.steps == 20
+
+
+@pytest.mark.parametrize(
+    ("arg", "parts"),
+    [
+        ("arm=rock", ("arm rock without rocks", "opd-jax rocks", "set :rocks=DIR")),
+        ("arm=rock,rocks=absent", ("absent/lists/rock.json does not exist", "--out=absent`")),
+        ("arm=top_gradient_norm,rocks=absent", ("--out=absent --with=gradients`",)),
+        ("arm=random_positions,rocks=absent", ("absent/lists/lists.json does not exist",)),
+        ("arm=ema,rocks=absent", ("absent/lists/rock.json does not exist",)),
+        ("base=none", ("base is 'none'", "demo, smollm2", "set :base=NAME")),
+        ("norm=rows", ("train.normaliser", "per_sequence")),
+        ("amr=rock", ("'amr'", "nearest known: 'arm'")),
+    ],
+)
+def test_what_cannot_be_is_said_in_three_parts(arg, parts):
+    with pytest.raises(ConfigError) as error:
+        resolve(OPD, arg)
+    for part in parts:
+        assert part in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
+def test_a_damaged_table_of_lists_is_named(tmp_path):
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "lists.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"lists.json is not JSON .* run it again"):
+        resolve(OPD, f"arm=random_positions,rocks={tmp_path}")
+
+
+@pytest.mark.parametrize("arm", ["rock", "random_positions"])
+def test_an_arm_trains_on_any_base(arm, rocks, tiny, one_device, tmp_path):
+    argument = f"arm={arm},base={tiny / 'config.py'},rocks={rocks},steps=1"
+    workdir = tmp_path / "run"
+    assert cli.main(["train", f"--config={OPD}:{argument}", f"--workdir={workdir}"]) == 0
+    (line,) = tiny_run.read_lines(workdir / "metrics.jsonl")
+    assert 0 <= line["gated_share"] < 1
