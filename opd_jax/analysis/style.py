@@ -6,6 +6,7 @@ figure stays open.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import os
@@ -84,6 +85,23 @@ LEGEND: dict[str, Any] = {
     "handletextpad": 0.5,
     "columnspacing": 1.2,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Plate:
+    """A figure with what a page says beside it.
+
+    Attributes:
+      name: of its file and of its place in a page.
+      title: the question it answers.
+      note: what it shows and what to compare it with, one or two sentences of measured numbers.
+      figure: drawn inside STYLE's context.
+    """
+
+    name: str
+    title: str
+    note: str
+    figure: Figure
 
 
 def figure(width: float, height: float) -> Figure:

@@ -1,0 +1,65 @@
+// The table of types: sorted by a click on a heading, filtered by what is typed.
+
+if (page.types) {
+  const { columns, rows } = page.types;
+  const head = document.querySelector("#types thead tr");
+  const body = document.querySelector("#types tbody");
+  const search = document.getElementById("types-search");
+  const only = document.getElementById("types-rocks");
+  const said = document.getElementById("types-said");
+  const at = Object.fromEntries(columns.map((column, i) => [column.name, i]));
+  const percent = (value) => (value === null ? "–" : `${number(100 * value)}%`);
+  const kinds = { text: String, token: String, share: percent, number, flag: (value) => (value ? "yes" : "no") };
+  const isText = (column) => column.kind === "text" || column.kind === "token";
+
+  const lines = rows.map((values) => {
+    const line = make("tr", "", values[at.member] ? { class: "rock" } : {});
+    columns.forEach((column, i) => {
+      const cell = make("td", kinds[column.kind](values[i]));
+      if (isText(column)) cell.className = column.kind;
+      line.append(cell);
+    });
+    const text = [values[at.token], values[at.token_id], values[at.group]].join(" ").toLowerCase();
+    return { values, line, text };
+  });
+
+  const headings = columns.map((column, i) => {
+    const heading = make("th", "", { scope: "col", title: column.title });
+    if (isText(column)) heading.className = "text";
+    const button = make("button", column.label, { type: "button" });
+    button.addEventListener("click", () => sortBy(i));
+    heading.append(button);
+    return heading;
+  });
+  head.replaceChildren(...headings);
+
+  function sortBy(i) {
+    const was = headings[i].getAttribute("aria-sort");
+    // Largest first, as one looks for much of something; ranks and words from the first.
+    const first = isText(columns[i]) || columns[i].name === "rank" ? "ascending" : "descending";
+    const next = was ? (was === "ascending" ? "descending" : "ascending") : first;
+    headings.forEach((heading) => heading.removeAttribute("aria-sort"));
+    headings[i].setAttribute("aria-sort", next);
+    const sign = next === "ascending" ? 1 : -1;
+    lines.sort(({ values: { [i]: a } }, { values: { [i]: b } }) => {
+      if (a === null || b === null) return (a === null) - (b === null); // what is not measured, last
+      return sign * (typeof a === "string" ? a.localeCompare(b) : a - b);
+    });
+    body.replaceChildren(...lines.map(({ line }) => line));
+  }
+
+  function filter() {
+    const wanted = search.value.trim().toLowerCase().replaceAll(" ", "␣");
+    let shown = 0;
+    for (const { values, line, text } of lines) {
+      line.hidden = !text.includes(wanted) || (only.checked && !values[at.member]);
+      shown += !line.hidden;
+    }
+    said.textContent = `${number(shown)} of ${number(lines.length)} types`;
+  }
+
+  search.addEventListener("input", filter);
+  only.addEventListener("change", filter);
+  sortBy(at.rank);
+  filter();
+}

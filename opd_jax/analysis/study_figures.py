@@ -1,0 +1,170 @@
+"""Figures of what is computed on request: gradient geometry and persistence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from opd_jax.analysis import style
+from opd_jax.analysis.style import ACCENT, GREEN, INK, MAIN, MUTED, PURPLE, Plate
+
+COLORS = {"rock": ACCENT, "high_kl": MAIN, "control": GREEN, "random": MUTED, "all": INK}
+NAMES = {"rock": "rocks", "high_kl": "high mean KL", "control": "matched by count"}
+EFFECTS = {
+    "alignment": "same text, other model",
+    "context_drift": "same model, other text",
+    "both": "both (as published)",
+}
+_NORMS = (
+    ("mean_norm", "one occurrence"),
+    ("norm_at.2", "mean of 2"),
+    ("norm_at.8", "mean of 8"),
+    ("norm_of_mean", "mean of all n"),
+)
+_COSINES = (
+    ("cos_balanced", "types weigh alike"),
+    ("cos_balanced_loo", "  own part left out"),
+    ("cos_global", "positions weigh alike"),
+    ("cos_global_loo", "  own part left out"),
+)
+_MAX_TESTS = 30  # rows that can be read in one figure
+
+
+def geometry(data: Mapping[str, Any]) -> Plate:
+    """Norms and cosines of the types' logit gradients by group, n-matched beside raw."""
+    groups = data["groups"]
+    figure = style.figure(10.0, 3.9)
+    left, right = figure.subplots(1, 2)
+    for axes, rows, title in (
+        (left, _NORMS, "Gradient norm of the type"),
+        (right, _COSINES, "Cosine with the whole gradient"),
+    ):
+        for place, group in enumerate(groups):
+            shift = 0.16 * (place - (len(groups) - 1) / 2)
+            _ranges(axes, rows, group, shift)
+        axes.set_yticks(range(len(rows)), [label for _, label in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.set_title(title)
+    left.set_xlabel("norm in logit space; like n is compared with like")
+    right.set_xlabel("cosine; left out: without the type's own part")
+    right.axvline(0, color=MUTED, linewidth=0.8)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(groups))
+    rock = next((g for g in groups if g["group"] == "rock"), groups[0])
+    raw, matched = value(rock, "norm_of_mean"), value(rock, "norm_at.8")
+    return Plate(
+        "gradients",
+        "Are their gradients small, or averaged away?",
+        "Medians over types with their intervals. The mean over all occurrences shrinks with n: "
+        f"for rocks {_text(raw)} against {_text(value(rock, 'mean_norm'))} of one occurrence; as a "
+        f"mean of 8, which every group can be compared at, it is {_text(matched)}. Control: types "
+        "matched by count.",
+        figure,
+    )
+
+
+def value(group: Mapping[str, Any], name: str, end: str = "") -> float:
+    """A number of a group (``norm_at.8`` is in a dict of its own), nan where there is none."""
+    outer, _, inner = name.partition(".")
+    found = group.get(f"{outer}_{inner}{end}" if inner else f"{outer}{end}")
+    if found is None and inner:
+        found = (group.get(f"{outer}{end}") or {}).get(inner)
+    return float("nan") if found is None else float(found)
+
+
+def _ranges(axes: Axes, rows: Sequence[tuple[str, str]], group: Mapping[str, Any], shift: float):
+    color = COLORS.get(group["group"], PURPLE)
+    places = np.arange(len(rows)) + shift
+    middle = np.array([value(group, name) for name, _ in rows])
+    low, high = (np.array([value(group, name, e) for name, _ in rows]) for e in ("_low", "_high"))
+    has_ends = np.isfinite(low) & np.isfinite(high)
+    axes.hlines(places[has_ends], low[has_ends], high[has_ends], color=color, linewidth=1.6)
+    label = NAMES.get(group["group"], group["group"].replace("_", " "))
+    axes.plot(middle, places, "o", color=color, markersize=5.5, label=label)
+
+
+def persistence(data: Mapping[str, Any]) -> list[Plate]:
+    """Mean KL of every model on every corpus by group, and the changes with intervals."""
+    plates = [_matrix(data)] if data["groups"] else []
+    return plates + ([_changes(data)] if data["tests"] else [])
+
+
+def _matrix(data: Mapping[str, Any]) -> Plate:
+    groups, models, corpora = data["groups"], data["models"], data["corpora"]
+    wide = 1.2 + 0.72 * len(corpora)
+    figure = style.figure(0.9 + wide * len(groups), 1.8 + 0.42 * len(models))
+    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    for axes, group in zip(panels, groups, strict=True):
+        cells = np.array(group["matrix"], float)
+        top = np.nanmax(cells) or 1.0
+        axes.pcolormesh(cells, cmap="Blues", vmin=0, vmax=top, edgecolor="#F7FBFE", linewidth=1.5)
+        for (i, j), cell in np.ndenumerate(cells):
+            color = "#FDFDFD" if cell > 0.55 * top else "#101418"  # of the cell, not of the theme
+            axes.text(j + 0.5, i + 0.5, f"{cell:.2g}", ha="center", va="center", color=color)
+        axes.set_xticks(np.arange(len(corpora)) + 0.5, corpora, rotation=30, ha="right")
+        axes.set_yticks(np.arange(len(models)) + 0.5, models)
+        axes.set_ylim(len(models), 0)
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        axes.set_title(NAMES.get(group["group"], group["group"].replace("_", " ")))
+        axes.set_xlabel("text written by")
+    panels[0].set_ylabel("scored by")
+    return Plate(
+        "persistence",
+        "Does their KL stay?",
+        f"Mean KL, nats, of {len(models)} models on {len(corpora)} texts. Down a column only the "
+        "model changes, along a row only the text; the diagonal changes both. Each panel has its "
+        "own colour scale.",
+        figure,
+    )
+
+
+def _changes(data: Mapping[str, Any]) -> Plate:
+    tests = [t for t in data["tests"] if t["effect"] in EFFECTS]
+    if len(tests) > _MAX_TESTS:  # the whole way only: from the first model to the last
+        ends = (data["models"][0], data["models"][-1])
+        tests = [t for t in tests if (str(t["from"]), str(t["to"])) == ends] or tests[:_MAX_TESTS]
+    figure = style.figure(8.0, 1.5 + 0.3 * len(tests))
+    axes = figure.add_subplot()
+    colors = dict(zip(EFFECTS, (MAIN, GREEN, ACCENT), strict=True))
+    for effect, color in colors.items():
+        rows = [(i, t) for i, t in enumerate(tests) if t["effect"] == effect]
+        if not rows:
+            continue
+        places = [i for i, _ in rows]
+        axes.hlines(
+            places, [t["low"] for _, t in rows], [t["high"] for _, t in rows], color=color, lw=2
+        )
+        delta = [t["delta"] for _, t in rows]
+        axes.plot(delta, places, "o", color=color, markersize=6, label=EFFECTS[effect])
+    axes.axvline(0, color=INK, linewidth=0.9)
+    axes.set_yticks(range(len(tests)), [_test_name(test) for test in tests])
+    axes.set_ylim(len(tests) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("change of mean KL, nats; bar: interval")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    sure = sum(t["p_adjusted"] is not None and t["p_adjusted"] < 0.05 for t in tests)
+    return Plate(
+        "changes",
+        "What moved, the model or the text?",
+        f"{sure} of {len(tests)} changes differ from 0 at 5% after Benjamini and Hochberg. "
+        "Control: types matched by count, chosen and measured on the same halves of the problems.",
+        figure,
+    )
+
+
+def _test_name(test: Mapping[str, Any]) -> str:
+    group = NAMES.get(test["group"], test["group"].replace("_", " "))
+    return f"{group}, {test['from']} → {test['to']}"
+
+
+def _text(number: float) -> str:
+    return "not measured" if np.isnan(number) else f"{number:.3g}"
