@@ -37,6 +37,7 @@ CONTROLS = (
     "top_mean_kl",
 )
 _CONFIDENCE = 0.95  # one-sided, of every lower bound
+_DRAWS = 64  # random sets among which the one nearest to a sum is taken
 _NO_SPREAD = 1e-12  # variance between types below which empirical Bayes pools them all
 
 
@@ -234,9 +235,9 @@ def controls(
     ``hungarian``: k non-rocks, one per rock and in its order, with the least sum of differences of
       log10 count (the second published control). Where rocks are the most frequent types, no
       assignment matches.
-    ``share_matched``: random types whose positions add up to those of the rocks, as nearly as one
-      more or one fewer type allows; disjoint from the rocks if the others have that many positions,
-      else drawn among all types.
+    ``share_matched``: random types whose positions add up to those of the rocks, the nearest of
+      several draws; disjoint from the rocks if the others have that many positions, else drawn
+      among all types.
     ``complement``: all seen types that are no rocks.
     ``top_freq``: the k most frequent types.
     ``top_mean_kl``: the k non-rocks with the highest mean KL that occur at least twice.
@@ -265,7 +266,7 @@ def controls(
         target = stats.count[rocks_k].sum()
         is_enough = stats.count[others_V].sum() >= target
         pool = np.flatnonzero(others_V if is_enough else stats.seen)
-        return _with_sum(stats.count, pool, target, seed)
+        return _with_sum(stats.count, pool, target, np.sort(rocks_k), seed)
     if how == "complement":
         return np.flatnonzero(others_V)
     if how == "top_freq":
@@ -289,20 +290,34 @@ def _hungarian(count_V: np.ndarray, rocks_k: np.ndarray, pool: np.ndarray) -> np
     return pool[column]
 
 
-def _with_sum(count_V: np.ndarray, pool: np.ndarray, target: float, seed: int) -> np.ndarray:
-    """Random ids whose counts add up to about ``target``: taken in random order while they fit."""
-    order = np.random.default_rng(seed).permutation(pool)
-    taken, left = np.zeros(len(order), bool), target
-    for place, count in enumerate(count_V[order]):
+def _with_sum(
+    count_V: np.ndarray, pool: np.ndarray, target: float, other_than: np.ndarray, seed: int
+) -> np.ndarray:
+    """Random ids whose counts add up to about ``target``: the nearest of some random draws."""
+    rng = np.random.default_rng(seed)
+    best, distance = pool[:0], np.inf
+    for _ in range(_DRAWS):
+        ids = rng.permutation(pool)
+        ids = np.sort(ids[_fitting(count_V[ids], target)])
+        off = abs(count_V[ids].sum() - target)
+        if off < distance and not np.array_equal(ids, other_than):
+            best, distance = ids, off
+        if distance == 0:
+            break
+    return best
+
+
+def _fitting(counts: np.ndarray, target: float) -> np.ndarray:
+    """Which counts are taken, in their order, while they fit; and one more if that is nearer."""
+    taken, left = np.zeros(len(counts), bool), target
+    for place, count in enumerate(counts):
         if count <= left:
             taken[place] = True
             left -= count
     if not taken.all():
-        # One more type overshoots; by less than is left, it is nearer.
-        spare = np.flatnonzero(~taken)
-        nearest = spare[np.argmin(count_V[order[spare]])]
-        taken[nearest] = count_V[order[nearest]] - left < left
-    return np.sort(order[taken])
+        smallest = np.flatnonzero(~taken)[np.argmin(counts[~taken])]
+        taken[smallest] = counts[smallest] - left < left
+    return taken
 
 
 def residual(stats: TypeStats, rocks_k: ArrayLike, ids: ArrayLike) -> dict[str, Any]:
