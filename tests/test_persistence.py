@@ -5,14 +5,12 @@ import json
 import numpy as np
 import pytest
 import scipy.stats
-import tiny_run
 
-from opd_jax import data
-from opd_jax.analysis import collect, models, persistence
+from opd_jax.analysis import persistence
 from opd_jax.analysis.corpus import Occurrences, TypeStats
-from opd_jax.analysis.persistence import Matrix, PersistenceError
+from opd_jax.analysis.matrix import Matrix
+from opd_jax.analysis.persistence import PersistenceError
 
-tiny, one_device = tiny_run.tiny, tiny_run.one_device
 V, PROBLEMS, LENGTH = 60, 40, 100
 NAMES = ("step-0", "step-4")
 SETTINGS = dict(k=10, min_count=2, seed=3, resamples=2000)
@@ -256,73 +254,3 @@ def test_what_cannot_be_analysed_is_named(change, parts):
 def test_one_problem_cannot_be_split():
     with pytest.raises(PersistenceError, match=r"answers 1 problem.*at least 2.*--limit"):
         persistence.split(np.zeros(5, int), 0)
-
-
-@pytest.fixture(scope="module")
-def workdir(tiny, tmp_path_factory):
-    path = tmp_path_factory.mktemp("persistence") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_run.use_one_device(patch)
-        assert tiny_run.train(tiny, path, checkpoint__every=2) == 0
-    return path
-
-
-@pytest.fixture
-def job(tiny, workdir, one_device):
-    pair = models.open_pair(f"{workdir}@last", str(tiny / "teacher"), say=lambda line: None)
-    spec = data.PromptSpec(path=str(tiny / "prompts.jsonl"), max_prompt=48)
-    rows = data.examples(spec, pair.tokenizer)[0][:6]
-    return dict(
-        run_dir=workdir,
-        pair=pair,
-        rows=rows,
-        k=3,
-        max_new=6,
-        min_count=1,
-        resamples=200,
-        say=lambda line: None,
-    )
-
-
-def test_a_run_gives_its_matrix_and_goes_on_where_it_was_killed(job, tmp_path, monkeypatch):
-    scored, score = [], collect.score
-
-    def count(corpus, *args, **kwargs):
-        scored.append(corpus)
-        if len(scored) == 8:
-            raise KeyboardInterrupt
-        return score(corpus, *args, **kwargs)
-
-    monkeypatch.setattr(collect, "score", count)
-    with pytest.raises(KeyboardInterrupt):
-        persistence.run(tmp_path, **job, with_teacher=True)
-    result = persistence.run(tmp_path, **job, with_teacher=True)
-    assert len(scored) == 8 + (3 * 4 - 7)
-    assert result["models"] == ["step-0", "step-2", "step-4"]
-    assert result["corpora"] == ["step-0", "step-2", "step-4", "teacher"]
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert persistence.run(tmp_path, **job, with_teacher=True) == result
-    assert len(scored) == 13
-    # Rows are models and columns corpora.
-    own = Occurrences.load(tmp_path / "scores" / "step-4-on-step-4.npz")
-    again = score(collect.corpora.read(tmp_path / "corpora" / "step-4"), job["pair"])
-    np.testing.assert_array_equal(own.kl, again.kl)
-    other = Occurrences.load(tmp_path / "scores" / "step-0-on-step-4.npz")
-    np.testing.assert_array_equal(own.token_id, other.token_id)
-    assert not np.array_equal(own.kl, other.kl)
-
-
-def test_scores_of_another_corpus_are_measured_again(job, tmp_path):
-    persistence.run(tmp_path, **job, steps=[4])
-    path = tmp_path / "scores" / "step-0-on-step-0.npz"
-    good = Occurrences.load(path)
-    good.where(np.arange(3)).save(path)
-    persistence.run(tmp_path, **job, steps=[4])
-    np.testing.assert_array_equal(Occurrences.load(path).kl, good.kl)
-
-
-@pytest.mark.parametrize("steps", [[3], [0], []])
-def test_a_step_that_was_not_kept_is_named(job, tmp_path, steps):
-    with pytest.raises(PersistenceError, match=r"steps \[2, 4\], not of.*checkpoint.every"):
-        persistence.run(tmp_path, **job, steps=steps)
-    assert not list(tmp_path.iterdir())

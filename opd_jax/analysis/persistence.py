@@ -15,7 +15,6 @@ splits the published difference from checkpoint a to b exactly (arXiv 2605.09253
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,51 +23,32 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from opd_jax import checkpoint
-from opd_jax.analysis import collect, models, select, stats
-from opd_jax.analysis.corpus import Corpus, Occurrences, TypeStats
+from opd_jax.analysis import matrix, pooled, select, stats
+from opd_jax.analysis.corpus import TypeStats
+from opd_jax.analysis.matrix import Matrix
 from opd_jax.analysis.models import Pair
 from opd_jax.data import Example
-from opd_jax.pytrees import Params
 
-GROUPS = ("rock", "control", "high_kl", "all")
 NOTE = (
     "Groups are selected on half of the problems and every number but the naive ones is measured "
     "on the other half, so selection cannot make a group look as if it had learned. alignment: "
     "the corpus of `from`, scored by `to` minus by `from`; context_drift: model `to`, its own "
-    "corpus minus that of `from`; both: their sum, each model on its own corpus, as published. "
-    "delta is of mean KL per position of the group, low and high its 95 % bootstrap interval over "
-    "problems with p_bootstrap; p is Wilcoxon's over the means of the types, which takes types as "
-    "independent; p_adjusted and p_bootstrap_adjusted are Benjamini-Hochberg over all of both. "
-    "control: types matched to the rocks on count, none of them a rock, as far as counts allow; "
-    "high_kl: largest mean KL among the other types. naive: measured where it was selected."
+    "corpus minus that of `from`, another mix of the group's types included; both: their sum, each "
+    "model on its own corpus, as published. delta is of mean KL per position of the group, low and "
+    "high its 95 % bootstrap interval over problems with p_bootstrap; p is Wilcoxon's over the "
+    "means of the types, which takes types as independent; p_adjusted and p_bootstrap_adjusted are "
+    "Benjamini-Hochberg over all of both. contrasts: log of how much of its KL one group keeps "
+    "over how much the other does. control: types matched to the rocks on count, none of them a "
+    "rock, as far as counts allow; high_kl: largest mean KL among the other types. naive: measured "
+    "where it was selected."
 )
-_CHUNK = 1000  # resamples at a time: their weights are [resamples, problems]
 _SHOWN = 20  # types of a group that are listed
+
+Cell = tuple[str, str]  # names of a model and of the corpus that it scored
 
 
 class PersistenceError(ValueError):
     """The matrix cannot be analysed; the message says why and what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Matrix:
-    """Every corpus scored by every model.
-
-    Attributes:
-      models: names in the order of training.
-      corpora: names; a corpus that a model wrote has the model's name.
-      cells: by (model, corpus) index the scored positions, or the file that holds them.
-    """
-
-    models: tuple[str, ...]
-    corpora: tuple[str, ...]
-    cells: Mapping[tuple[int, int], Occurrences | Path]
-
-    def cell(self, model: str, corpus: str) -> Occurrences:
-        """The scored positions of one cell; read from its file each time, to keep memory small."""
-        found = self.cells[self.models.index(model), self.corpora.index(corpus)]
-        return Occurrences.load(found) if isinstance(found, Path) else found
 
 
 def run(
@@ -89,59 +69,37 @@ def run(
     score: str = "rock",
     skip_top: int = 0,
     resamples: int = 10_000,
-    select_on: tuple[str, str] | None = None,
+    select_on: Cell | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Let the checkpoints of a run answer, score each other's answers, and analyse the matrix.
-
-    Corpora go to ``out/corpora/NAME``, scores to ``out/scores/MODEL-on-CORPUS.npz``; what is there
-    is not done again.
+    """Measure the matrix of a run's checkpoints and analyse it.
 
     Args:
-      out: folder of the results.
-      run_dir: workdir of the run.
-      pair: gives teacher, tokenizer and mesh; its student has the run's architecture.
-      rows: prompts that every corpus answers.
-      k, min_count, score, skip_top, resamples, seed: see :func:`analyse`.
-      select_on: also; the models and corpora are named ``step-N``.
-      steps: checkpoints; default all. Step 0, the student before training, is always there.
-      with_teacher: also score a corpus that the teacher writes, which no checkpoint has seen.
-      max_new, temperature, samples, batch: see :func:`collect.write`.
-      say: receives lines of progress.
+      out, run_dir, pair, rows, max_new, steps, with_teacher, temperature, samples, seed, batch,
+        say: see :func:`matrix.of_run`.
+      k, min_count, score, skip_top, resamples, select_on: see :func:`analyse`.
 
     Returns:
       The content of ``persistence.json``.
 
     Raises:
-      PersistenceError: the run has not kept a step that is asked for, or has kept none.
-      CorpusError, ModelError: see :func:`collect.write`, :func:`models.load`.
+      MatrixError, CorpusError, ModelError: see :func:`matrix.of_run`.
+      PersistenceError, SelectError: see :func:`analyse`.
     """
-    out = Path(out)
-    students = {f"step-{step}": f"{run_dir}@{step}" for step in _steps(run_dir, steps)}
-    answers = functools.partial(
-        collect.write,
-        pair=pair,
+    scores = matrix.of_run(
+        out,
+        run_dir,
+        pair,
         rows=rows,
         max_new=max_new,
+        steps=steps,
+        with_teacher=with_teacher,
         temperature=temperature,
         samples=samples,
         seed=seed,
         batch=batch,
+        say=say,
     )
-    corpora = {}
-    for name, ref in students.items():
-        say(f"persistence: {name} answers {len(rows)} prompts")
-        corpora[name] = answers(out / "corpora" / name, writer=models.load(ref, pair), name=name)
-    if with_teacher:
-        say(f"persistence: the teacher answers {len(rows)} prompts")
-        corpora["teacher"] = answers(
-            out / "corpora" / "teacher",
-            writer=pair.teacher,
-            name=pair.teacher_name,
-            cfg=pair.cfg.teacher,
-        )
-    loaders = {name: functools.partial(models.load, ref, pair) for name, ref in students.items()}
-    scores = matrix(corpora, loaders, pair, folder=out / "scores", batch=batch, say=say)
     return analyse(
         scores,
         k=k,
@@ -153,54 +111,6 @@ def run(
         token_text=pair.text,
         select_on=select_on,
     )
-
-
-def matrix(
-    corpora: Mapping[str, Corpus],
-    students: Mapping[str, Callable[[], Params]],
-    pair: Pair,
-    *,
-    folder: Path,
-    batch: int = 16,
-    say: Callable[[str], None] = print,
-) -> Matrix:
-    """Score every corpus by every student, forward passes only.
-
-    Each cell is a file of ``folder``, written whole; one that is there and belongs to the corpus
-    is kept. A student is loaded only where a cell of its row is missing, one at a time.
-    """
-    cells = {}
-    for i, (model, load) in enumerate(students.items()):
-        row = {name: folder / f"{model}-on-{name}.npz" for name in corpora}
-        missing = [name for name, path in row.items() if not _is_scored(path, corpora[name])]
-        student = load() if missing else None
-        for name in missing:
-            say(f"persistence: {model} reads the answers of {name}")
-            collect.score(corpora[name], pair, student=student, batch=batch).save(row[name])
-        cells |= {(i, j): path for j, path in enumerate(row.values())}
-    return Matrix(tuple(students), tuple(corpora), cells)
-
-
-def _steps(run_dir: str | Path, steps: Sequence[int] | None) -> list[int]:
-    with checkpoint.open(run_dir) as saves:
-        kept = saves.steps()
-    wanted = kept if steps is None else list(steps)
-    lost = sorted({*wanted} - {0, *kept})
-    if lost or not {*wanted} - {0}:
-        raise PersistenceError(
-            f"{run_dir} has checkpoints of steps {kept}, not of {lost or 'any step after 0'}: "
-            "expected at least one to compare with step 0; give other steps, or train with "
-            "--config.checkpoint.every and --config.checkpoint.keep"
-        )
-    return sorted({0, *wanted})
-
-
-def _is_scored(path: Path, corpus: Corpus) -> bool:
-    """Whether the file holds scores of this very corpus."""
-    if not path.exists():
-        return False
-    with np.load(path, allow_pickle=False) as file:
-        return np.array_equal(file["token_id"], corpus.token_id)
 
 
 def split(problem: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -253,7 +163,7 @@ def analyse(
     seed: int = 0,
     resamples: int = 10_000,
     token_text: Callable[[int], str] = str,
-    select_on: tuple[str, str] | None = None,
+    select_on: Cell | None = None,
 ) -> dict[str, Any]:
     """Say what each group's mean KL does from checkpoint to checkpoint, and why.
 
@@ -264,93 +174,67 @@ def analyse(
       seed: of the split and of the bootstrap.
       resamples: of the bootstrap over problems.
       token_text: text of an id, for the lists of types.
-      select_on: (model, corpus) names to select on. Default: the first model on the first corpus,
-        because a selection at the end picks types *for having stayed high*, and a selection before
-        training asks what becomes of types that nothing about the outcome has chosen.
+      select_on: the cell to select on. Default: the first model on the first corpus, because a
+        selection at the end picks types *for having stayed high*, and a selection before training
+        asks what becomes of types that nothing about the outcome has chosen.
 
     Returns:
-      The content of ``persistence.json``.
+      The content of ``persistence.json``; groups without a type are left out.
 
     Raises:
-      PersistenceError: a model has no corpus of its own, an unknown ``select_on``, or a split that
-        leaves nothing.
+      PersistenceError: a model has no corpus of its own, an unknown ``select_on``, or too few
+        problems to split.
+      SelectError: fewer types than ``k`` on one half of the problems, or a bad rule.
     """
-    model, corpus = select_on or (scores.models[0], scores.corpora[0])
-    _check(scores, model, corpus)
-    chosen_on = scores.cell(model, corpus)
+    select_on = select_on or (scores.models[0], scores.corpora[0])
+    _check(scores, select_on)
+    chosen_on = scores.cell(*select_on)
     half_a, half_b = split(chosen_on.problem, seed)
-    on_a = chosen_on.where(np.isin(chosen_on.problem, half_a))
-    seen_a = TypeStats.of_occurrences(on_a)
-    groups = select_groups(seen_a, k, min_count=min_count, score=score, skip_top=skip_top)
-    member_GV = np.zeros((len(GROUPS), chosen_on.vocab_size), bool)
-    for row, name in enumerate(GROUPS):
-        member_GV[row, groups.get(name, slice(None))] = True
+    seen = TypeStats.of_occurrences(chosen_on.where(np.isin(chosen_on.problem, half_a)))
+    groups = select_groups(seen, k, min_count=min_count, score=score, skip_top=skip_top)
+    residual = select.residual(seen, groups["rock"], groups["control"])
+    groups["all"] = np.flatnonzero(seen.seen)
+    groups = {name: ids for name, ids in groups.items() if len(ids)}
+    member_GV = np.zeros((len(groups), chosen_on.vocab_size), bool)
+    for row, (name, ids) in enumerate(groups.items()):
+        member_GV[row, ids if name != "all" else slice(None)] = True
 
     pairs = _pairs(scores.models)
-    needed = {cell for a, b in pairs for cell in ((a, a), (b, a), (b, b))}
-    tables, naive, by_type = {}, {}, {}
-    for m in scores.models:
-        for c in scores.corpora:
-            found = scores.cell(m, c)
-            tables[m, c] = _by_problem(found, half_b, member_GV)
-            naive[m, c] = _mean(_by_problem(found, half_a, member_GV).sum(1))
-            if (m, c) in needed:
-                chosen = np.isin(found.problem, half_b)
-                by_type[m, c] = TypeStats.of_occurrences(found.where(chosen))
-    value = {cell: _mean(table.sum(1)) for cell, table in tables.items()}
-    drawn = _bootstrap({cell: tables[cell] for cell in sorted(needed)}, resamples, seed)
-
-    def effects(a: str, b: str) -> dict[str, tuple[tuple[str, str], tuple[str, str]]]:
-        return {
-            "alignment": ((a, a), (b, a)),
-            "context_drift": ((b, a), (b, b)),
-            "both": ((a, a), (b, b)),
-        }
-
+    compared = sorted(
+        {cell for pair in pairs for cells in _cells(*pair).values() for cell in cells}
+    )
+    measured = _measure(scores, compared, half_b, member_GV)
+    naive = _measure(scores, (), half_a, member_GV).mean
+    drawn = pooled.bootstrap({cell: measured.sums[cell] for cell in compared}, resamples, seed)
     tests, contrasts = [], []
     for a, b in pairs:
-        for effect, (old, new) in effects(a, b).items():
+        for effect, (old, new) in _cells(a, b).items():
             about = {"effect": effect, "from": a, "to": b}
-            for g, name in enumerate(GROUPS):
-                p, types = _wilcoxon(by_type[old], by_type[new], member_GV[g])
-                delta_R = drawn[new][:, g] - drawn[old][:, g]
-                delta = value[new][g] - value[old][g]
-                tests.append(
-                    {"group": name, **about, "delta": _number(delta)}
-                    | {"relative": _number(_ratio(delta, value[old][g]))}
-                    | _interval(delta_R)
-                    | {"p": p, "types": types}
-                    | {"naive_delta": _number(naive[new][g] - naive[old][g])}
-                )
-            change_RG = _log(drawn[new]) - _log(drawn[old])
-            change_G = _log(value[new]) - _log(value[old])
-            for other in (1, 2):
-                contrasts.append(
-                    {"groups": [GROUPS[0], GROUPS[other]], **about}
-                    | {"log_ratio": _number(change_G[0] - change_G[other])}
-                    | _interval(change_RG[:, 0] - change_RG[:, other])
-                )
-    _adjust(tests)
-    for row, adjusted in zip(
-        contrasts, stats.bh_adjusted([row["p_bootstrap"] for row in contrasts]), strict=True
-    ):
-        row["p_bootstrap_adjusted"] = float(adjusted)
+            rows = _changes(measured, naive, drawn, old, new, member_GV)
+            tests += [
+                {"group": name} | about | row for name, row in zip(groups, rows, strict=True) if row
+            ]
+            contrasts += [
+                row | about for row in _contrasts(list(groups), measured, drawn, old, new)
+            ]
+    _adjust(tests, "p", "p_bootstrap")
+    _adjust(contrasts, "p_bootstrap")
     return {
         "models": list(scores.models),
         "corpora": list(scores.corpora),
-        "select_on": [model, corpus],
+        "select_on": list(select_on),
         "problems": {"select": len(half_a), "measure": len(half_b)},
-        "control_residual": select.residual(seen_a, groups["rock"], groups["control"]),
+        "control_residual": residual,
         "groups": [
             {
                 "group": name,
-                "types": int(np.sum(member_GV[g] & seen_a.seen)),
-                "token_share": float(seen_a.count[member_GV[g]].sum() / len(on_a)),
-                "matrix": _grid(scores, value, g),
+                "types": len(ids),
+                "token_share": select.token_share(seen, ids),
+                "matrix": _grid(scores, measured.mean, g),
                 "naive_matrix": _grid(scores, naive, g),
-                "members": _members(groups.get(name, ()), seen_a, token_text),
+                "members": [] if name == "all" else _members(ids, seen, token_text),
             }
-            for g, name in enumerate(GROUPS)
+            for g, (name, ids) in enumerate(groups.items())
         ],
         "tests": tests,
         "contrasts": contrasts,
@@ -358,7 +242,89 @@ def analyse(
     }
 
 
-def _check(scores: Matrix, model: str, corpus: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """What half of the problems say of the cells.
+
+    Attributes:
+      sums: KL and positions by problem and group, [2, problems, groups].
+      mean: KL per position of each group, [groups].
+      types: sums by type, of the cells that are compared.
+    """
+
+    sums: Mapping[Cell, np.ndarray]
+    mean: Mapping[Cell, np.ndarray]
+    types: Mapping[Cell, TypeStats]
+
+
+def _measure(
+    scores: Matrix, compared: Sequence[Cell], half: np.ndarray, member_GV: np.ndarray
+) -> _Measured:
+    sums, types = {}, {}
+    for cell in itertools.product(scores.models, scores.corpora):
+        found = scores.cell(*cell)
+        sums[cell] = pooled.by_problem(found, half, member_GV)
+        if cell in compared:
+            types[cell] = TypeStats.of_occurrences(found.where(np.isin(found.problem, half)))
+    return _Measured(sums, {cell: pooled.mean(table.sum(1)) for cell, table in sums.items()}, types)
+
+
+def _changes(
+    measured: _Measured,
+    naive: Mapping[Cell, np.ndarray],
+    drawn: Mapping[Cell, np.ndarray],
+    old: Cell,
+    new: Cell,
+    member_GV: np.ndarray,
+) -> list[dict[str, Any] | None]:
+    """Per group the change from one cell to another; None where one of them has no position."""
+    rows = []
+    for g, member_V in enumerate(member_GV):
+        before, after = measured.mean[old][g], measured.mean[new][g]
+        if not np.isfinite(after - before):
+            rows.append(None)
+            continue
+        p, types = _wilcoxon(measured.types[old], measured.types[new], member_V)
+        rows.append(
+            {
+                "delta": float(after - before),
+                "relative": float(after / before - 1) if before else None,
+                **pooled.interval(drawn[new][:, g] - drawn[old][:, g]),
+                "p": p,
+                "types": types,
+                "naive_delta": _number(naive[new][g] - naive[old][g]),
+            }
+        )
+    return rows
+
+
+def _contrasts(
+    names: list[str], measured: _Measured, drawn: Mapping[Cell, np.ndarray], old: Cell, new: Cell
+) -> list[dict[str, Any]]:
+    """How much more (above 0) of its KL one group keeps than another, as a log ratio."""
+    change_G = _log(measured.mean[new]) - _log(measured.mean[old])
+    change_RG = _log(drawn[new]) - _log(drawn[old])
+    a, rows = names.index("rock"), []
+    for other in ("control", "high_kl"):
+        if other in names and np.isfinite(change_G[[a, b := names.index(other)]]).all():
+            rows.append(
+                {"groups": ["rock", other], "log_ratio": float(change_G[a] - change_G[b])}
+                | pooled.interval(change_RG[:, a] - change_RG[:, b])
+            )
+    return rows
+
+
+def _cells(a: str, b: str) -> dict[str, tuple[Cell, Cell]]:
+    """By effect the two cells whose difference it is."""
+    return {
+        "alignment": ((a, a), (b, a)),
+        "context_drift": ((b, a), (b, b)),
+        "both": ((a, a), (b, b)),
+    }
+
+
+def _check(scores: Matrix, select_on: Cell) -> None:
+    model, corpus = select_on
     alone = [name for name in scores.models if name not in scores.corpora]
     if alone:
         raise PersistenceError(
@@ -378,54 +344,6 @@ def _pairs(models: tuple[str, ...]) -> list[tuple[str, str]]:
     return pairs + ([(models[0], models[-1])] if len(models) > 2 else [])
 
 
-def _by_problem(found: Occurrences, problems: np.ndarray, member_GV: np.ndarray) -> np.ndarray:
-    """KL and positions of each group by problem, [2, problems, groups] f64."""
-    place = np.searchsorted(problems, found.problem)
-    place = np.minimum(place, len(problems) - 1)
-    inside = problems[place] == found.problem
-    place, token_id, kl = place[inside], found.token_id[inside], found.kl[inside]
-    table = np.zeros((2, len(problems), len(member_GV)))
-    for g, member_V in enumerate(member_GV):
-        chosen = member_V[token_id]
-        for row, weight in enumerate((kl, np.ones_like(kl))):
-            table[row, :, g] = np.bincount(
-                place[chosen], np.asarray(weight[chosen], np.float64), minlength=len(problems)
-            )
-    return table
-
-
-def _mean(sums: np.ndarray) -> np.ndarray:
-    """KL per position of (KL, positions), NaN where there is no position."""
-    kl, count = sums
-    return np.divide(kl, count, out=np.full_like(kl, np.nan), where=count > 0)
-
-
-def _bootstrap(
-    tables: Mapping[tuple[str, str], np.ndarray], resamples: int, seed: int
-) -> dict[tuple[str, str], np.ndarray]:
-    """Group means under resampled problems, the same draw for every cell: [resamples, groups]."""
-    rng = np.random.default_rng([seed, 1])
-    num = next(iter(tables.values())).shape[1]
-    parts = {cell: [] for cell in tables}
-    for first in range(0, resamples, _CHUNK):
-        size = min(_CHUNK, resamples - first)
-        times_RP = rng.multinomial(num, np.full(num, 1 / num), size).astype(np.float64)
-        for cell, (kl_PG, count_PG) in tables.items():
-            parts[cell].append(_mean(np.stack([times_RP @ kl_PG, times_RP @ count_PG])))
-    return {cell: np.concatenate(part) for cell, part in parts.items()}
-
-
-def _interval(delta_R: np.ndarray) -> dict[str, float | None]:
-    """95 % percentile interval and two-sided p of the bootstrap against 0."""
-    delta_R = delta_R[np.isfinite(delta_R)]  # a draw can miss a rare group altogether
-    if not len(delta_R):
-        return {"low": None, "high": None, "p_bootstrap": 1.0}
-    low, high = stats.quantiles(delta_R)
-    tail = min(np.sum(delta_R <= 0), np.sum(delta_R >= 0))
-    p = min(1.0, 2 * (1 + tail) / (len(delta_R) + 1))
-    return {"low": float(low), "high": float(high), "p_bootstrap": float(p)}
-
-
 def _wilcoxon(old: TypeStats, new: TypeStats, member_V: np.ndarray) -> tuple[float, int]:
     """Signed-rank p of the types' means, and the number of types seen in both corpora."""
     both = member_V & old.seen & new.seen
@@ -435,12 +353,12 @@ def _wilcoxon(old: TypeStats, new: TypeStats, member_V: np.ndarray) -> tuple[flo
     return p, int(both.sum())
 
 
-def _adjust(tests: list[dict[str, Any]]) -> None:
-    names = ("p", "p_bootstrap")
-    adjusted = stats.bh_adjusted([row[name] for name in names for row in tests])
-    for i, name in enumerate(names):
-        for row, p in zip(tests, adjusted[i * len(tests) :], strict=False):
-            row[f"{name}_adjusted"] = float(p)
+def _adjust(rows: list[dict[str, Any]], *names: str) -> None:
+    """Add the adjusted values of all p-values of these names, taken as one family."""
+    found = [(row, name) for row in rows for name in names]
+    adjusted = stats.bh_adjusted([row[name] for row, name in found])
+    for (row, name), p in zip(found, adjusted, strict=True):
+        row[f"{name}_adjusted"] = float(p)
 
 
 def _grid(scores: Matrix, value: Mapping[tuple[str, str], np.ndarray], g: int) -> list[list]:
@@ -453,10 +371,6 @@ def _members(ids, seen: TypeStats, token_text: Callable[[int], str]) -> list[dic
         | {"kl_mean": float(seen.mean[i])}
         for i in ids[:_SHOWN]
     ]
-
-
-def _ratio(a: float, b: float) -> float:
-    return a / b if b else np.nan
 
 
 def _log(x: np.ndarray) -> np.ndarray:
