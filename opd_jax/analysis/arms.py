@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from opd_jax.analysis import stats
 from opd_jax.spec import RunConfig
 
 METRICS = ("accuracy", "kl_nats", "kl_gated", "kl_ungated", "mean_length", "seconds")
-COMPARED = ("accuracy", "kl_nats")
+_COLUMNS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,9 +230,12 @@ def table(result: dict[str, Any]) -> list[str]:
                 f" {_show(change['p_adjusted'], '.2g'):>7}"
             )
         lines.append(" ".join(parts))
-    shown = [(name, result["start"][name]) for name in COMPARED]
-    lines.append("before training: " + ", ".join(f"{k} {_show(v, '.4g')}" for k, v in shown))
-    return [*lines, result["note"]]
+    start = result["start"]
+    lines.append(
+        f"before training: accuracy {_show(start['accuracy'], '.1%')}, "
+        f"KL {_show(start['kl_nats'], '.4f')} nats"
+    )
+    return [*lines, *textwrap.wrap(result["note"], _COLUMNS)]
 
 
 def _show(value: float | None, spec: str) -> str:
