@@ -7,6 +7,7 @@ import pytest
 import tiny_run
 
 from opd_jax import cli, config
+from opd_jax.analysis import select
 from opd_jax.rock import RockConfig
 from opd_jax.spec import ConfigError
 
@@ -66,6 +67,11 @@ def test_the_table_of_arms_is_whole(rocks):
         resolve(OPD, "arm=none")
     named = str(error.value).partition("one of ")[2].partition(";")[0].split(", ")
     assert sorted(named) == sorted(ARMS)
+
+
+def test_the_lists_are_those_that_the_analysis_writes():
+    gradients = {"top_gradient_norm", "top_gradient_alignment"}
+    assert {*LISTS} == {"rock", *select.CONTROLS} | gradients
 
 
 @pytest.mark.parametrize("base", ["demo", "smollm2"])
