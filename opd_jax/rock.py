@@ -112,6 +112,11 @@ class RockConfig:
         check(is_later, "until", f"0 (never) or a step after rock.start ({self.start})")
 
     @property
+    def has_members(self) -> bool:
+        """Whether the gate acts on types."""
+        return self.mode in ("static", "ema", "adaptive")
+
+    @property
     def is_refreshed(self) -> bool:
         """Whether the members are recomputed as training goes on."""
         return self.mode in ("ema", "adaptive")

@@ -162,6 +162,44 @@ def test_the_gate_is_keyed_on_the_predicted_id():
     np.testing.assert_array_equal(got.kl_sum_V, np.arange(V) * np.asarray(got.count_V))
 
 
+@pytest.mark.parametrize(
+    ("key", "frozen"),
+    [
+        ("label", [2]),  # the place of 3 among the labels
+        ("input", [3]),  # the place after it
+    ],
+)
+def test_one_frozen_id_in_a_hand_made_sequence(models, key, frozen):
+    """Prompt 5 6, answer 3 7 8, 3 is frozen: what of the real loss and state is left."""
+    ids = np.array([[5, 6, 3, 7, 8]], np.int32)
+    batch = rollout(ids, np.array([[0, 0, 1, 1, 1]], bool), np.zeros(1, np.int32))
+    gate = RockConfig("static", ids=(3,), probe=1.0, key=key)
+    cfg = ObjectiveConfig(STUDENT, TEACHER, rock=gate)
+    state = rock.init(V, cfg=gate)
+    total, weight, tokens = loss(*models, batch, state, cfg=cfg)
+    plain, _, _ = loss(*models, batch, state, cfg=ObjectiveConfig(STUDENT, TEACHER))
+    kl = dict(zip([2, 3, 4], np.asarray(tokens.kl_BT)[0, 1:], strict=True))  # by place of the label
+    assert min(kl.values()) > 0.01
+    np.testing.assert_allclose(plain, sum(kl.values()), rtol=1e-5)
+    np.testing.assert_allclose(total, sum(x for i, x in kl.items() if i not in frozen), rtol=1e-5)
+    assert float(weight) == 3
+    goal = objective.targets(batch, state, jax.random.key(0), cfg=cfg)
+    got = rock.update(state, goal.ids_BT, tokens.kl_BT, goal.importance_BT, cfg=gate)
+    np.testing.assert_array_equal(np.flatnonzero(got.count_V), [3, 7, 8])  # keyed on the label
+    np.testing.assert_allclose(got.kl_sum_V[ids[0, 2:]], list(kl.values()), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("last", "expected"), [(3, [0, 1]), (6, [1, 1])])
+def test_the_input_key_of_the_first_answer_token_is_the_end_of_the_prompt(last, expected):
+    ids = np.array([[5, last, 3, 7]], np.int32)
+    gate = RockConfig("static", ids=(last if last == 3 else 9,), key="input")
+    cfg = ObjectiveConfig(STUDENT, TEACHER, rock=gate)
+    batch = rollout(ids, np.array([[0, 0, 1, 0]], bool), np.zeros(1, np.int32))
+    goal = objective.targets(batch, rock.init(V, cfg=gate), jax.random.key(0), cfg=cfg)
+    assert goal.weight_BT[0, 1] == expected[0]
+    assert goal.gated_BT[0, 1] == (expected[0] == 0)
+
+
 def test_weights_vanish_off_the_mask():
     goal = objective.targets(rollout(), STATE, jax.random.key(0), cfg=CFG)
     expected = np.where(IDS[:, 1:] == 3, 0.25, 1.0) * MASK[:, 1:]
@@ -169,11 +207,33 @@ def test_weights_vanish_off_the_mask():
     np.testing.assert_array_equal(goal.importance_BT, MASK[:, 1:])
 
 
-@pytest.mark.parametrize(("how", "expected"), [("tokens", 8.0), ("weight", 8.0 - 3 * 0.75)])
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [("tokens", 8.0), ("weight", 8.0 - 3 * 0.75), ("per_sequence", 3.0)],  # one row is not scored
+)
 def test_normaliser(how, expected):
     cfg = ObjectiveConfig(STUDENT, TEACHER, rock=CFG.rock, normaliser=how)
     goal = objective.targets(rollout(), STATE, jax.random.key(0), cfg=cfg)
     assert float(objective.normaliser(goal, cfg=cfg)) == expected
+
+
+def test_per_sequence_averages_what_each_sequence_is_by_itself(models):
+    cfg = ObjectiveConfig(STUDENT, TEACHER, rock=CFG.rock, normaliser="per_sequence")
+    mask = MASK.copy()
+    mask[2, 4] = False  # then row 2 is one gated token only: its weights add up to less than 1
+    ids = IDS.copy()
+    mask[2, 5], ids[2, 5] = True, 3
+    total, weight, tokens = loss(*models, rollout(ids, mask), STATE, cfg=cfg)
+    rows = []
+    for row in range(4):
+        places = [t for t in range(1, 8) if mask[row, t]]
+        if not places:
+            continue
+        w = [0.25 if ids[row, t] == 3 else 1.0 for t in places]
+        kl = [float(tokens.kl_BT[row, t - 1]) for t in places]
+        rows.append(np.dot(w, kl) / max(sum(w), 1.0))
+    assert float(weight) == len(rows) == 3
+    np.testing.assert_allclose(total / weight, np.mean(rows), rtol=1e-5)
 
 
 def test_joining_undoes_splitting():

@@ -13,6 +13,8 @@ from opd_jax.rock import RockConfig
 
 B, T, V = 8, 6, 12
 
+SUM_NAMES = ("count", "kl_sum", "kl_sq", "fast_count", "fast_kl_sum")
+
 update = jax.jit(rock.update, static_argnames="cfg")
 refresh = jax.jit(rock.refresh, static_argnames="cfg")
 
@@ -43,9 +45,7 @@ def members(rock_state):
 
 def test_update_is_the_plain_loop_over_predicted_ids():
     cfg = RockConfig(decay=0.9, fast_decay=0.5)
-    expected = {
-        name: np.zeros(V) for name in ("count", "kl_sum", "kl_sq", "fast_count", "fast_kl_sum")
-    }
+    expected = {name: np.zeros(V) for name in SUM_NAMES}
     got = rock.init(V)
     for seed in range(3):
         ids, kl, importance = batch(seed)
@@ -86,8 +86,9 @@ def test_without_decay_splits_of_the_batch_do_not_matter():
     parts = rock.init(V)
     for rows in (slice(0, 2), slice(2, 8)):
         parts = update(parts, ids[rows], kl[rows], importance[rows], cfg=cfg)
-    for name in ("count_V", "kl_sum_V", "kl_sq_V", "fast_count_V", "fast_kl_sum_V"):
-        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-6)
+    for name in SUM_NAMES:
+        got, expected = (getattr(x, f"{name}_V") for x in (parts, whole))
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 def test_counting_goes_on_where_single_ones_are_lost():
@@ -195,6 +196,97 @@ def test_nothing_gates_before_start():
         assert np.all(np.asarray(rock.gated(full, ids, cfg=cfg)))  # members are reported all along
 
 
+def weight_at(step, cfg, **kwargs):
+    full = state(np.ones(V), member=(1,), step=step, **kwargs)
+    return np.asarray(rock.weights(full, np.array([[0, 1]], np.int32), cfg=cfg))[0].tolist()
+
+
+def test_the_gate_closes_over_the_ramp_and_opens_at_the_end():
+    cfg = RockConfig("static", ids=(1,), inside=0.2, start=2, ramp=4, until=8)
+    expected = [1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2, 1.0, 1.0]
+    found = [weight_at(step, cfg) for step in range(10)]
+    np.testing.assert_allclose(found, [[1.0, x] for x in expected], rtol=1e-6)
+    assert found[6][1] == np.float32(0.2)
+
+
+def test_nothing_is_skipped_before_the_end_of_the_ramp():
+    cfg = RockConfig("ema", ramp=1000)
+    assert all(weight_at(step, cfg)[1] > 0 for step in (0, 1, 500, 999))
+    assert weight_at(1000, cfg)[1] == 0.0
+
+
+def test_the_step_of_the_ramp_is_data_and_not_compiled():
+    cfg = RockConfig("ema", inside=0.5, start=1, ramp=2, until=4)
+    traces = []
+
+    @jax.jit
+    def at(full):
+        traces.append(1)
+        return rock.weights(full, np.array([[1]], np.int32), cfg=cfg)
+
+    found = [float(at(state(np.ones(V), member=(1,), step=step))[0, 0]) for step in range(5)]
+    assert found == [1.0, 1.0, 0.75, 0.5, 1.0]
+    assert len(traces) == 1
+
+
+def test_adaptive_ramps_to_what_it_weighs():
+    cfg = RockConfig("adaptive", inside=0.2, ramp=2)
+    fast = np.full(V, 0.5)  # weight 0.2 + 0.8 x 0.5 in the end
+    found = [weight_at(step, cfg, fast=fast)[1] for step in (0, 1, 2)]
+    np.testing.assert_allclose(found, [1.0, 0.8, 0.6], rtol=1e-6)
+
+
+def test_members_are_refreshed_after_the_gate_has_opened():
+    cfg = RockConfig("ema", top_k=2, until=5)
+    after = rock.refresh(state(COUNTS, SUMS, member=(0,), step=9), cfg=cfg)
+    assert members(after) == [1, 5]
+    assert np.all(np.asarray(rock.weights(after, np.array([[1, 5]], np.int32), cfg=cfg)) == 1)
+
+
+def test_random_gates_its_share_of_the_positions_whatever_their_type():
+    cfg = RockConfig("random", share=0.3, inside=0.25)
+    ids = np.tile(np.arange(V, dtype=np.int32), (V, 1))
+    full = state(np.ones(V), member=(1, 2))
+    draw = jax.jit(jax.vmap(lambda key: rock.gated(full, ids, cfg=cfg, key=key)))
+    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 500)))
+    for axes in (None, (0, 1), (0, 2)):  # over everything, by type, by row
+        share = drawn.mean(axes)
+        num = drawn.size / np.size(share)
+        assert np.all(np.abs(share - 0.3) < 4 * np.sqrt(0.3 * 0.7 / num))
+    assert not np.array_equal(drawn[0], drawn[1])
+    one = drawn[0]
+    found = np.asarray(rock.weights(full, ids, cfg=cfg, gated_BT=one))
+    np.testing.assert_array_equal(found, np.where(one, 0.25, 1.0))
+    assert members(rock.refresh(full, cfg=cfg)) == [1, 2]
+
+
+def test_random_without_a_key_is_an_error():
+    with pytest.raises(ValueError, match=r"'random' and no key: expected a key; pass the step's"):
+        rock.weights(rock.init(V), np.zeros((1, 1), np.int32), cfg=RockConfig("random", share=0.5))
+
+
+def test_a_forgotten_type_does_not_count_as_learning():
+    cfg = RockConfig(decay=0.99, fast_decay=0.5)
+    ids, ones = np.zeros((1, 1), np.int32), np.ones((1, 1), np.float32)
+    got = update(rock.init(V), ids, 2 * ones, ones, cfg=cfg)
+    for _ in range(200):  # 0.5 ** 200 is 0 in f32
+        got = update(got, ids + 1, ones, ones, cfg=cfg)
+    assert float(got.fast_count_V[0]) == 0.0 < float(got.count_V[0])
+    np.testing.assert_allclose(rock.persistence(got)[:2], 1.0, rtol=1e-5)
+
+
+def test_leaders_are_the_head_of_the_ranking():
+    full = state(COUNTS, SUMS, member=(5, 0))
+    found = jax.jit(rock.leaders, static_argnames="limit")(full, limit=4)
+    assert found["ids_K"].tolist() == [1, 5, 3, 0]  # 1 and 5 tie: the smaller id
+    assert found["kl_sum_K"].tolist() == [9.0, 9.0, 7.0, 5.0]
+    assert found["count_K"].tolist() == [1.0, 4.0, 2.0, 9.0]
+    assert found["member_K"].tolist() == [False, True, False, True]
+    assert (float(found["kl_sum"]), float(found["count"])) == (31.0, 24.0)
+    assert rock.leaders(full, 99)["ids_K"].shape == (6,)
+    assert rock.leaders(full, 0)["ids_K"].shape == (0,)
+
+
 def test_adaptive_members_keep_what_they_still_learn():
     cfg = RockConfig("adaptive", inside=0.2)
     fast = [0.25, 0.25, 1.0, 1.5, 0.0, 0.5]
@@ -225,9 +317,43 @@ def test_probed_sums_are_unbiased():
     assert error < 0.01 * full  # so that the test above can fail
 
 
-@pytest.mark.parametrize(("mode", "inside"), [("ema", 0.5), ("static", 1.0)])
+def test_the_state_of_probed_steps_is_unbiased():
+    """Every sum of every type over two steps, against steps that measured all positions."""
+    cfg = RockConfig("ema", probe=0.25, decay=0.9, fast_decay=0.5)
+    batches = [batch(seed) for seed in (0, 1)]
+
+    def run(measured):
+        got = rock.init(V)
+        for (ids, kl, _), importance in zip(batches, measured, strict=True):
+            got = rock.update(got, ids, kl, importance, cfg=cfg)
+        return {name: getattr(got, f"{name}_V") for name in SUM_NAMES}
+
+    def drawn(key):
+        measured = []
+        for number, (ids, _, importance) in enumerate(batches):
+            mask = jnp.asarray(importance > 0)
+            weight = jnp.asarray((ids % 2).astype(np.float32)) * mask  # even ids are gated
+            own = jax.random.fold_in(key, number)
+            measured.append(rock.importance(weight, mask, own, cfg=cfg))
+        return run(measured)
+
+    num = 4000
+    got = jax.jit(jax.vmap(drawn))(jax.random.split(jax.random.key(11), num))
+    full = run([jnp.asarray(importance > 0) for _, _, importance in batches])
+    for name in SUM_NAMES:
+        found, expected = np.asarray(got[name], np.float64), np.asarray(full[name])
+        error = found.std(0) / np.sqrt(num)
+        assert np.all(error[::2] > 0), name  # gated types vary,
+        np.testing.assert_allclose(found[:, 1::2], np.tile(expected[1::2], (num, 1)), rtol=1e-5)
+        assert np.all(np.abs(found.mean(0) - expected)[::2] < 4 * error[::2]), name
+        assert np.all(error[::2] < 0.05 * expected[::2]), name  # so that a bias would show
+
+
+@pytest.mark.parametrize(
+    ("mode", "inside"), [("ema", 0.5), ("static", 1.0), ("adaptive", 0.5), ("random", 0.5)]
+)
 def test_weighted_positions_need_no_probe(mode, inside):
-    cfg = RockConfig(mode, inside=inside, ids=(1,))
+    cfg = RockConfig(mode, inside=inside, ids=(1,), share=0.5)
     mask = jnp.ones((B, T), bool).at[0, 0].set(False)
     got = rock.importance(inside * mask, mask, jax.random.key(0), cfg=cfg)
     np.testing.assert_array_equal(got, mask)
@@ -275,6 +401,12 @@ def test_eight_devices_find_what_one_finds():
         dict(exit_factor=0.5),
         dict(probe=0.0),
         dict(probe=1.5),
+        dict(key="previous"),
+        dict(share=1.5),
+        dict(share=-0.1),
+        dict(start=-1),
+        dict(ramp=-1),
+        dict(until=-1),
     ],
     ids=str,
 )
@@ -283,6 +415,14 @@ def test_a_bad_setting_names_its_flag(bad):
     with pytest.raises(ValueError, match=f"--config.rock.{name}$") as error:
         RockConfig(**bad)
     assert repr(value) in str(error.value)
+
+
+def test_settings_that_need_each_other_are_checked():
+    with pytest.raises(ValueError, match=r"share 0\.0: expected above 0 .*--config\.rock\.share"):
+        RockConfig("random")
+    with pytest.raises(ValueError, match=r"until 5: .*after rock\.start \(5\)"):
+        RockConfig(start=5, until=5)
+    assert RockConfig(start=5, until=6).until == 6
 
 
 def test_static_needs_ids_of_the_vocabulary():

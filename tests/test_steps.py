@@ -55,10 +55,6 @@ def fresh(cfg=CFG):
     return steps.init(jax.tree.map(jnp.array, STUDENT_0), jax.random.key(KEY), cfg=cfg, tx=TX)
 
 
-def restored(saved):
-    return jax.tree.map(jnp.array, saved).replace(key=jax.random.key(KEY))
-
-
 def saved(state):
     return mesh.to_host(state.replace(key=None))
 
@@ -161,6 +157,8 @@ def test_rock_state_and_metrics_are_those_of_dense_logits(plain, dense):
             "student_entropy_nats": mean(dense[i]["student_entropy_nats"], mask),
             "teacher_entropy_nats": mean(dense[i]["teacher_entropy_nats"], mask),
             "gated_share": (mask & member).sum() / mask.sum(),
+            "gated_kl_share": mean(member, dense[i]["reverse"] * mask),
+            "gate_weight": (mask & ~member).sum() / mask.sum(),
             "projected_share": (seen > 0).sum() / mask.sum(),
             "length_tokens": mask.sum() / B,
             "truncated_share": BATCH.truncated_B.mean(),
@@ -170,6 +168,20 @@ def test_rock_state_and_metrics_are_those_of_dense_logits(plain, dense):
     # The gated step measured some of the gated positions and skipped others.
     assert metrics[2]["kl_gated"] > 0
     assert 1 - metrics[2]["gated_share"] < metrics[2]["projected_share"] < 1
+
+
+def test_metrics_say_how_the_members_moved(plain):
+    states, metrics = plain
+    assert [m["rock_entries"] for m in metrics] == [0, 6, 0]
+    assert [m["rock_exits"] for m in metrics] == [0, 0, 0]
+    old, new = (np.isin(np.arange(V), ids) for ids in ([1, 2, 3, 4], [3, 4, 5]))
+    rocks = [states[0].rock.replace(member_V=jnp.asarray(x)) for x in (old, new, old & new & ~old)]
+    moved = steps.membership(rocks[0], rocks[1])
+    found = {name: mean.value() for name, mean in moved.items()}
+    assert found == pytest.approx(
+        {"rock_members": 3, "rock_entries": 1, "rock_exits": 2, "rock_jaccard": 2 / 5}
+    )
+    assert float(steps.membership(rocks[2], rocks[2])["rock_jaccard"].weight) == 0
 
 
 def test_eight_devices_micro_batches_and_given_teacher_states_do_not_matter(plain):
@@ -207,16 +219,90 @@ def test_the_state_is_consumed_and_the_teacher_is_not(teacher):
     jax.tree.map(np.testing.assert_array_equal, mesh.to_host(teacher), TEACHER_0)
 
 
-def test_skipped_positions_are_those_multiplied_by_nothing(plain, teacher):
-    # With a weight that is not 0 every position is projected and multiplied by it.
-    multiplied = dataclasses.replace(CFG, rock=dataclasses.replace(GATE, inside=1e-30))
-    after, measured = steps.distill_step(
-        restored(plain[0][2]), teacher, BATCH, cfg=multiplied, tx=TX
+def stepped(rock_state, teacher, cfg, step=2):
+    """One step with given members: (state after, metrics)."""
+    state = fresh(cfg).replace(
+        step=jnp.int32(step), rock=jax.tree.map(jnp.array, rock_state).replace(step=jnp.int32(step))
     )
-    assert measured["projected_share"].value() == 1
-    assert plain[1][2]["projected_share"] < 1
-    agree(saved(after).params, plain[0][3].params, 1e-5)
-    np.testing.assert_allclose(measured["loss"].value(), plain[1][2]["loss"], rtol=1e-5)
+    after, measured = steps.distill_step(state, teacher, BATCH, cfg=cfg, tx=TX)
+    return saved(after), {name: mean.value() for name, mean in measured.items()}
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        RockConfig("static", ids=(0,), probe=0.5),
+        RockConfig("ema", top_k=6, every=2, probe=0.5, exit_factor=1.0),
+        RockConfig("ema", top_k=6, every=2, probe=0.5, key="input"),
+        RockConfig("adaptive", top_k=6, probe=0.5, start=1),
+        RockConfig("random", share=0.4, probe=0.5),
+        RockConfig("ema", top_k=6, probe=0.5, ramp=2),
+    ],
+    ids=lambda gate: f"{gate.mode}-{gate.key}-{gate.ramp}",
+)
+def test_skipped_positions_are_those_multiplied_by_nothing(plain, teacher, gate):
+    # With a weight that is not 0 every position is projected and multiplied by it. Fast sums equal
+    # to the slow ones: nothing learns, so that adaptive members weigh 0 too.
+    old = plain[0][2].rock
+    old = old.replace(fast_count_V=old.count_V, fast_kl_sum_V=old.kl_sum_V)
+    skipped = dataclasses.replace(CFG, rock=gate)
+    multiplied = dataclasses.replace(CFG, rock=dataclasses.replace(gate, inside=1e-30))
+    state, metrics = stepped(old, teacher, skipped)
+    expected, measured = stepped(old, teacher, multiplied)
+    assert measured["projected_share"] == 1
+    assert metrics["projected_share"] < 1
+    agree(state.params, expected.params, 1e-5)
+    for name in ("loss", "gated_share", "gate_weight"):
+        np.testing.assert_allclose(metrics[name], measured[name], rtol=1e-5, err_msg=name)
+    assert metrics["gated_share"] == pytest.approx(1 - metrics["gate_weight"]) != 0
+
+
+def test_a_ramp_skips_nothing_before_its_end(plain, teacher):
+    cfg = dataclasses.replace(CFG, rock=RockConfig("ema", top_k=6, probe=0.5, ramp=4))
+    _, half = stepped(plain[0][2].rock, teacher, cfg, step=2)
+    _, whole = stepped(plain[0][2].rock, teacher, cfg, step=4)
+    assert half["projected_share"] == 1
+    assert whole["projected_share"] < 1
+    assert 1 - half["gate_weight"] == pytest.approx(0.5 * (1 - whole["gate_weight"]))
+
+
+def test_random_positions_are_drawn_anew_every_step(teacher):
+    cfg = dataclasses.replace(CFG, rock=RockConfig("random", share=0.4, inside=0.5))
+    _, metrics = run(fresh(cfg), teacher, BATCH, cfg, num_steps=2)
+    num = BATCH.mask_BT.sum()
+    for measured in metrics:
+        assert 0 < measured["gated_share"] < 1
+        assert abs(measured["gated_share"] - 0.4) < 4 * np.sqrt(0.4 * 0.6 / num)
+    assert metrics[0]["kl_gated"] != metrics[1]["kl_gated"]
+    assert metrics[0]["rock_members"] == 0
+
+
+@pytest.mark.parametrize(
+    ("gate", "normaliser"),
+    [
+        (RockConfig("random", share=0.4, probe=0.5), "per_sequence"),
+        (RockConfig("static", ids=(0, 1, 2), inside=0.3, key="input"), "per_sequence"),
+    ],
+    ids=["random", "input"],
+)
+def test_no_gate_or_normaliser_depends_on_pieces_or_devices(teacher, gate, normaliser):
+    cfg = dataclasses.replace(CFG, rock=gate, normaliser=normaliser)
+    expected, metrics = run(fresh(cfg), teacher, BATCH, cfg, num_steps=2)
+    assert 0 < metrics[0]["gated_share"] < 1
+    cut = dataclasses.replace(cfg, microbatches=4)
+    got, measured = run(fresh(cut), teacher, BATCH, cut, num_steps=2)
+    agree(got, expected)
+    agree(measured, metrics)
+    devices = mesh.make(**GRID)
+    with jax.set_mesh(devices):
+        student, other = (
+            jax.device_put(tree, params.shardings(model.specs(c), devices))
+            for tree, c in ((STUDENT_0, STUDENT), (TEACHER_0, TEACHER))
+        )
+        state = jax.jit(functools.partial(steps.init, cfg=cfg, tx=TX))(student, jax.random.key(KEY))
+        got, measured = run(state, other, mesh.to_global(BATCH, devices), cfg, num_steps=2)
+    agree(got, expected)
+    agree(measured, metrics)
 
 
 def test_cross_entropy_alone_needs_no_teacher(dense):
