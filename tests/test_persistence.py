@@ -206,6 +206,9 @@ def test_high_kl_leaves_out_the_rocks_and_what_was_seen_once():
     groups = persistence.select_groups(TypeStats.of(ids, kl, 6), 1, min_count=2)
     assert groups["rock"].tolist() == [0]
     assert not set(groups["control"]) & {0}
+    ids, kl = np.array([0] * 10 + [1] * 3 + [2] * 3), np.array([5.0] * 10 + [2.0] * 3 + [1.0] * 3)
+    groups = persistence.select_groups(TypeStats.of(ids, kl, 6), 1)  # the rock is highest in both
+    assert (groups["rock"].tolist(), groups["high_kl"].tolist()) == ([0], [1])
 
 
 def test_selection_can_be_on_any_cell():
