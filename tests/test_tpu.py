@@ -1,0 +1,186 @@
+"""The three programs of a step, compiled ahead of time for a TPU topology: they build and fit.
+
+Nothing runs: libtpu compiles on any machine. Widths are small and the vocabulary is a real one, so
+what would go wrong at scale (a gathered logits array, a copied cache) stands out in bytes.
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from opd_jax import mesh as meshlib
+from opd_jax import model, optim, params, rollout, steps
+from opd_jax.kl import KLSpec
+from opd_jax.objective import ObjectiveConfig
+from opd_jax.pytrees import Prompt, Rollout
+from opd_jax.rock import RockConfig
+from opd_jax.sampling import Sampler
+
+pytestmark = pytest.mark.ci
+
+TOPOLOGY, AXES = "v5e:2x4", {"data": 2, "fsdp": 2, "model": 2}
+VOCAB, REAL_IDS = 151_936, 151_669  # of Qwen3: padded, and with a token
+LOCAL_VOCAB = VOCAB // AXES["model"]
+ROWS, PROMPT, NEW = 32, 128, 128
+STUDENT = model.ModelConfig(
+    model_type="qwen3",
+    vocab_size=VOCAB,
+    width=256,
+    ffn=768,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=128,
+    qk_norm=True,
+    tied=True,
+    dtype="bfloat16",
+    remat="full",
+)
+TEACHER = dataclasses.replace(STUDENT, width=512, num_heads=8)
+COLLECTIVE = re.compile(
+    r"(?:all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    """A mesh of described devices; libtpu must not look for a machine around it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
+        described = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY)
+        devices = np.array(described.devices).reshape(tuple(AXES.values()))
+        yield Mesh(devices, tuple(AXES), axis_types=(AxisType.Explicit,) * 3)
+
+
+class Shapes:
+    """The arguments of the programs, as shapes placed on the mesh."""
+
+    def __init__(self, mesh):
+        self.mesh = mesh
+        self.cfg = ObjectiveConfig(
+            student=STUDENT,
+            teacher=TEACHER,
+            kl=KLSpec(vocab_size=REAL_IDS),
+            rock=RockConfig(mode="ema"),
+        )
+        self.tx = optim.make(optim.OptimSpec())
+        student = params.abstract(model.specs(STUDENT), jnp.float32, mesh)
+        self.teacher = params.abstract(model.specs(TEACHER), jnp.bfloat16, mesh)
+        self.key = jax.eval_shape(lambda: jax.random.key(0))
+        self.state = jax.eval_shape(
+            functools.partial(steps.init, cfg=self.cfg, tx=self.tx), student, self.key
+        )
+
+    def array(self, shape, dtype, *spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, P(*spec)))
+
+    def rows(self, dtype, *rest, num=ROWS):
+        spec = (meshlib.BATCH, *[None] * len(rest))
+        return self.array((num, *rest), dtype, *spec)
+
+    def rollout(self):
+        width = PROMPT + NEW
+        return Rollout(
+            ids_BT=self.rows(jnp.int32, width),
+            start_B=self.rows(jnp.int32),
+            mask_BT=self.rows(bool, width),
+            logp_BT=self.rows(jnp.float32, width),
+            truncated_B=self.rows(bool),
+            policy_step=self.array((), jnp.int32),
+        )
+
+
+@pytest.fixture(scope="module")
+def compiled(mesh):
+    """name -> the compiled program."""
+    with jax.set_mesh(mesh):
+        shapes = Shapes(mesh)
+        answers = shapes.rollout()
+        states = shapes.rows(jnp.bfloat16, PROMPT + NEW - 1, TEACHER.width)
+        prompt = Prompt(shapes.rows(jnp.int32, PROMPT, num=8), shapes.rows(jnp.int32, num=8))
+        lowered = {
+            "teacher": steps.teacher_states.lower(shapes.teacher, answers, cfg=shapes.cfg),
+            "update": steps.distill_step.lower(
+                shapes.state,
+                shapes.teacher,
+                answers,
+                cfg=shapes.cfg,
+                tx=shapes.tx,
+                states_BTE=states,
+            ),
+            "sample": rollout._sample.lower(
+                shapes.state.params,
+                prompt,
+                shapes.key,
+                None,
+                shapes.array((), jnp.int32),
+                None,
+                cfg=STUDENT,
+                sampler=Sampler(vocab_size=REAL_IDS),
+                max_new=NEW,
+                samples=ROWS // 8,
+            ),
+        }
+        return {name: low.compile() for name, low in lowered.items()}
+
+
+def shapes_in(text: str) -> list[tuple[int, ...]]:
+    """Array shapes named in a piece of HLO."""
+    found = re.findall(r"\b(?:f32|bf16|s32|u32|pred|f16)\[([0-9,]*)\]", text)
+    return [tuple(int(n) for n in dims.split(",") if n) for dims in found]
+
+
+def vocabulary_shapes(program) -> list[tuple[int, ...]]:
+    """Shapes with a vocabulary axis, whole or one chip's part, that its collectives carry."""
+    lines = [line for line in program.as_text().splitlines() if COLLECTIVE.search(line)]
+    return [s for line in lines for s in shapes_in(line) if {VOCAB, LOCAL_VOCAB} & set(s)]
+
+
+def test_heads_travel_and_logits_do_not(compiled):
+    widths = {1, *(w // part for w in (STUDENT.width, TEACHER.width) for part in (1, 2))}
+    travelling = vocabulary_shapes(compiled["update"]) + vocabulary_shapes(compiled["teacher"])
+    assert travelling  # the heads over fsdp, and the gradient of the student's
+    assert [s for s in travelling if set(s) - {VOCAB, LOCAL_VOCAB} - widths] == []
+
+
+def test_a_draw_exchanges_no_more_than_the_logits_of_its_rows(compiled):
+    rows = ROWS // (AXES["data"] * AXES["fsdp"])
+    largest = max(int(np.prod(shape)) for shape in vocabulary_shapes(compiled["sample"]))
+    assert largest <= max(rows * VOCAB, LOCAL_VOCAB * STUDENT.width)
+
+
+def test_what_a_chip_needs_beyond_its_arguments_is_less_than_the_dense_logits(compiled):
+    positions = ROWS * (PROMPT + NEW - 1) // (AXES["data"] * AXES["fsdp"])
+    dense = 2 * positions * LOCAL_VOCAB * 4  # student and teacher, f32
+    temporaries = {n: p.memory_analysis().temp_size_in_bytes for n, p in compiled.items()}
+    assert temporaries["update"] < dense / 2, (temporaries, dense)
+    assert temporaries["teacher"] < dense / 8, (temporaries, dense)
+    assert temporaries["sample"] < dense / 8, (temporaries, dense)
+
+
+def test_the_state_is_updated_in_place(compiled):
+    memory = compiled["update"].memory_analysis()
+    assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes
+
+
+def test_the_cache_is_written_in_place(compiled):
+    rows = ROWS // (AXES["data"] * AXES["fsdp"])
+    text = compiled["sample"].as_text()
+    heads = STUDENT.num_kv_heads // AXES["model"]
+    size = STUDENT.num_layers * rows * (PROMPT + NEW) * heads * STUDENT.head_dim
+    in_loop = [
+        line
+        for body in re.findall(r"\n%?\S*body\S* [^\n]*\{\n(.*?)\n\}", text, re.DOTALL)
+        for line in body.splitlines()
+        if re.search(r"= \S+ copy\(", line)
+    ]
+    copied = [line for line in in_loop if size in [int(np.prod(s)) for s in shapes_in(line)]]
+    assert copied == []
