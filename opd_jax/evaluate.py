@@ -31,16 +31,21 @@ EMPTY: dict[str, float | None] = dict.fromkeys(FIELDS)
 
 @dataclasses.dataclass(frozen=True)
 class Graded:
-    """Answers to graded prompts."""
+    """Which answers to graded prompts are right.
 
-    correct: int
-    total: int
-    texts: tuple[str, ...]  # every answer, prompt by prompt
+    Attributes:
+      index: ``Example.index`` of every graded prompt: the same prompt in every run on that file.
+      correct: prompt by prompt, whether each of its sampled answers is right.
+    """
+
+    index: tuple[int, ...] = ()
+    correct: tuple[tuple[bool, ...], ...] = ()
 
     @property
     def accuracy(self) -> float | None:
         """Share of right answers; None without any."""
-        return self.correct / self.total if self.total else None
+        answers = [is_right for row in self.correct for is_right in row]
+        return sum(answers) / len(answers) if answers else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +140,14 @@ def texts(answers: Rollout, real: int, tokenizer: Any) -> list[str]:
 
 def grade(rows: Sequence[Example], answers: Sequence[str], samples: int) -> Graded:
     """Grade ``samples`` answers per row; rows without an answer of their own are left out."""
-    correct = total = 0
-    for index, row in enumerate(rows):
+    index, correct = [], []
+    for number, row in enumerate(rows):
         if row.answer is None:
             continue
-        for text in answers[index * samples : (index + 1) * samples]:
-            correct += grading.is_correct(text, row.answer)
-            total += 1
-    return Graded(correct, total, tuple(answers))
+        own = answers[number * samples : (number + 1) * samples]
+        index.append(row.index)
+        correct.append(tuple(grading.is_correct(text, row.answer) for text in own))
+    return Graded(tuple(index), tuple(correct))
 
 
 def heldout_kl(
@@ -182,7 +187,7 @@ def evaluate(
     *,
     cfg: ObjectiveConfig,
     plan: EvalPlan,
-) -> dict[str, float | None]:
+) -> tuple[dict[str, float | None], Graded]:
     """Measure a student on held-out prompts; None where nothing was measured.
 
     Args:
@@ -198,9 +203,9 @@ def evaluate(
     Returns:
       ``FIELDS``: accuracy, kl_nats, kl_gated, kl_ungated (nats per token), mean_length (tokens) and
       truncated_share, the last two of the samples that KL was measured on (of the graded answers
-      where there are none).
+      where there are none); and which answers were right.
     """
-    result = dict(EMPTY)
+    result, graded = dict(EMPTY), Graded()
     graded_key, kl_key = jax.random.split(key)
     graded_rows = [row for row in rows if row.answer is not None][: plan.num_graded]
     if graded_rows:
@@ -220,7 +225,8 @@ def evaluate(
             host = meshlib.to_host(rollouts)
             num_tokens += int(host.mask_BT[:real].sum())
             num_truncated += int(host.truncated_B[:real].sum())
-        result["accuracy"] = grade(graded_rows, answers, plan.samples).accuracy
+        graded = grade(graded_rows, answers, plan.samples)
+        result["accuracy"] = graded.accuracy
         result["mean_length"] = num_tokens / len(answers)
         result["truncated_share"] = num_truncated / len(answers)
     if plan.num_kl:
@@ -240,4 +246,4 @@ def evaluate(
         num_rows = min(plan.num_kl, len(rows))
         result["mean_length"] = float(measured["length_tokens"].total) / num_rows
         result["truncated_share"] = float(measured["truncated_share"].total) / num_rows
-    return result
+    return result, graded

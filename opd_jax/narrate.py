@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from opd_jax import mesh, model, params, rock
 from opd_jax import tokenizer as tokenizers
 from opd_jax.assemble import Assembly
 from opd_jax.pytrees import RockState, Rollout
+from opd_jax.rock import RockConfig
 from opd_jax.spec import RunConfig
 
 
@@ -71,11 +73,36 @@ def objective_text(run: RunConfig) -> str:
         "skew_reverse": f"KL(student || {run.kl.skew:g} student + {1 - run.kl.skew:g} teacher)",
         "skew_forward": f"KL(teacher || {run.kl.skew:g} teacher + {1 - run.kl.skew:g} student)",
     }[run.kl.direction]
-    over = "scored tokens" if run.train.normaliser == "tokens" else "weights"
-    gate = "no gate (rock state measured)"
-    if run.rock.mode != "off":
-        gate = f"rock gate {run.rock.mode}, weight {run.rock.inside:g} inside"
-    return f"sum of weight x {formula}{tau} / number of {over}; {gate}"
+    over = {
+        "tokens": " / number of scored tokens",
+        "weight": " / sum of weights",
+        "per_sequence": " / sum of weights, by sequence, averaged over sequences",
+    }[run.train.normaliser]
+    return f"sum of weight x {formula}{tau}{over}; {gate_text(run.rock)}"
+
+
+def gate_text(cfg: RockConfig) -> str:
+    """Which positions weigh what, and when, in one line."""
+    if cfg.mode == "off":
+        return "no gate (rock state measured)"
+    share = f" {cfg.share:.1%} of positions" if cfg.mode == "random" else ""
+    parts = [f"rock gate {cfg.mode}{share}, weight {cfg.inside:g} inside"]
+    if cfg.key == "input" and cfg.mode != "random":
+        parts.append("looked up by the token before the predicted one")
+    if cfg.start or cfg.ramp:
+        parts.append(f"from step {cfg.start}")
+    if cfg.ramp:
+        parts.append(f"over {cfg.ramp} steps")
+    if cfg.until:
+        parts.append(f"until step {cfg.until}")
+    return ", ".join(parts)
+
+
+def moves_text(line: Mapping[str, Any] | None) -> str:
+    """The last change of the members, from a line of ``rocks.jsonl``; empty without one."""
+    if not line:
+        return ""
+    return f", rocks {line['members']} (+{line['entered']} -{line['left']} at step {line['step']})"
 
 
 def evaluation_text(result: dict[str, float | None]) -> str:
@@ -164,21 +191,23 @@ def time_text(result: dict[str, Any]) -> str:
     )
 
 
+_leaders = functools.partial(jax.jit, static_argnames="limit")(rock.leaders)
+
+
 def rock_table(state: RockState, tokenizer: Any, limit: int) -> list[dict[str, Any]]:
     """The types with the highest Rock Score, decoded, with their share of KL and of tokens."""
-    host = mesh.to_host(state)
-    score = np.asarray(rock.scores(host, "kl_sum"))
-    order = np.argsort(-score, kind="stable")[:limit]
-    all_kl, all_tokens = float(score.sum()), float(host.count_V.sum())
+    found = mesh.to_host(_leaders(state, limit=limit))
+    all_kl, all_tokens = float(found["kl_sum"]), float(found["count"])
+    columns = (found[name].tolist() for name in ("ids_K", "kl_sum_K", "count_K", "member_K"))
     return [
         {
-            "token_id": int(i),
-            "token": tokenizers.token_text(tokenizer, int(i)),
-            "share": float(score[i]) / all_kl,
-            "kl_mean": float(score[i]) / float(host.count_V[i]),
-            "token_share": float(host.count_V[i]) / all_tokens,
-            "member": bool(host.member_V[i]),
+            "token_id": token_id,
+            "token": tokenizers.token_text(tokenizer, token_id),
+            "share": kl_sum / all_kl,
+            "kl_mean": kl_sum / count,
+            "token_share": count / all_tokens,
+            "member": member,
         }
-        for i in order
-        if score[i] > 0 and math.isfinite(all_kl)
+        for token_id, kl_sum, count, member in zip(*columns, strict=True)
+        if kl_sum > 0 and math.isfinite(all_kl)
     ]

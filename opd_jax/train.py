@@ -6,12 +6,11 @@ the step, the data order by grain. A restored state and iterator therefore conti
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from opd_jax import (
     config,
     data,
     evaluate,
+    journal,
     metrics,
     narrate,
     optim,
@@ -176,8 +176,7 @@ class _Loop:
             say(line)
         say(f"steps {first} to {run.train.steps}, in {self.folder}")
         restored = first if self.saves.steps() else None
-        with self._writers(restored) as writers:
-            self.writers = writers
+        with journal.open(self.folder, run, self.parts.tokenizer, restored) as self.journal:
             if restored is None and run.eval.every:
                 self.before = self.latest = self._evaluate(state, 0)
             progress = metrics.Progress(run.train.steps, start=first, every=run.log.every)
@@ -237,38 +236,6 @@ class _Loop:
             say(line)
         return result
 
-    @contextlib.contextmanager
-    def _writers(self, restored: int | None) -> Iterator[list[metrics.Writer]]:
-        log = self.run_cfg.log
-        with contextlib.ExitStack() as stack:
-
-            def opened(writer: metrics.Writer) -> metrics.Writer:
-                stack.callback(writer.close)
-                return writer
-
-            def lines(name: str, restored: int | None) -> metrics.Writer:
-                return opened(metrics.JsonlWriter(self.folder / name, restored=restored))
-
-            # A step's samples are written before its update: those of the restored step come again.
-            again = None if restored is None else restored - 1
-            self.samples = lines("samples.jsonl", again)
-            writers = [lines("metrics.jsonl", restored)]
-            if log.tensorboard:
-                events = self.folder / "tensorboard"
-                writers.append(opened(metrics.TensorBoardWriter(events, restored=restored)))
-            if log.wandb:
-                writers.append(
-                    opened(
-                        metrics.WandbWriter(
-                            log.wandb,
-                            name=self.folder.name,
-                            folder=self.folder,
-                            config=config.describe(self.run_cfg),
-                        )
-                    )
-                )
-            yield writers
-
     def _step(
         self, state: TrainState, batch: data.Batch, step: int
     ) -> tuple[TrainState, dict[str, float], dict[str, float]]:
@@ -296,11 +263,10 @@ class _Loop:
         values["lr"] = float(np.asarray(self.schedule(step)))
         del values["nonfinite"]
         self._warn_of_truncation(values["truncated_share"])
+        self.journal.rocks(step + 1, values, state.rock)
         seconds = self._step_seconds()
         values["tokens_per_s"] = num_tokens / seconds["step"]
-        line = values | {f"{name}_s": value for name, value in seconds.items()}
-        for writer in self.writers:
-            writer.write(step + 1, line)
+        self.journal.step(step + 1, values | {f"{name}_s": x for name, x in seconds.items()})
         return state, values, seconds
 
     def _step_seconds(self) -> dict[str, float]:
@@ -374,7 +340,7 @@ class _Loop:
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float | None]:
         with self.timer.phase("eval"):
-            result = evaluate.evaluate(
+            result, graded = evaluate.evaluate(
                 state.params,
                 self.teacher,
                 state.rock,
@@ -385,9 +351,9 @@ class _Loop:
                 cfg=self.parts.cfg,
                 plan=self.parts.plan,
             )
-        for writer in self.writers:
-            writer.write(step, {f"eval/{name}": value for name, value in result.items()})
-        say(f"held out, step {step}: {narrate.evaluation_text(result)}")
+        self.journal.evaluation(step, result, graded)
+        moves = narrate.moves_text(self.journal.last_rocks) if self.run_cfg.rock.has_members else ""
+        say(f"held out, step {step}: {narrate.evaluation_text(result)}{moves}")
         return result
 
     def _save(self, state: TrainState, step: int) -> None:
@@ -411,7 +377,7 @@ class _Loop:
         )
         host, kl_BT = meshlib.to_host((answers, tokens.reverse_BT))
         chosen = narrate.samples(host, kl_BT, self.parts.tokenizer, self.run_cfg.log.samples)
-        self.samples.write(step, {"samples": chosen})
+        self.journal.samples(step, chosen)
         if chosen:
             say(f"sample, step {step}: {narrate.sample_text(chosen[0], self.parts.tokenizer)}")
 

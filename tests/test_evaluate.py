@@ -27,6 +27,10 @@ def parts(tiny):
 
 
 def run(parts, rows=None, seed=0, teacher=None, **changes):
+    return graded_run(parts, rows, seed, teacher, **changes)[0]
+
+
+def graded_run(parts, rows=None, seed=0, teacher=None, **changes):
     made, student, loaded, rock = parts
     with jax.set_mesh(made.mesh):
         return evaluate.evaluate(
@@ -55,10 +59,11 @@ def test_batches_fill_up_with_their_first_row():
 
 
 def test_grading_counts_every_sample_of_rows_with_an_answer():
-    rows = [example(0, "4"), example(1, None), example(2, "7")]
+    rows = [example(0, "4"), example(1, None), example(5, "7")]
     answers = [f"#### {x}" for x in (4, 5, 1, 2, 7, 7)]
     graded = evaluate.grade(rows, answers, 2)
-    assert (graded.correct, graded.total) == (3, 4)
+    assert graded.index == (0, 5)  # lines of the file
+    assert graded.correct == ((True, False), (True, True))
     assert graded.accuracy == 0.75
     assert evaluate.grade(rows[1:2], answers[:2], 2).accuracy is None
 
@@ -123,6 +128,25 @@ def test_without_kl_length_is_that_of_the_graded_answers(parts):
     assert 0 <= found["accuracy"] <= 1
     assert 1 <= found["mean_length"] <= 6
     assert run(parts, num_graded=0, num_kl=0) == evaluate.EMPTY
+
+
+def test_which_answers_are_right_comes_with_the_accuracy(parts, monkeypatch):
+    made = parts[0]
+    rows = [dataclasses.replace(row, index=10 + row.index) for row in made.heldout[:5]]
+    rows[1] = dataclasses.replace(rows[1], answer=None)
+    asked = []
+
+    def is_correct(text, answer):
+        asked.append((text, answer))
+        return len(asked) in (1, 4)  # of two answers a row
+
+    monkeypatch.setattr(evaluate.grading, "is_correct", is_correct)
+    result, graded = graded_run(parts, rows, num_graded=5, num_kl=0, samples=2, temperature=1.0)
+    assert graded.index == (10, 12, 13, 14)
+    assert graded.correct == ((True, False), (False, True), (False, False), (False, False))
+    assert result["accuracy"] == 2 / 8
+    assert [answer for _, answer in asked[::2]] == [rows[i].answer for i in (0, 2, 3, 4)]
+    assert graded_run(parts, rows, num_graded=0, num_kl=0)[1] == evaluate.Graded()
 
 
 def test_graded_answers_are_greedy_and_unfiltered(parts):

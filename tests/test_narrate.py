@@ -20,12 +20,38 @@ tiny = tiny_run.tiny
         ({"kl__direction": "skew_reverse"}, "KL(student || 0.1 student + 0.9 teacher)"),
         ({"kl__direction": "skew_forward"}, "KL(teacher || 0.1 teacher + 0.9 student)"),
         ({"kl__temperature": 2.0}, "at temperature 2"),
-        ({"train__normaliser": "weight"}, "number of weights"),
+        ({"train__normaliser": "weight"}, "/ sum of weights; no gate"),
+        ({"train__normaliser": "per_sequence"}, "/ sum of weights, by sequence, averaged over"),
         ({"rock__mode": "ema", "rock__inside": 0.5}, "rock gate ema, weight 0.5 inside"),
     ],
 )
 def test_the_objective_is_a_formula(tiny, keys, formula):
     assert formula in narrate.objective_text(tiny_run.resolved(tiny, **keys))
+
+
+@pytest.mark.parametrize(
+    ("gate", "text"),
+    [
+        (rock.RockConfig(start=3), "no gate (rock state measured)"),
+        (
+            rock.RockConfig("random", share=0.25),
+            "rock gate random 25.0% of positions, weight 0 inside",
+        ),
+        (
+            rock.RockConfig("ema", key="input", start=3, ramp=10, until=90),
+            "rock gate ema, weight 0 inside, looked up by the token before the predicted one, "
+            "from step 3, over 10 steps, until step 90",
+        ),
+    ],
+)
+def test_the_gate_says_what_it_acts_on_and_when(gate, text):
+    assert narrate.gate_text(gate) == text
+
+
+def test_the_last_change_of_the_members_is_brief():
+    line = {"step": 40, "members": 12, "entered": 3, "left": 2}
+    assert narrate.moves_text(line) == ", rocks 12 (+3 -2 at step 40)"
+    assert narrate.moves_text(None) == ""
 
 
 def test_an_evaluation_leaves_out_what_was_not_measured():

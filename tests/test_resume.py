@@ -14,7 +14,14 @@ from opd_jax import records, train
 tiny = tiny_run.tiny
 pytestmark = pytest.mark.usefixtures("one_device")
 one_device = tiny_run.one_device
-PLAN = {"train__steps": 4, "checkpoint__every": 2}
+PLAN = {
+    "train__steps": 4,
+    "checkpoint__every": 2,
+    "rock__mode": "ema",
+    "rock__top_k": 8,
+    "eval__every": 2,
+    "eval__batch": 8,
+}
 DEADLINE_S = 240.0  # for a cold start of a child on a busy machine
 
 
@@ -39,6 +46,8 @@ def assert_same_run(tiny, workdir, whole):
         np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
     assert rest["data"] == expected_rest["data"]
     assert tiny_run.curve(workdir) == tiny_run.curve(whole)
+    for name in ("rocks.jsonl", "graded.jsonl"):
+        assert tiny_run.read_lines(workdir / name) == tiny_run.read_lines(whole / name), name
 
 
 @contextlib.contextmanager
@@ -75,7 +84,7 @@ def test_kill_9_after_a_save_resumes_bit_for_bit(tiny, tmp_path, whole):
     lines = workdir / "metrics.jsonl"
     try:
         first = time.monotonic()
-        while not ((workdir / "checkpoints" / "2").is_dir() and lines.read_text().count("\n") == 3):
+        while not ((workdir / "checkpoints" / "2").is_dir() and lines.read_text().count("\n") == 5):
             assert child.poll() is None, child.communicate()[0]
             assert time.monotonic() - first < DEADLINE_S
             time.sleep(0.05)
@@ -83,7 +92,7 @@ def test_kill_9_after_a_save_resumes_bit_for_bit(tiny, tmp_path, whole):
         child.kill()
         child.communicate()
     assert child.returncode == -signal.SIGKILL
-    assert [line["step"] for line in tiny_run.read_lines(lines)] == [1, 2, 3]
+    assert [line["step"] for line in tiny_run.read_lines(lines)] == [0, 1, 2, 2, 3]
     assert tiny_run.train(tiny, workdir, **PLAN) == 0
     assert_same_run(tiny, workdir, whole)
 
@@ -114,8 +123,9 @@ def test_more_steps_may_be_asked_for(tiny, tmp_path, whole):
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
     assert tiny_run.train(tiny, workdir, **(PLAN | {"train__steps": 5})) == 0
-    assert [line["step"] for line in tiny_run.curve(workdir)] == [1, 2, 3, 4, 5]
-    assert tiny_run.curve(workdir)[:4] == tiny_run.curve(whole)
+    # Steps, and evaluations at 0, 2, 4 and at the new end.
+    assert [line["step"] for line in tiny_run.curve(workdir)] == [0, 1, 2, 2, 3, 4, 4, 5, 5]
+    assert tiny_run.curve(workdir)[:7] == tiny_run.curve(whole)
     resumed = records.read_run(workdir)["resumed"]
     assert resumed[-1]["changed"] == {"train.steps": 5, "optim.steps": 5}
 

@@ -23,7 +23,12 @@ STEP_FIELDS = {
     "grad_norm",
     "gated_share",
     "projected_share",
+    "gated_kl_share",
+    "gate_weight",
     "rock_members",
+    "rock_entries",
+    "rock_exits",
+    "rock_jaccard",
     "student_entropy_nats",
     "teacher_entropy_nats",
     "mean_length",
@@ -130,6 +135,48 @@ def test_evaluations_and_summary_agree(finished):
     lines = [x for x in tiny_run.read_lines(workdir / "metrics.jsonl") if "eval/accuracy" in x]
     for side, line in (("before", lines[0]), ("after", lines[-1])):
         assert summary[side] == {name: line[f"eval/{name}"] for name in evaluate.FIELDS}
+
+
+def test_right_answers_add_up_to_the_accuracy(finished):
+    workdir, _ = finished
+    lines = [x for x in tiny_run.read_lines(workdir / "metrics.jsonl") if "eval/accuracy" in x]
+    graded = tiny_run.read_lines(workdir / "graded.jsonl")
+    assert [line["step"] for line in graded] == [0, 2, 4]
+    for line, evaluation in zip(graded, lines, strict=True):
+        assert line["index"] == list(range(12))
+        right = [x for row in line["correct"] for x in row]
+        assert len(right) == 12
+        assert np.mean(right) == evaluation["eval/accuracy"]
+
+
+def test_without_a_gate_rocks_are_written_with_evaluations(finished):
+    lines = tiny_run.read_lines(finished[0] / "rocks.jsonl")
+    assert [line["step"] for line in lines] == [2, 4]
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    assert [row["token_id"] for row in lines[-1]["top"]] == [
+        row["token_id"] for row in summary["rocks"]
+    ]
+    assert lines[-1]["members"] == lines[-1]["gated_share"] == 0
+    assert lines[-1]["jaccard"] is None
+
+
+def test_a_gate_writes_its_rocks_on_every_refresh(tiny, tmp_path, one_device, capsys):
+    keys = {"rock__mode": "ema", "rock__every": 2, "rock__top_k": 8, "eval__every": 4}
+    assert tiny_run.train(tiny, tmp_path / "run", eval__batch=8, **keys) == 0
+    lines = tiny_run.read_lines(tmp_path / "run" / "rocks.jsonl")
+    assert [line["step"] for line in lines] == [2, 4]
+    first, last = lines
+    assert (first["members"], first["entered"], first["left"]) == (8, 8, 0)
+    assert first["jaccard"] == first["gated_share"] == 0
+    assert last["members"] == 8 + last["entered"] - last["left"]
+    assert last["jaccard"] == pytest.approx((8 - last["left"]) / (8 + last["entered"]))
+    assert 0 < last["gated_share"] <= 1
+    assert 0 < last["gated_kl_share"] <= 1
+    assert sum(row["member"] for row in first["top"]) == 8
+    moves = f"rocks {last['members']} (+{last['entered']} -{last['left']} at step 4)"
+    held_out = [x for x in capsys.readouterr().out.splitlines() if x.startswith("held out, step")]
+    assert "rocks" not in held_out[0]
+    assert held_out[-1].endswith(moves)
 
 
 def test_checkpoints_are_at_the_asked_steps(finished):
