@@ -124,7 +124,7 @@ def _text_of(settings: Mapping[str, Any]) -> Callable[[int], str]:
         except (OSError, ValueError):  # moved since: the report is about the run, not the model
             continue
         return lambda i: tokenizer.token_text(loaded, i)
-    return lambda i: f"<id {i}>"
+    return lambda i: f"<id:{i}>"
 
 
 def _answer(

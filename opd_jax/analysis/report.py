@@ -270,13 +270,19 @@ def _sweep(sweep: Mapping[str, Any] | None, arms: Mapping[str, Sequence[RunFiles
     compared = {(row["arm"], row["metric"]): row for row in sweep["comparisons"]}
     rows = []
     for arm in sweep["arms"]:
-        row = [arm["arm"], f"{arm['masked_share']:.1%}", arm["normaliser"], str(len(arm["seeds"]))]
+        row: list[Any] = [
+            arm["arm"],
+            f"{arm['masked_share']:.1%}",
+            arm["normaliser"],
+            str(len(arm["seeds"])),
+        ]
         for metric in metrics:
-            row.append(_interval(arm["metrics"].get(metric), metric, "mean"))
+            small = ""
             difference = compared.get((arm["arm"], metric))
             if difference and difference["delta"] is not None:
                 p = _number(difference["p_adjusted"], "p")
-                row[-1] += f"; Δ {_interval(difference, metric, 'delta')}, p {p}"
+                small = f"Δ {_interval(difference, metric, 'delta')}, p {p}"
+            row.append((_interval(arm["metrics"].get(metric), metric, "mean"), small))
         rows.append(row)
     head = [
         "arm",
@@ -290,9 +296,10 @@ def _sweep(sweep: Mapping[str, Any] | None, arms: Mapping[str, Sequence[RunFiles
         "its p after correction."
     )
     start = sweep.get("start") or {}
-    if any(start.get(metric) is not None for metric in metrics):
-        values = (f"{curve_figures.METRICS[m]} {_number(start.get(m), m)}" for m in metrics)
-        caption += f" Step 0: {', '.join(values)}."
+    measured = [metric for metric in metrics if start.get(metric) is not None]
+    if measured:
+        values = (f"{curve_figures.METRICS[m]} {_number(start[m], m)}" for m in measured)
+        caption += f" Step 0: {'; '.join(values)}."
     plates = [curve_figures.arms(arms, sweep["baseline"])]
     if any(row["delta"] is not None for row in sweep["comparisons"]):
         plates.append(curve_figures.comparisons(sweep))
@@ -364,23 +371,31 @@ def _plates(plates: Sequence[style.Plate]) -> str:
     )
 
 
-def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column names its rows."""
+def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table whose first column names its rows; a cell is a text, or a text and one below it."""
     cells = "".join(
         f'<th scope="col"{" class=text" if not i else ""}>{html.escape(name)}</th>'
         for i, name in enumerate(head)
     )
     lines = "".join(
         f'<tr><th scope="row">{html.escape(row[0])}</th>'
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+        + "".join(f"<td>{_cell(cell)}</td>" for cell in row[1:])
         + "</tr>"
         for row in rows
     )
-    return (
+    return (  # the caption stays in sight where the table scrolls
+        f'<p class="note">{html.escape(caption)}</p>'
         f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(caption)}">'
-        f"<table><caption>{html.escape(caption)}</caption><thead><tr>{cells}</tr></thead>"
+        f'<table aria-label="{html.escape(caption)}"><thead><tr>{cells}</tr></thead>'
         f"<tbody>{lines}</tbody></table></div>"
     )
+
+
+def _cell(cell: str | tuple[str, str]) -> str:
+    if isinstance(cell, str):
+        return html.escape(cell)
+    text, small = (html.escape(part) for part in cell)
+    return text + (f"<br><small>{small}</small>" if small else "")
 
 
 def _interval(row: Mapping[str, Any] | None, metric: str, middle: str) -> str:

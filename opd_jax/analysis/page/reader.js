@@ -12,7 +12,7 @@ if (page.answers?.length) {
 
   const heat = (kl) =>
     kl > 0 ? Math.min(1, Math.max(0, Math.log(kl / low) / Math.log(high / low))) : 0;
-  const chance = (logp) => (logp === null ? "–" : `${number(logp)} (${number(100 * Math.exp(logp), 2)}%)`);
+  const chance = (logp) => (logp === null ? "–" : `${number(100 * Math.exp(logp))}%`);
 
   function column(name) {
     const { tokens } = page.answers[current];
@@ -47,21 +47,27 @@ if (page.answers?.length) {
 
   function inspect(i) {
     const get = (name) => column(name)(i);
-    const rows = [
-      ["KL, nats", number(get("kl"))],
-      ["log p student", chance(get("logp"))],
-      ["log p teacher", chance(get("teacher_logp"))],
-      ["entropy student", number(get("entropy"))],
-      ["entropy teacher", number(get("teacher_entropy"))],
-      ["Rock Score", number(get("score"))],
-      ["rank", number(get("rank")) + (get("rock") ? " (rock)" : "")],
-      ["gate weight", number(get("weight"))],
-    ];
     const title = make("h3", `${get("text")} `);
-    title.append(make("span", `id ${get("id")}, token ${i + 1} of ${marks.length}`));
+    title.append(make("span", `id ${get("id")}, ${i + 1} of ${marks.length}`));
+    const table = make("table");
+    for (const [name, ...values] of [
+      ["", "student", "teacher"],
+      ["log p", number(get("logp")), number(get("teacher_logp"))],
+      ["p", chance(get("logp")), chance(get("teacher_logp"))],
+      ["entropy", number(get("entropy")), number(get("teacher_entropy"))],
+    ]) {
+      const row = make("tr");
+      row.append(make("th", name, { scope: "row" }));
+      for (const value of values) row.append(name ? make("td", value) : make("th", value, { scope: "col" }));
+      table.append(row);
+    }
     const list = make("dl");
-    for (const [name, value] of rows) list.append(make("dt", name), make("dd", value));
-    inspector.replaceChildren(title, list);
+    for (const [name, value] of [
+      ["Rock Score", number(get("score"))],
+      ["rank", number(get("rank")) + (get("rock") ? ", rock" : "")],
+      ["gate weight", number(get("weight"))],
+    ]) list.append(make("dt", name), make("dd", value));
+    inspector.replaceChildren(title, make("p", `KL ${number(get("kl"))} nats`), table, list);
   }
 
   function select(i, isFocus = true) {
