@@ -1,13 +1,16 @@
 """Moments against the raw state of a checkpoint, and tests that find what was planted."""
 
+import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 import tiny_run
 
-from opd_jax import records
+from opd_jax import checkpoint, hf, model, optim, params, records
 from opd_jax.analysis import optimizer
 from opd_jax.analysis.corpus import Occurrences
 from opd_jax.analysis.optimizer import Moments, OptimizerError
@@ -46,6 +49,26 @@ def test_moments_are_those_of_the_checkpoint(tiny, workdir, one_device, step):
     expected = (np.abs(first) / (np.sqrt(second) + 1e-8)).mean(1)
     np.testing.assert_allclose(found.effective_step, expected, rtol=1e-4)
     assert found.second_moment.max() > 0
+
+
+def test_an_untied_head_has_moments_of_its_own(tmp_path):
+    cfg = dataclasses.replace(tiny_run.MODEL, tied=False)
+    weights = params.init(model.specs(cfg), jax.random.key(0))
+    hf.save(tmp_path / "student", cfg, weights, tokenizer=None)
+    spec = optim.OptimSpec(clip=0.0, steps=5)
+    grads = jax.tree.map(jnp.zeros_like, weights)
+    grads["head"] = jax.random.normal(jax.random.key(1), grads["head"].shape)
+    opt = optim.make(spec).init(weights)
+    _, opt = optim.make(spec).update(grads, opt, weights)
+    with checkpoint.open(tmp_path) as saves:
+        saves.save(1, {"opt": opt, "params": weights}, {})
+    config = {"student.path": str(tmp_path / "student"), "student.param_dtype": "float32"}
+    config |= {f"optim.{name}": value for name, value in dataclasses.asdict(spec).items()}
+    records.write_run(tmp_path, {"config": config})
+    found = optimizer.moments(tmp_path, 1)
+    expected = np.mean(np.asarray(grads["head"], np.float64) ** 2, axis=1)
+    np.testing.assert_allclose(found.second_moment, expected, rtol=1e-5)
+    np.testing.assert_allclose(found.effective_step, 1, rtol=1e-4)  # after one step: the sign
 
 
 def test_the_two_decays_are_told_apart():
