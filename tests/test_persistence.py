@@ -10,6 +10,7 @@ from opd_jax.analysis import persistence
 from opd_jax.analysis.corpus import Occurrences, TypeStats
 from opd_jax.analysis.matrix import Matrix
 from opd_jax.analysis.persistence import PersistenceError
+from opd_jax.analysis.select import SelectError
 
 V, PROBLEMS, LENGTH = 60, 40, 100
 NAMES = ("step-0", "step-4")
@@ -209,6 +210,28 @@ def test_high_kl_leaves_out_the_rocks_and_what_was_seen_once():
     ids, kl = np.array([0] * 10 + [1] * 3 + [2] * 3), np.array([5.0] * 10 + [2.0] * 3 + [1.0] * 3)
     groups = persistence.select_groups(TypeStats.of(ids, kl, 6), 1)  # the rock is highest in both
     assert (groups["rock"].tolist(), groups["high_kl"].tolist()) == ([0], [1])
+
+
+def test_k_beyond_the_types_selects_those_there_are():
+    sums = TypeStats.of(np.array([0, 0, 3, 3, 4]), np.ones(5), 6)
+    groups = persistence.select_groups(sums, 9)
+    assert {name: ids.tolist() for name, ids in groups.items()} == {
+        "rock": [0, 3],
+        "control": [4],
+        "high_kl": [],
+    }
+    with pytest.raises(SelectError, match="--min-count"):
+        persistence.select_groups(sums, 9, min_count=3)
+
+
+def test_a_group_without_types_is_left_out():
+    def kl(model, corpus, token_id, rng):
+        return BY_TYPE[token_id]
+
+    result = persistence.analyse(planted(kl), **SETTINGS | {"k": V, "min_count": 1})
+    assert [row["group"] for row in result["groups"]] == ["rock", "all"]
+    assert result["contrasts"] == []
+    json.dumps(result, allow_nan=False)
 
 
 def test_selection_can_be_on_any_cell():

@@ -137,13 +137,18 @@ def select_groups(
 
     Args:
       seen: sums by type.
-      k: number of rocks, and at most of each other group.
+      k: most types of each group; there are fewer where fewer can be selected.
       min_count, score, skip_top: see :class:`select.Rule`. ``high_kl`` needs two positions in any
         case, since one is no mean.
 
     Returns:
       Ids by group: "rock", "control", "high_kl"; no rock is in the other two.
+
+    Raises:
+      SelectError: no type can be selected, or a bad rule.
     """
+    ranked = select.Rule(score, skip_top, min_count).rank(seen)
+    k = min(k, max(len(ranked), 1))  # a part of the answers shows fewer types than all of them
     rock = select.rocks(seen, k, score=score, skip_top=skip_top, min_count=min_count)
     high = select.Rule("mean", min_count=max(min_count, 2)).rank(seen)
     return {
@@ -169,7 +174,7 @@ def analyse(
 
     Args:
       scores: the matrix; needs the corpus of every model.
-      k: number of rocks.
+      k: number of rocks; fewer where half of the problems shows fewer types.
       min_count, score, skip_top: how rocks are ranked, see :class:`select.Rule`.
       seed: of the split and of the bootstrap.
       resamples: of the bootstrap over problems.
@@ -184,7 +189,7 @@ def analyse(
     Raises:
       PersistenceError: a model has no corpus of its own, an unknown ``select_on``, or too few
         problems to split.
-      SelectError: fewer types than ``k`` on one half of the problems, or a bad rule.
+      SelectError: no type can be selected on one half of the problems, or a bad rule.
     """
     select_on = select_on or (scores.models[0], scores.corpora[0])
     _check(scores, select_on)
