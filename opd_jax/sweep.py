@@ -108,11 +108,14 @@ def sweep(
     ]
     todo = [job for job in jobs if not is_finished(job)]
     train.say(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished, in {workdir}")
-    for number, job in enumerate(todo, 1):
-        train.say(f"== {number}/{len(todo)}: arm {job.arm}, seed {job.run.seed}")
-        if not train.train(job.run, str(job.folder), command=command)["is_finished"]:
-            train.say(f"the sweep stops here, {len(todo) - number + 1} runs are not finished")
-            return None
+    with train.Stop() as stop:  # one for all runs: a signal also counts where a run is at its end
+        for number, job in enumerate(todo):
+            train.say(f"== {number + 1}/{len(todo)}: arm {job.arm}, seed {job.run.seed}")
+            done = train.train(job.run, str(job.folder), command=command, stop=stop)
+            left = len(todo) - number - done["is_finished"]
+            if left and stop.everywhere():
+                train.say(f"stopped by {stop.signal}, {left} runs left; the same command goes on")
+                return None
     if jax.process_count() > 1:  # what process 0 has written is there before others read it
         from jax.experimental import multihost_utils
 

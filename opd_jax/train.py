@@ -6,6 +6,7 @@ the step, the data order by grain. A restored state and iterator therefore conti
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import threading
@@ -55,7 +56,12 @@ def say(line: str) -> None:
 
 
 def train(
-    run: RunConfig, workdir: str, *, command: Sequence[str] = (), started: float | None = None
+    run: RunConfig,
+    workdir: str,
+    *,
+    command: Sequence[str] = (),
+    started: float | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Run (or resume) a distillation and return what ``summary.json`` holds.
 
@@ -64,6 +70,7 @@ def train(
       workdir: a new folder, or that of the run to go on with.
       command: goes into ``run.json``.
       started: ``time.monotonic()`` at which the process began, for ``first_step_s``; default: now.
+      stop: the wish to stop of a caller that has entered it; default: one of this run's own.
 
     Raises:
       ConfigError, ValueError, FileNotFoundError: something does not fit; nothing has been written.
@@ -94,20 +101,20 @@ def train(
     with (
         checkpoint.open(folder, keep=run.checkpoint.keep, best=best, say=say) as saves,
         jax.set_mesh(parts.mesh),
-        _Stop() as stop,
+        contextlib.nullcontext(stop) if stop else Stop() as stop,
     ):
         saves.claim()
         return _Loop(parts, folder, saves, stop, started).run()
 
 
-class _Stop:
-    """Turns SIGTERM and SIGINT into a wish to stop after this step; a second one is obeyed."""
+class Stop:
+    """Turns SIGTERM and SIGINT, once entered, into a wish to stop; a second one is obeyed."""
 
     def __init__(self):
         self.signal: str | None = None
         self._old: dict[int, Any] = {}
 
-    def __enter__(self) -> _Stop:
+    def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._old[number] = signal.signal(number, self._note)
@@ -138,7 +145,7 @@ class _Loop:
         parts: Assembly,
         folder: Path,
         saves: checkpoint.Checkpoints,
-        stop: _Stop,
+        stop: Stop,
         started: float,
     ):
         self.parts, self.run_cfg, self.folder = parts, parts.run, folder

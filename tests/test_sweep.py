@@ -158,12 +158,31 @@ def test_sigterm_stops_the_sweep_and_the_same_command_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(train._Loop, "_step", stopped)
         assert sweep.main(argv(file, workdir)) == 0
-    assert "3 runs are not finished" in capsys.readouterr().out
+    assert "stopped by SIGTERM, 3 runs left" in capsys.readouterr().out
     assert not (workdir / "sweep.json").exists()
     assert not (workdir / "full" / "seed-1").exists()
     assert sweep.main(argv(file, workdir)) == 0
     assert "at step 2" in capsys.readouterr().out
     assert without_clock(result_of(workdir), workdir) == without_clock(result_of(whole), whole)
+
+
+def test_a_signal_at_the_end_of_a_run_stops_the_next(file, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "sweep"
+    handler = signal.getsignal(signal.SIGTERM)
+    summary = train._Loop._summary
+
+    def stopped(self, state, step, *, is_finished):
+        signal.raise_signal(signal.SIGTERM)
+        return summary(self, state, step, is_finished=is_finished)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Loop, "_summary", stopped)
+        assert sweep.main(argv(file, workdir, seeds=1)) == 0
+    assert "stopped by SIGTERM, 1 runs left" in capsys.readouterr().out
+    assert [path.parent.name for path in workdir.rglob("run.json")] == ["seed-0"]
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert sweep.main(argv(file, workdir, seeds=1)) == 0
+    assert "2 runs, 1 of them finished" in capsys.readouterr().out
 
 
 def test_a_run_that_was_killed_is_gone_on_with(file, whole, tmp_path, monkeypatch):
