@@ -47,8 +47,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", required=True, help="a new folder, or that of the sweep")
     parser.add_argument("--baseline", default="", help="the arm to compare with; default: full")
     flags, overrides = parser.parse_known_args(list(argv))
-    if flags.seeds < 1:
-        raise ConfigError(f"{flags.seeds} seeds: expected at least 1; set --seeds")
     sweep(
         flags.config,
         [arm.strip() for arm in flags.arms.split(",") if arm.strip()],
@@ -79,7 +77,7 @@ def sweep(
     Args:
       config_file: ``FILE`` or ``FILE:args`` with an argument ``arm``.
       arms: its values; ``NAME:key=value:...`` gives the file further arguments.
-      seeds: values of ``seed``.
+      seeds: values of ``seed``, each once.
       workdir: of the sweep.
       overrides: ``--config.group.key=value`` flags for every run.
       baseline: the arm that the others are compared with; empty: ``full``, else the first.
@@ -93,6 +91,8 @@ def sweep(
       WorkdirError: a folder holds a run with another config or other problems.
       NonFiniteError, CheckpointError: as ``train.train``.
     """
+    if not seeds or len({*seeds}) < len(seeds):
+        raise ConfigError(f"seeds {[*seeds]}: expected different ones, at least one; set --seeds")
     arms, baseline = list(arms), _baseline(arms, baseline)
     runs = {arm: _resolve(config_file, arm, overrides) for arm in arms}
     for arm in arms:

@@ -235,7 +235,7 @@ def test_a_finished_run_of_another_evaluation_is_refused(whole, file):
         (["--config.seed=3"], "full,ema", ("--config.seed", "--seeds")),
         (["--config.eval.every=0"], "full,ema", ("eval.every is 0", "--config.eval.every")),
         (["--wrkdir=x"], "full,ema", ("wrkdir",)),
-        (["--seeds=0"], "full,ema", ("0 seeds", "--seeds")),
+        (["--seeds=0"], "full,ema", ("seeds []", "at least one", "--seeds")),
         ([], "full,ema:q=1", ("'q'", "expected one of")),
     ],
 )
@@ -247,6 +247,11 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     for word in words:
         assert word in str(error.value)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_seed_counts_once(file, tmp_path):
+    with pytest.raises(ConfigError, match=r"seeds \[1, 1\]: expected different ones"):
+        sweep.sweep(str(file), ["full"], [1, 1], str(tmp_path / "sweep"))
 
 
 def test_a_config_file_without_arms_is_refused(tiny, tmp_path):
