@@ -72,10 +72,11 @@ def occurrences(answers, kl=None):
 
 
 def test_line_starts_are_counted_through_marks_and_not_across_answers():
-    found = occurrences([[0, 1, 2, 4, 0, 5, 3], [1, 3, 3, 0, 1, 8, 5], [7, 0]])
+    found = occurrences([[0, 1, 2, 4, 0, 5, 3], [1, 3, 3, 0, 1, 8, 5], [7, 0, 4, 1]])
     share = groups.line_start_share(found, lambda i: TEXTS[i])
     assert share[0] == 3 / 4  # So: the answer, after '. **', after line breaks; not after '3'
-    assert share[1] == 1 / 3  # we: only where it opens the second answer
+    assert share[1] == 1 / 4  # we: where it opens the second answer; not after 'So **'
+    assert share[7] == 1  # 3: it opens an answer, whatever the one before ended with
     assert share[5] == 1 / 2  # end: after '. ', not after So
     assert share[3] == 1 / 3  # the second of two line breaks
     assert share[9] == 0  # not seen
