@@ -20,7 +20,8 @@ RANKS = {
     5: ("config", "evaluate"),
     5.25: ("assemble",),  # what a run needs, built from its config
     5.5: ("narrate",),  # what a run says
-    6: ("train", "export", "generate", "plan", "analysis"),
+    5.75: ("journal",),  # what a run writes
+    6: ("table", "train", "export", "generate", "plan", "analysis"),
     6.5: ("sweep",),  # many runs, and how they compare
     7: ("cli",),
 }
