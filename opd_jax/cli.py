@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": (functools.partial(_train, started=started), "distil on-policy, or resume"),
         "export": (_export, "write a checkpoint as a Hugging Face folder"),
         "generate": (_generate, "sample answers to a file of prompts"),
+        "rocks": (_rocks, "find the tokens that carry most of the KL"),
         "figure": (_figure, "draw a run's training curves and rock tokens"),
     }
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -128,6 +129,12 @@ def _generate(argv: list[str]) -> int:
     result = generate.generate(**vars(flags))
     print(result)
     return 0
+
+
+def _rocks(argv: list[str]) -> int:
+    from opd_jax.analysis import rocks
+
+    return rocks.main(argv)
 
 
 def _figure(argv: list[str]) -> int:

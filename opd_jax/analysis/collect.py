@@ -91,7 +91,7 @@ def write(
     pieces, done = _resume(folder, rows, samples)
     if done:
         say(f"going on after {done} of {len(rows)} prompts in {folder}")
-    _meet("corpus looked at")  # before anybody changes it
+    meet("corpus looked at")  # before anybody changes it
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         records.write_atomic(folder / STARTED, json.dumps(info, indent=2) + "\n")
@@ -124,7 +124,7 @@ def write(
     if jax.process_index() == 0:
         corpora.write_manifest(folder, info | {"pieces": pieces})
         (folder / STARTED).unlink(missing_ok=True)
-    _meet("corpus written")
+    meet("corpus written")
     return _checked(corpora.read(folder), pair, folder)
 
 
@@ -348,7 +348,7 @@ def _checked(corpus: Corpus, pair: Pair, where: str | Path) -> Corpus:
     return corpus
 
 
-def _meet(what: str) -> None:
+def meet(what: str) -> None:
     """Wait for all processes: the others read what process 0 has written."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils

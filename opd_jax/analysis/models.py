@@ -135,8 +135,8 @@ def resolve(ref: str) -> Reference:
         step = str(found[-1])
     if not step.isdecimal() or int(step) not in found:
         raise ModelError(
-            f"{run} has no checkpoint of step {step!r}: found steps {[0, *found]}; give one of "
-            f"them, or {LAST}"
+            f"{run} has no checkpoint of step {step!r}: expected one of {[0, *found]} or {LAST}; "
+            "give one of them"
         )
     return Reference(f"{run}@{int(step)}", folder, Path(run), int(step), stored)
 

@@ -1,0 +1,290 @@
+"""What the stages of ``opd-jax rocks`` share: the folder, the models, the answers, the rocks.
+
+Each thing is made when a stage first needs it, so that a command that only goes on with the last
+stage loads no model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from opd_jax import data, records
+from opd_jax import mesh as meshlib
+from opd_jax.analysis import collect, models, select
+from opd_jax.analysis import corpus as corpora
+from opd_jax.analysis.corpus import Corpus, Occurrences, TypeStats
+from opd_jax.analysis.models import Pair
+from opd_jax.analysis.rocks_flags import MAX_NEW, Flags, RocksError, flag
+from opd_jax.config import path_of
+from opd_jax.data import Example
+from opd_jax.pytrees import Params
+
+MANIFEST = "rocks.json"
+_MAY_CHANGE = ("out", "extras", "batch", "mesh_fsdp", "mesh_model")  # do not change a result
+_SELECTING = ("k", "skip_top", "min_count", "score")  # may change until types are selected
+SELECTED = "summary.json"  # the last file of the selection
+_LARGE = ("reader.json",)  # written without line breaks
+
+
+class Workbench:
+    """One folder of results and what is needed to fill it."""
+
+    def __init__(self, flags: Flags, say: Callable[[str], None]):
+        self.flags, self.say, self.out = flags, say, Path(flags.out)
+        self.config: Mapping[str, Any] = {}
+        student, teacher = flags.student, flags.teacher
+        if flags.run:
+            record = records.read_run(Path(flags.run))
+            if record is None:
+                raise RocksError(
+                    f"{flags.run} has no run.json: expected the workdir of a training run; give "
+                    "--run that folder"
+                )
+            self.config = record["config"]
+            student = f"{flags.run}@{models.LAST if flags.step is None else flags.step}"
+            teacher = self.config["teacher.path"]
+        assert student is not None  # Flags has seen to it
+        assert teacher is not None
+        self.student, self.teacher = models.resolve(student), models.resolve(teacher)
+        self.rule = select.Rule(flags.score, flags.skip_top, flags.min_count)
+
+    def enter(self) -> None:
+        """Start in an empty folder, or go on in that of the same analysis.
+
+        Raises:
+          RocksError: the folder holds something else, or an analysis with other flags.
+        """
+        new = {
+            "student": self.student.name,
+            "teacher": self.teacher.name,
+            "writer": self.writer_name,
+            "prompts": self.flags.corpus or self.prompts_file,
+            "flags": dataclasses.asdict(self.flags),
+        }
+        held = [f.name for f in self.out.iterdir()] if self.out.is_dir() else []
+        if MANIFEST in held:
+            self._check_same(self.read(MANIFEST), json.loads(json.dumps(new)))
+        elif held or (self.out.exists() and not self.out.is_dir()):
+            found = sorted(held) or ["a file"]
+            raise RocksError(
+                f"{self.out} holds {', '.join(found[:3])}{', ...' * (len(found) > 3)} and no "
+                f"{MANIFEST}: expected a new folder or one of this command; give another --out"
+            )
+        versions = {name: importlib.metadata.version(name) for name in ("opd-jax", "jax", "numpy")}
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        collect.meet("the folder is looked at")  # before anybody changes it
+        self.write(MANIFEST, new | {"versions": versions, "time": stamp})
+
+    def _check_same(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        change = f"or give another --out (--corpus={self.out} uses its answers again)"
+        for name in ("student", "teacher", "writer", "prompts"):
+            if old[name] != new[name]:
+                raise RocksError(
+                    f"{self.out} is about the {name} {old[name]!r}, now it is {new[name]!r}: "
+                    f"expected the same to go on; set it back, {change}"
+                )
+        free = _MAY_CHANGE + (() if (self.out / SELECTED).exists() else _SELECTING)
+        for name, value in new["flags"].items():
+            if name not in free and old["flags"].get(name) != value:
+                raise RocksError(
+                    f"{self.out} was made with {flag(name)} {old['flags'].get(name)!r}, now it is "
+                    f"{value!r}: expected the same to go on; set it back, {change}"
+                )
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder.
+
+        Raises:
+          RocksError: it is damaged.
+        """
+        try:
+            return json.loads((self.out / name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RocksError(
+                f"{self.out / name} is not JSON ({error}): expected what this command wrote; "
+                "remove the file to have it made again"
+            ) from error
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a JSON file of the folder, or a text as it is; whole or not at all."""
+        if not isinstance(value, str):
+            indent = None if name in _LARGE else 1
+            text = json.dumps(
+                value, ensure_ascii=False, allow_nan=False, default=_plain, indent=indent
+            )
+            value = text + "\n"
+        if jax.process_index() == 0:
+            (self.out / name).parent.mkdir(parents=True, exist_ok=True)
+            records.write_atomic(self.out / name, value)
+        collect.meet(f"{name} is written")
+
+    @property
+    def prompts_file(self) -> str:
+        """The file of prompts."""
+        given = self.flags.prompts or self.config.get("data.heldout")
+        return given or self.config["data.prompts"]
+
+    @property
+    def writer_name(self) -> str:
+        """The reference of who answers."""
+        if self.flags.corpus:
+            return str(corpora.read(self.corpus_source).info.get("writer"))
+        named = {"student": self.student, "teacher": self.teacher}
+        writer = self.flags.writer or "student"
+        return (named.get(writer) or models.resolve(writer)).name
+
+    @property
+    def corpus_source(self) -> Path:
+        """The folder that --corpus means."""
+        folder = Path(str(self.flags.corpus))
+        inside = folder / "corpus"
+        return inside if (inside / corpora.MANIFEST).exists() else folder
+
+    @functools.cached_property
+    def pair(self) -> Pair:
+        """Student and teacher."""
+        fsdp, model, devices = self.flags.mesh_fsdp, self.flags.mesh_model, jax.device_count()
+        if min(fsdp, model) < 1 or devices % (fsdp * model):
+            raise RocksError(
+                f"--mesh-fsdp is {fsdp} and --mesh-model {model} on {devices} devices: expected "
+                f"positive numbers whose product divides {devices}; change them"
+            )
+        self.say(f"  loading {self.student.name} and {self.teacher.name}, {devices} device(s)")
+        mesh = meshlib.make(fsdp=fsdp, model=model)
+        return models.open_pair(self.student.name, self.teacher.name, mesh=mesh, say=self.say)
+
+    def writer(self, ref: str) -> dict[str, Any]:
+        """Arguments of ``collect.write`` for who answers: a reference, "student" or "teacher"."""
+        if ref in ("student", self.student.name):
+            return {}
+        if ref in ("teacher", self.teacher.name):
+            cfg = self.pair.cfg.teacher
+            return {"writer": self.pair.teacher, "cfg": cfg, "name": self.teacher.name}
+        return {"writer": self.load(ref), "name": models.resolve(ref).name}
+
+    def load(self, ref: str) -> Params:
+        """Another student of the same architecture."""
+        return models.load(ref, self.pair)
+
+    @functools.cached_property
+    def max_new(self) -> int:
+        """Most ids of an answer."""
+        given = self.flags.max_new or self.config.get("rollout.max_new")
+        return given or min(MAX_NEW, self.pair.max_positions // 2)
+
+    @functools.cached_property
+    def rows(self) -> list[Example]:
+        """The prompts, tokenised: of the file, or those that the given answers belong to."""
+        if self.flags.corpus:
+            return prompts_of(self.corpus, self.pair.tokenizer)
+        room = self.pair.max_positions - self.max_new
+        if room < 1:
+            raise RocksError(
+                f"--max-new is {self.max_new}: expected below the {self.pair.max_positions} "
+                "positions of the models, which hold prompt and answer; lower --max-new"
+            )
+        limit = self.flags.max_prompt or self.config.get("data.max_prompt") or room
+        template = self.config.get("data.template") or ()
+        spec = data.PromptSpec(
+            path_of(self.prompts_file),
+            max_prompt=min(limit, room),
+            template=tuple((name, value) for name, value in template),
+        )
+        rows, counts = data.examples(spec, self.pair.tokenizer)
+        first = f", the first {self.flags.limit} used" if self.flags.limit else ""
+        self.say(f"  {self.prompts_file}: {counts}{first}")
+        return rows[: self.flags.limit]
+
+    @property
+    def writing(self) -> dict[str, Any]:
+        """Arguments of ``collect.write``, the same for every corpus that this command writes."""
+        flags = self.flags
+        given = {
+            "temperature": 1.0 if flags.temperature is None else flags.temperature,
+            "samples": flags.samples or 1,
+            "seed": flags.seed,
+        }
+        if flags.corpus:
+            given |= {n: self.corpus.info[n] for n in (*given, "max_new") if n in self.corpus.info}
+        return {"max_new": self.max_new, **given, "batch": flags.batch}
+
+    def copy_corpus(self) -> None:
+        """Take over the answers that --corpus means."""
+        target = self.out / "corpus"
+        if jax.process_index() == 0:
+            part = self.out / ".corpus.part"
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(self.corpus_source, part)
+            part.rename(target)
+        collect.meet("the corpus is copied")
+
+    @functools.cached_property
+    def corpus(self) -> Corpus:
+        """The answers."""
+        return corpora.read(self.out / "corpus")
+
+    @property
+    def scores_file(self) -> Path:
+        """The answers' positions, scored by the student."""
+        return self.out / "scores" / "student.npz"
+
+    @functools.cached_property
+    def found(self) -> Occurrences:
+        """The scored positions."""
+        return Occurrences.load(self.scores_file)
+
+    @functools.cached_property
+    def sums(self) -> TypeStats:
+        """Sums of the scored positions by type."""
+        return TypeStats.of_occurrences(self.found)
+
+    @functools.cached_property
+    def rocks(self) -> np.ndarray:
+        """Ids of the rocks, in their order."""
+        rule = dataclasses.asdict(self.rule)
+        return select.rocks(self.sums, self.flags.k, **rule)
+
+    def scored(self, path: Path, corpus: Corpus, student: Params | None = None) -> Occurrences:
+        """A corpus scored against the teacher; read from ``path`` where that is there."""
+        if not path.exists():
+            found = collect.score(corpus, self.pair, student=student, batch=self.flags.batch)
+            if jax.process_index() == 0:
+                found.save(path)
+            collect.meet(f"{path.name} is written")
+        return Occurrences.load(path)
+
+    def before(self) -> Occurrences:
+        """The answers scored by the student before training."""
+        ref, path = f"{self.student.run}@0", self.out / "scores" / "undistilled.npz"
+        return self.scored(path, self.corpus, None if path.exists() else self.load(ref))
+
+
+def prompts_of(corpus: Corpus, tokenizer: Any) -> list[Example]:
+    """The prompts of a corpus, each once."""
+    _, first = np.unique(corpus.problem_A, return_index=True)
+    return [
+        Example(
+            ids=tuple(int(i) for i in corpus.prompts[index]),
+            answer=None,
+            text=tokenizer.decode(corpus.prompts[index].tolist()),
+            index=int(corpus.problem_A[index]),
+        )
+        for index in sorted(first.tolist())
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not JSON")

@@ -1,0 +1,401 @@
+"""The command ``opd-jax rocks``: what it writes, says, refuses and goes on with."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import tiny_run
+
+from opd_jax import cli
+from opd_jax.analysis import collect, corpus, followups, rocks, rocks_flags, select
+from opd_jax.analysis.corpus import Occurrences, TypeStats
+from opd_jax.analysis.rocks_flags import Flags
+
+tiny, one_device = tiny_run.tiny, tiny_run.one_device
+PLAN = {"train__steps": 4, "checkpoint__every": 2}
+FILES = ("rocks.json", "types.csv", "selection.json", "summary.json", "reader.json")
+
+
+@pytest.fixture(scope="module")
+def workdir(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rocks") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_run.use_one_device(patch)
+        assert tiny_run.train(tiny, path, **PLAN) == 0
+    return path
+
+
+def argv(tiny, out, *more):
+    return [
+        "rocks",
+        f"--student={tiny}/student",
+        f"--teacher={tiny}/teacher",
+        f"--prompts={tiny}/prompts.jsonl",
+        f"--out={out}",
+        "--max-new=6",
+        "--samples=2",
+        "--k=5",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    """A finished folder, and what was printed."""
+    out = tmp_path_factory.mktemp("made") / "out"
+    lines = []
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_run.use_one_device(patch)
+        rocks.run(rocks_flags.parse(argv(tiny, out)[1:]), say=lines.append)
+    return out, lines
+
+
+def load(path):
+    return json.loads(path.read_text())
+
+
+def test_the_files_are_there_and_agree(made):
+    out, _ = made
+    for name in FILES:
+        assert (out / name).is_file()
+    found = Occurrences.load(out / "scores" / "student.npz")
+    answers = corpus.read(out / "corpus")
+    stats = TypeStats.of_occurrences(found)
+    told = load(out / "summary.json")
+    assert told["tokens"] == len(found) == answers.num_positions
+    assert (told["problems"], told["answers"]) == (12, 24)
+    assert told["types_seen"] == len(np.unique(found.token_id))
+    assert told["kl_nats"] == pytest.approx(found.kl.astype(float).mean())
+    members = load(out / "lists" / "rock.json")
+    assert members == select.rocks(stats, 5).tolist()
+    by_hand = sum(found.kl[found.token_id == i].astype(float).sum() for i in members)
+    assert told["coverage"] == pytest.approx(by_hand / found.kl.astype(float).sum())
+    inside = np.isin(found.token_id, members)
+    assert told["density_corpus"] == pytest.approx(inside.mean())
+    per_answer = [inside[found.answer == i].mean() for i in range(24)]
+    assert told["density_median"] == pytest.approx(np.median(per_answer))
+    assert [row["token_id"] for row in told["rocks"]] == members
+    record = load(out / "rocks.json")
+    assert record["writer"] == record["student"]
+    assert record["flags"]["max_new"] == 6
+    assert record["versions"]["jax"]
+
+
+def test_the_table_of_types_is_complete_and_exact(made):
+    out, _ = made
+    found = Occurrences.load(out / "scores" / "student.npz")
+    with (out / "types.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {int(row["token_id"]) for row in rows} == set(found.token_id.tolist())
+    assert [int(row["rank"]) for row in rows] == list(range(1, len(rows) + 1))
+    assert [row["member"] for row in rows] == ["1"] * 5 + ["0"] * (len(rows) - 5)
+    sums = [float(row["kl_sum"]) for row in rows]
+    assert sums == sorted(sums, reverse=True)
+    assert sum(float(row["share"]) for row in rows) == pytest.approx(1, abs=1e-4)
+    assert sum(float(row["token_share"]) for row in rows) == pytest.approx(1, abs=1e-4)
+    for row in rows:
+        here = found.where(found.token_id == int(row["token_id"]))
+        assert int(row["count"]) == len(here)
+        assert float(row["kl_mean"]) == pytest.approx(here.kl.mean(), rel=1e-4)
+        assert float(row["log_ratio_mean"]) == pytest.approx(here.log_ratio.mean(), rel=1e-3)
+        assert float(row["entropy_mean"]) == pytest.approx(here.entropy.mean(), rel=1e-4)
+        assert (row["kl_std"] == "") == (len(here) == 1)
+        if len(here) > 1:
+            spread = here.kl.astype(float).std(ddof=1)
+            assert float(row["kl_std"]) == pytest.approx(spread, rel=1e-3, abs=1e-4)
+        assert float(row["rock"]) == float(row["kl_sum"])
+    assert set(select.METRICS) < set(rows[0])
+
+
+def test_lists_can_be_gated_and_say_what_they_stand_for(made):
+    out, _ = made
+    found = Occurrences.load(out / "scores" / "student.npz")
+    told = load(out / "lists" / "lists.json")
+    assert set(told) == {"rock", *select.CONTROLS}
+    for name, entry in told.items():
+        ids = load(out / "lists" / f"{name}.json")
+        assert entry["types"] == len(ids) == len(set(ids))
+        inside = np.isin(found.token_id, ids)
+        assert entry["token_share"] == pytest.approx(inside.mean())
+        share = found.kl[inside].astype(float).sum() / found.kl.astype(float).sum()
+        assert entry["kl_share"] == pytest.approx(share)
+    assert told["rock"]["residual"] is None
+    assert told["hungarian"]["residual"]["overlap"] == 0
+
+
+def test_the_reader_shows_answers_as_they_are(made):
+    out, _ = made
+    answers = corpus.read(out / "corpus")
+    found = Occurrences.load(out / "scores" / "student.npz")
+    members = set(load(out / "lists" / "rock.json"))
+    shown = load(out / "reader.json")["answers"]
+    assert len(shown) == 8
+    assert len({(a["problem"], a["text"]) for a in shown}) >= 6
+    for answer in shown:
+        tokens = answer["tokens"]
+        ids = tokens["id"]
+        at = [i for i, a in enumerate(answers.answers) if a.tolist() == ids]
+        at = [i for i in at if answers.problem_A[i] == answer["problem"]]
+        assert at
+        here = found.where(found.answer == at[0])
+        np.testing.assert_allclose(tokens["kl"], here.kl, atol=1e-5)
+        np.testing.assert_allclose(tokens["logp"], here.logp, atol=1e-5)
+        teacher = here.logp - here.log_ratio
+        np.testing.assert_allclose(tokens["teacher_logp"], teacher, atol=2e-5)
+        assert tokens["rock"] == [i in members for i in ids]
+        assert tokens["weight"] == [0.0 if i in members else 1.0 for i in ids]
+        assert all((rank <= 5) == (i in members) for i, rank in zip(ids, tokens["rank"]))  # noqa: B905
+        assert {len(column) for column in tokens.values()} == {len(ids)}
+
+
+def test_it_says_what_was_found_and_where_it_is(made):
+    out, lines = made
+    text = "\n".join(lines)
+    told = load(out / "summary.json")
+    for part in (
+        f"{told['coverage']:.1%}",
+        f"{told['coverage_null']:.1%}",
+        f"Jaccard {told['split_half']:.2f}",
+        f"{told['density_median']:.1%}",
+        str(out / "types.csv"),
+        str(out / "reader.json"),
+        repr(told["rocks"][4]["token"]),
+    ):
+        assert part in text
+    assert "12 prompts kept" in text
+
+
+def test_a_second_call_does_nothing_again(tiny, made, one_device, monkeypatch):
+    out, _ = made
+    before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file() and "figures" not in str(f)}
+    lines = []
+    monkeypatch.setattr(collect, "write", None)
+    monkeypatch.setattr(collect, "score_types", None)
+    rocks.run(rocks_flags.parse(argv(tiny, out, "--batch=3")[1:]), say=lines.append)
+    assert "summary.json is there" in "\n".join(lines)
+    assert "loading" not in "\n".join(lines)
+    for path, content in before.items():
+        if path.name != "rocks.json":
+            assert path.read_bytes() == content
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+def test_a_killed_command_goes_on(tiny, made, one_device, tmp_path, monkeypatch):
+    out, _ = made
+    write = corpus.write_answers
+
+    def dying(folder, number, rows):
+        if number == 2:
+            raise Killed
+        write(folder, number, rows)
+
+    given = argv(tiny, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "write_answers", dying)
+        with pytest.raises(Killed):
+            cli.main([*given, "--batch=4"])
+    with monkeypatch.context() as patch:
+        patch.setattr(rocks, "_write_selection", lambda bench: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            cli.main(given)
+    assert (tmp_path / "out" / "scores" / "student.npz").exists()
+    assert cli.main(given) == 0
+    for name in ("types.csv", "lists/rock.json", "summary.json", "reader.json"):
+        assert (tmp_path / "out" / name).read_text() == (out / name).read_text()
+
+
+@pytest.fixture
+def refused(capsys):
+    def run(given):
+        assert cli.main(given) == 1
+        message = capsys.readouterr().err
+        assert message.startswith("opd-jax rocks: ")
+        assert "expected" in message
+        return message
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--seed=1", "--seed 0, now it is 1"),
+        ("--k=4", "--k 5, now it is 4"),
+        ("--limit=3", "--limit None, now it is 3"),
+        ("--writer=teacher", "about the writer"),
+    ],
+)
+def test_other_flags_are_refused(tiny, made, one_device, refused, flag, named):
+    out, _ = made
+    before = (out / "rocks.json").read_text()
+    message = refused(argv(tiny, out, flag))
+    assert named in message
+    assert f"--corpus={out}" in message
+    assert (out / "rocks.json").read_text() == before
+
+
+def test_too_many_rocks_are_refused_and_fewer_go_on(tiny, one_device, tmp_path, refused):
+    given = argv(tiny, tmp_path / "out", "--limit=3")
+    message = refused([*given, "--k=600"])
+    assert "k 600" in message
+    assert "lower --k" in message
+    assert not (tmp_path / "out" / "summary.json").exists()
+    assert cli.main([*given, "--k=3"]) == 0
+    assert len(load(tmp_path / "out" / "lists" / "rock.json")) == 3
+
+
+def test_a_folder_of_something_else_is_refused(tiny, one_device, tmp_path, refused):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "notes.txt and no rocks.json" in refused(argv(tiny, tmp_path))
+    assert "another --out" in refused(argv(tiny, tmp_path / "notes.txt"))
+    assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_empty_prompt_file_is_refused(tiny, one_device, tmp_path, refused):
+    (tmp_path / "empty.jsonl").write_text("")
+    message = refused(argv(tiny, tmp_path / "out", f"--prompts={tmp_path}/empty.jsonl"))
+    assert "empty.jsonl is empty" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({}, "no models"),
+        ({"run": "r", "student": "s"}, "--run=r, --student=s"),
+        ({"student": "s", "prompts": "p"}, "both --student and --teacher"),
+        ({"student": "s", "teacher": "t", "step": 3, "prompts": "p"}, "--step is 3 without --run"),
+        ({"student": "s", "teacher": "t"}, "no --prompts"),
+        ({"run": "r", "extras": ("context", "no")}, "--with names no: .*references,"),
+        ({"run": "r", "corpus": "c", "limit": 3, "writer": "t"}, "--limit, --writer"),
+        ({"run": "r", "samples": 0}, "--samples is 0"),
+        ({"run": "r", "k": 0}, "--k is 0"),
+        ({"run": "r", "score": "best"}, "--score"),
+    ],
+)
+def test_flags_that_do_not_fit_are_named(given, named):
+    with pytest.raises(ValueError, match=named):
+        Flags(out="o", **given)
+
+
+def test_a_step_without_checkpoint_and_a_folder_without_run(workdir, tmp_path, refused):
+    assert "step '3'" in refused(["rocks", f"--run={workdir}", "--step=3", f"--out={tmp_path}/o"])
+    assert "no run.json" in refused(["rocks", f"--run={tmp_path}", f"--out={tmp_path}/o"])
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_mesh_that_does_not_fit(tiny, tmp_path, refused):
+    message = refused(argv(tiny, tmp_path / "out", "--mesh-fsdp=3"))
+    assert "--mesh-fsdp is 3 and --mesh-model 1 on 8 devices" in message
+
+
+@pytest.fixture(scope="module")
+def of_run(workdir, tmp_path_factory):
+    """Everything that a run can be asked, but gradients."""
+    out = tmp_path_factory.mktemp("of_run") / "out"
+    lines = []
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_run.use_one_device(patch)
+        extras = ("references", "context", "persistence", "optimizer")
+        rocks.run(Flags(out=str(out), run=str(workdir), k=4, extras=extras), say=lines.append)
+    return out, lines
+
+
+def test_a_run_brings_models_prompts_and_length(tiny, workdir, of_run):
+    out, _ = of_run
+    record = load(out / "rocks.json")
+    assert record["student"] == f"{workdir}@4"
+    assert record["teacher"] == f"{tiny}/teacher"
+    assert record["prompts"] == f"{tiny}/prompts.jsonl"
+    assert max(len(answer) for answer in corpus.read(out / "corpus").answers) <= 6
+
+
+def test_references_are_the_student_before_training_and_the_teacher(tiny, workdir, of_run):
+    out, _ = of_run
+    told = load(out / "references.json")
+    names = [row["name"] for row in told["corpora"]]
+    assert names == ["student", "undistilled", "undistilled_own", "teacher"]
+    before = corpus.read(out / "references" / "undistilled" / "corpus")
+    assert before.info["writer"] == f"{workdir}@0"
+    own = Occurrences.load(out / "references" / "undistilled" / "own_scores.npz")
+    assert told["corpora"][2]["kl_nats"] == pytest.approx(own.kl.astype(float).mean())
+    across = np.array(told["jaccard"])
+    assert across.shape == (4, 4)
+    np.testing.assert_array_equal(across, across.T)
+    np.testing.assert_array_equal(np.diag(across), 1)
+    assert f"undistilled: written by {workdir}@0" in told["note"]
+
+
+def test_the_answers_of_the_student_before_training_are_its_own(tiny, workdir, of_run, tmp_path):
+    """The undistilled corpus is what the student folder itself answers to the same prompts."""
+    out, _ = of_run
+    flags = Flags(
+        out=str(tmp_path / "out"),
+        student=f"{tiny}/student",
+        teacher=f"{tiny}/teacher",
+        prompts=f"{tiny}/prompts.jsonl",
+        max_new=6,
+        k=4,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_run.use_one_device(patch)
+        rocks.run(flags, say=lambda line: None)
+    alone = corpus.read(tmp_path / "out" / "corpus")
+    inside = corpus.read(out / "references" / "undistilled" / "corpus")
+    assert [a.tolist() for a in alone.answers] == [a.tolist() for a in inside.answers]
+    own = Occurrences.load(out / "references" / "undistilled" / "own_scores.npz")
+    np.testing.assert_allclose(
+        own.kl, Occurrences.load(tmp_path / "out" / "scores" / "student.npz").kl, rtol=1e-5
+    )
+
+
+def test_the_other_questions_leave_their_files(of_run):
+    out, lines = of_run
+    for name in ("context", "persistence", "optimizer"):
+        assert load(out / f"{name}.json")["note"]
+        assert any(line.startswith(f"{name}: ") for line in lines)
+    assert (out / "scores" / "undistilled.npz").exists()
+
+
+def test_what_needs_a_run_is_left_out_with_a_line(tiny, one_device, tmp_path):
+    lines = []
+    given = argv(tiny, tmp_path / "out", "--limit=4", "--with=references,context")
+    rocks.run(rocks_flags.parse(given[1:]), say=lines.append)
+    assert any(line.startswith("context: left out") and "--run" in line for line in lines)
+    assert not (tmp_path / "out" / "context.json").exists()
+    names = [row["name"] for row in load(tmp_path / "out" / "references.json")["corpora"]]
+    assert names == ["student", "teacher"]
+
+
+def test_answers_can_be_used_again(tiny, made, workdir, one_device, tmp_path, monkeypatch):
+    source, _ = made
+    monkeypatch.setattr(collect, "write", None)
+    given = ["rocks", f"--run={workdir}", f"--corpus={source}", "--k=3", f"--out={tmp_path}/out"]
+    assert cli.main(given) == 0
+    again, first = corpus.read(tmp_path / "out" / "corpus"), corpus.read(source / "corpus")
+    assert [a.tolist() for a in again.answers] == [a.tolist() for a in first.answers]
+    assert load(tmp_path / "out" / "rocks.json")["writer"] == f"{tiny}/student"
+    found = Occurrences.load(tmp_path / "out" / "scores" / "student.npz")
+    other = Occurrences.load(source / "scores" / "student.npz")
+    assert found.token_id.tolist() == other.token_id.tolist()
+    assert not np.allclose(found.kl, other.kl, rtol=1e-3)
+
+
+def test_groups_of_the_gradients_do_not_share_types(made):
+    out, _ = made
+
+    class Bench:
+        found = Occurrences.load(out / "scores" / "student.npz")
+        sums = TypeStats.of_occurrences(found)
+        rule = select.Rule()
+        rocks = select.rocks(sums, 5)
+        flags = Flags(out="o", run="r")
+
+    groups = followups.gradient_groups(Bench())
+    together = np.concatenate(list(groups.values()))
+    assert len(together) == len(np.unique(together))
+    assert groups["rock"].tolist() == Bench.rocks.tolist()
+    assert (Bench.sums.count[groups["random"]] >= 2).all()
