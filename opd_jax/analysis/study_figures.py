@@ -60,8 +60,8 @@ def geometry(data: Mapping[str, Any]) -> Plate:
         "gradients",
         "Are their gradients small, or averaged away?",
         "Medians over types with their intervals. The mean over all occurrences shrinks with n: "
-        f"for rocks {_text(raw)} against {_text(value(rock, 'mean_norm'))} of one occurrence; as a "
-        f"mean of 8, which every group can be compared at, it is {_text(matched)}. Control: types "
+        f"for rocks {style.measured(raw)} against {style.measured(value(rock, 'mean_norm'))} of one occurrence; as a "
+        f"mean of 8, which every group can be compared at, it is {style.measured(matched)}. Control: types "
         "matched by count.",
         figure,
     )
@@ -89,7 +89,9 @@ def _ranges(axes: Axes, rows: Sequence[tuple[str, str]], group: Mapping[str, Any
 
 def persistence(data: Mapping[str, Any]) -> list[Plate]:
     """Mean KL of every model on every corpus by group, and the changes with intervals."""
-    plates = [_matrix(data)] if data["groups"] else []
+    # A group none of whose types occurs in the half that is measured has no numbers.
+    seen = [g for g in data["groups"] if np.isfinite(np.array(g["matrix"], float)).any()]
+    plates = [_matrix({**data, "groups": seen})] if seen else []
     return plates + ([_changes(data)] if data["tests"] else [])
 
 
@@ -99,12 +101,13 @@ def _matrix(data: Mapping[str, Any]) -> Plate:
     figure = style.figure(0.9 + wide * len(groups), 1.8 + 0.42 * len(models))
     panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
     for axes, group in zip(panels, groups, strict=True):
-        cells = np.array(group["matrix"], float)
-        top = np.nanmax(cells) or 1.0
+        cells = np.ma.masked_invalid(np.array(group["matrix"], float))
+        top = float(cells.max() or 1.0)
         axes.pcolormesh(cells, cmap="Blues", vmin=0, vmax=top, edgecolor="#F7FBFE", linewidth=1.5)
-        for (i, j), cell in np.ndenumerate(cells):
+        for (i, j), cell in np.ndenumerate(cells.filled(np.nan)):
             color = "#FDFDFD" if cell > 0.55 * top else "#101418"  # of the cell, not of the theme
-            axes.text(j + 0.5, i + 0.5, f"{cell:.2g}", ha="center", va="center", color=color)
+            color = INK if np.isnan(cell) else color
+            axes.text(j + 0.5, i + 0.5, style.measured(cell), ha="center", va="center", color=color)
         axes.set_xticks(np.arange(len(corpora)) + 0.5, corpora, rotation=30, ha="right")
         axes.set_yticks(np.arange(len(models)) + 0.5, models)
         axes.set_ylim(len(models), 0)
@@ -137,12 +140,7 @@ def _changes(data: Mapping[str, Any]) -> Plate:
         rows = [(i, t) for i, t in enumerate(tests) if t["effect"] == effect]
         if not rows:
             continue
-        places = [i for i, _ in rows]
-        axes.hlines(
-            places, [t["low"] for _, t in rows], [t["high"] for _, t in rows], color=color, lw=2
-        )
-        delta = [t["delta"] for _, t in rows]
-        axes.plot(delta, places, "o", color=color, markersize=6, label=EFFECTS[effect])
+        style.intervals(axes, [t for _, t in rows], [i for i, _ in rows], color, EFFECTS[effect])
     axes.axvline(0, color=INK, linewidth=0.9)
     axes.set_yticks(range(len(tests)), [_test_name(test) for test in tests])
     axes.set_ylim(len(tests) - 0.4, -0.6)
@@ -164,7 +162,3 @@ def _changes(data: Mapping[str, Any]) -> Plate:
 def _test_name(test: Mapping[str, Any]) -> str:
     group = NAMES.get(test["group"], test["group"].replace("_", " "))
     return f"{group}, {test['from']} → {test['to']}"
-
-
-def _text(number: float) -> str:
-    return "not measured" if np.isnan(number) else f"{number:.3g}"
