@@ -86,7 +86,7 @@ class TrainSpec:
     steps: int = 1000  # optimizer steps
     prompts: int = 16  # prompts per step; rows per step are prompts x rollout.samples
     microbatches: int = 1  # equal pieces a step's rows are scanned in
-    normaliser: str = "tokens"  # or weight
+    normaliser: str = "tokens"  # or weight; per_sequence for comparison
 
 
 @dataclasses.dataclass(frozen=True)
