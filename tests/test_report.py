@@ -110,7 +110,7 @@ def test_missing_pieces_name_the_command_that_makes_them(made, tmp_path):
     text = (made / "one.html").read_text()
     for command in ("opd-jax sweep --config=FILE", "opd-jax rocks --run=RUN --out=DIR"):
         assert f"<code>{command}" in text
-    assert data_of(made / "one.html")["types"] is None
+    assert "types" not in data_of(made / "one.html")
     out = rocks_out.make_out(tmp_path / "out")
     for name in ("gradients.json", "persistence.json", "selection.json", "types.csv"):
         (out / name).unlink()

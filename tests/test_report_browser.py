@@ -29,9 +29,12 @@ def page(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def driver():
-    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium import webdriver
+
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    assert browser, f"found none of {', '.join(BROWSERS)}; install chromium and chromium-driver"
+    needed = "install chromium and chromium-driver"
+    assert browser, f"found none of {', '.join(BROWSERS)} on PATH; {needed}"
+    assert shutil.which("chromedriver"), f"found no chromedriver on PATH; {needed}"
     options = webdriver.ChromeOptions()
     options.binary_location = browser
     arguments = ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage"]

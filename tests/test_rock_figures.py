@@ -1,5 +1,6 @@
 """Figures of hand-made results: what is drawn is what the files say."""
 
+import itertools
 import json
 import warnings
 
@@ -97,12 +98,17 @@ def test_a_funnel_with_zeros_and_giants_still_shows_zero(selection):
     assert axes.get_yscale() == "symlog"
 
 
-def test_names_of_the_funnel_do_not_meet(selection):
+def test_names_of_the_funnel_meet_neither_names_nor_rocks(selection):
     rock = selection["funnel"]["rocks"][0]
-    selection["funnel"]["rocks"] = [dict(rock) for _ in range(30)]
+    crowd = [dict(rock, kl_mean=rock["kl_mean"] * (1 + i / 100)) for i in range(30)]
+    selection["funnel"]["rocks"] += crowd
     (axes,) = rock_figures.funnel(selection["funnel"]).figure.axes
-    names = [text for text in axes.texts if not text.get_text().startswith("corpus mean")]
-    assert len(names) == 1
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert 2 < len(boxes) < 14
+    for a, b in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b)
+    for point in axes.transData.transform(axes.collections[-1].get_offsets()):
+        assert not any(box.contains(*point) for box in boxes[1:])  # the first names the line
 
 
 def test_the_funnel_note_counts(selection):
@@ -182,7 +188,7 @@ def test_a_number_that_was_not_measured_is_no_error():
     assert study_figures.value(group, "norm_at.2") == 0.5
     assert np.isnan(study_figures.value(group, "norm_at.8"))
     assert np.isnan(study_figures.value(group, "mean_norm"))
-    assert "not measured" in study_figures.geometry({"groups": [group]}).note
+    assert "against – of one occurrence" in study_figures.geometry({"groups": [group]}).note
 
 
 def test_matrices_are_written_out(out):
@@ -201,6 +207,16 @@ def test_changes_are_counted_after_correction(out):
     _, changes = study_figures.persistence(data)
     assert changes.note.startswith("7 of 9 changes")
     assert len(changes.figure.axes[0].get_yticklabels()) == 9
+
+
+def test_a_change_or_cell_that_was_not_measured_is_no_error(out):
+    data = json.loads((out / "persistence.json").read_text())
+    data["tests"][0] |= {"low": None, "high": None}
+    data["groups"][0]["matrix"][0][1] = None
+    matrix, changes = study_figures.persistence(data)
+    assert [text.get_text() for text in matrix.figure.axes[0].texts][:3] == ["1.2", "–", "1.4"]
+    bars = len(changes.figure.axes[0].collections)
+    assert bars == len(data["tests"]) - 1
 
 
 def test_many_tests_are_cut_to_the_whole_way(out):

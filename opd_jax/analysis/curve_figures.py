@@ -70,8 +70,7 @@ def comparisons(sweep: Mapping[str, Any]) -> Plate:
             place = names.index(row["arm"])
             is_sure = row["p_adjusted"] is not None and row["p_adjusted"] < 0.05
             color = SERIES[0] if is_sure else MUTED
-            axes.hlines(place, row["low"], row["high"], color=color, linewidth=2)
-            axes.plot(row["delta"], place, "o", color=color, markersize=6.5)
+            style.intervals(axes, [row], [place], color)
         axes.axvline(0, color=INK, linewidth=0.9)
         axes.set_title(METRICS[metric])
         axes.set_xlabel(f"difference from {sweep['baseline']}")

@@ -180,10 +180,12 @@ def _page(
     sections.append(("sweep", "Arms and seeds", _sweep(swept, arms)))
     data: dict[str, Any] = {"heat": page_data.HEAT}
     sections.append(("rocks", "Rock Tokens", _rocks(folder)))
-    table, data["types"] = _types(folder)
-    sections.append(("types", "Every type", table))
+    if folder is not None:
+        table, data["types"] = _types(folder)
+        sections.append(("types", "Every type", table))
     data["answers"] = _answers(folder, found, files)
-    sections.append(("reader", "Read the answers", _reader(data["answers"])))
+    rocks = folder is not None and (folder / "reader.json").exists()
+    sections.append(("reader", "Read the answers", _reader(data["answers"], rocks)))
     title = f"Distilling {models.teacher} into {models.student}"
     subtitle = ", ".join([*found, *(["a sweep"] if swept else []), *(["rocks"] if folder else [])])
     main = _tiles(found, folder) + "".join(
@@ -324,8 +326,8 @@ def _rocks(folder: Path | None) -> str:
     return text
 
 
-def _types(folder: Path | None) -> tuple[str, dict[str, Any] | None]:
-    if folder is None or not (folder / "types.csv").exists():
+def _types(folder: Path) -> tuple[str, dict[str, Any] | None]:
+    if not (folder / "types.csv").exists():
         return _missing(
             "The table of types is not there.", "opd-jax rocks --run=RUN --out=DIR"
         ), None
@@ -347,7 +349,7 @@ def _answers(
     return [answer for part in parts for answer in part][: page_data.MAX_ANSWERS]
 
 
-def _reader(answers: Sequence[Mapping[str, Any]]) -> str:
+def _reader(answers: Sequence[Mapping[str, Any]], has_rocks: bool) -> str:
     if not answers:
         return _missing(
             "No answers were kept.",
@@ -357,8 +359,9 @@ def _reader(answers: Sequence[Mapping[str, Any]]) -> str:
     ticks = [
         f"{10.0**power:g}" for power in range(round(math.log10(low)), round(math.log10(high)) + 1)
     ]
-    ramp = "".join(f"<span>{tick}</span>" for tick in ticks)
-    return _resource("reader.html").replace("{{ramp}}", ramp)
+    ramp = "".join(f"<span>{tick}</span>" for tick in ticks[:-1]) + f"<span>{ticks[-1]}+</span>"
+    outlined = "a rock" if has_rocks else "among the types with most KL when the run ended"
+    return _resource("reader.html").replace("{{ramp}}", ramp).replace("{{outlined}}", outlined)
 
 
 def _plates(plates: Sequence[style.Plate]) -> str:

@@ -15,12 +15,22 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import Bbox
 
 from opd_jax.analysis import corpus, run_files, study_figures, style
 from opd_jax.analysis.style import ACCENT, INK, MAIN, MUTED, PAPER, TOKEN_FONT, Plate
 
-_LABELLED = 10  # rocks of the funnel that are named
+_LABELLED = 12  # rocks of the funnel that are named, where there is room
+# Where a name may stand beside its point (offset in points, the corner at the point), best first.
+_PLACES = (
+    ((5, 3), ("left", "bottom")),
+    ((-5, 3), ("right", "bottom")),
+    ((5, -3), ("left", "top")),
+    ((-5, -3), ("right", "top")),
+)
 _SYMLOG = 200.0  # a funnel whose largest mean KL is this many times its median needs a log axis
 _SYMLOG_FROM = 0.1  # nats; below, the axis is linear (a mean KL may be 0)
 
@@ -132,22 +142,22 @@ def funnel(data: Mapping[str, Any]) -> Plate:
         axes.set_yscale("symlog", linthresh=_SYMLOG_FROM)
     elif means and min([*means, *(b["p10"] for b in bins)]) > 0:
         style.log_ticks(axes, "y")
-    axes.margins(x=0.04)
-    _name_points(axes, rocks)
-    axes.annotate(
-        f"corpus mean {data['kl_mean']:.3g}",
-        (0.995, data["kl_mean"]),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 4),
-        textcoords="offset points",
-        ha="right",
-        color=INK,
-        fontsize=8.5,
-    )
     axes.set_xlabel("occurrences of the type in the corpus")
     axes.set_ylabel("mean KL, nats")
     axes.set_title("Mean KL by frequency")
     axes.legend(**style.LEGEND | {"ncols": 3})
+    axes.margins(x=0.04, y=0.08)
+    mean = axes.annotate(
+        f"corpus mean {data['kl_mean']:.3g}",
+        (0.005, data["kl_mean"]),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="left",
+        color=INK,
+        fontsize=8.5,
+    )
+    _name_points(axes, rocks, mean)
     middle = float(np.median([r["count"] for r in rocks])) if rocks else 0.0
     above = sum(r["kl_mean"] > data["kl_mean"] for r in rocks)
     return Plate(
@@ -161,27 +171,35 @@ def funnel(data: Mapping[str, Any]) -> Plate:
     )
 
 
-def _name_points(axes: Axes, rocks: Sequence[Mapping[str, Any]]) -> None:
-    """Name the rocks that carry most KL, where a name does not meet one that is there already."""
-    figure = axes.figure
-    figure.canvas.draw()  # settles the layout: only then are the places of points known
-    taken: list[np.ndarray] = []
-    for rock in sorted(rocks, key=lambda r: -r["count"] * r["kl_mean"]):
-        at = axes.transData.transform((rock["count"], rock["kl_mean"])) * 72 / figure.dpi
-        if len(taken) == _LABELLED:
-            break
-        if any(abs(at[0] - other[0]) < 46 and abs(at[1] - other[1]) < 12 for other in taken):
-            continue
-        taken.append(at)
-        axes.annotate(
+def _name_points(axes: Axes, rocks: Sequence[Mapping[str, Any]], mean: Annotation) -> None:
+    """Name the rocks that carry most KL, where a name meets no other name and no rock."""
+    canvas = FigureCanvasAgg(axes.figure.figure)  # pyright: ignore[reportArgumentType]
+    canvas.draw()  # settles the layout: only then are the places of points known
+    renderer = canvas.get_renderer()
+    places = [axes.transData.transform((r["count"], r["kl_mean"])) for r in rocks]
+    taken = [mean.get_window_extent(renderer)]
+    taken += [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in places]
+    panel = axes.get_window_extent(renderer)
+    for rock in sorted(rocks, key=lambda r: -r["count"] * r["kl_mean"])[:_LABELLED]:
+        name = axes.annotate(
             style.token_label(rock["token"]),
             (rock["count"], rock["kl_mean"]),
-            xytext=(5, 3),
+            xytext=(0, 0),
             textcoords="offset points",
             fontfamily=TOKEN_FONT,
             fontsize=8.5,
             color=INK,
         )
+        for shift, (side, edge) in _PLACES:
+            name.xyann = shift
+            name.set(ha=side, va=edge)
+            box = name.get_window_extent(renderer)
+            is_inside = panel.x0 <= box.x0 and box.x1 <= panel.x1 and box.y1 <= panel.y1
+            if is_inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+        else:
+            name.remove()
 
 
 def stability(selection: Mapping[str, Any]) -> Plate:
@@ -213,10 +231,14 @@ def stability(selection: Mapping[str, Any]) -> Plate:
         "How much do the top K carry, and would they be found again?",
         f"At K = {selection['k']} the types carry {cover['value']:.1%} of the KL (null "
         f"{cover['null']:.1%}) and two disjoint halves of the problems agree by a Jaccard of "
-        f"{halves['value']:.2f} (null {halves['null']:.2f}). Bands are intervals. Null: "
-        f"{selection.get('null_note', 'KL shuffled among positions.')}",
+        f"{halves['value']:.2f} (null {halves['null']:.2f}). Bands are intervals. "
+        f"{_sentence(selection.get('null_note', 'null: KL shuffled among positions'))}",
         figure,
     )
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
 def _against_null(axes: Axes, rows: Sequence[Mapping[str, Any]], title: str, label: str) -> None:

@@ -55,14 +55,15 @@ def geometry(data: Mapping[str, Any]) -> Plate:
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(groups))
     rock = next((g for g in groups if g["group"] == "rock"), groups[0])
-    raw, matched = value(rock, "norm_of_mean"), value(rock, "norm_at.8")
+    one, all_n, matched = (
+        style.measured(value(rock, name)) for name in ("mean_norm", "norm_of_mean", "norm_at.8")
+    )
     return Plate(
         "gradients",
         "Are their gradients small, or averaged away?",
         "Medians over types with their intervals. The mean over all occurrences shrinks with n: "
-        f"for rocks {style.measured(raw)} against {style.measured(value(rock, 'mean_norm'))} of one occurrence; as a "
-        f"mean of 8, which every group can be compared at, it is {style.measured(matched)}. Control: types "
-        "matched by count.",
+        f"for rocks {all_n} against {one} of one occurrence; as a mean of 8, which every group can "
+        f"be compared at, it is {matched}. Control: types matched by count.",
         figure,
     )
 
@@ -107,7 +108,9 @@ def _matrix(data: Mapping[str, Any]) -> Plate:
         for (i, j), cell in np.ndenumerate(cells.filled(np.nan)):
             color = "#FDFDFD" if cell > 0.55 * top else "#101418"  # of the cell, not of the theme
             color = INK if np.isnan(cell) else color
-            axes.text(j + 0.5, i + 0.5, style.measured(cell), ha="center", va="center", color=color)
+            axes.text(
+                j + 0.5, i + 0.5, style.measured(cell, 2), ha="center", va="center", color=color
+            )
         axes.set_xticks(np.arange(len(corpora)) + 0.5, corpora, rotation=30, ha="right")
         axes.set_yticks(np.arange(len(models)) + 0.5, models)
         axes.set_ylim(len(models), 0)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import math
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -197,6 +199,25 @@ def plain(value: float, _: int = 0) -> str:
 def percent(value: float, _: int = 0) -> str:
     """A tick of a share, as per cent; above 1 there is only room for labels."""
     return f"{100 * value:g}%" if value < 1.0 + 1e-9 else ""
+
+
+def measured(number: float | None, digits: int = 3) -> str:
+    """A number for a text; a dash where nothing was measured."""
+    return "–" if number is None or math.isnan(number) else f"{number:.{digits}g}"
+
+
+def intervals(
+    axes: Axes,
+    rows: Sequence[Mapping[str, Any]],
+    places: Sequence[float],
+    color: str,
+    label: str | None = None,
+) -> None:
+    """Draw "delta" as points and "low" to "high" as bars; a row may have no interval."""
+    for row, place in zip(rows, places, strict=True):
+        if row["low"] is not None:
+            axes.hlines(place, row["low"], row["high"], color=color, linewidth=2)
+    axes.plot([row["delta"] for row in rows], places, "o", color=color, markersize=6, label=label)
 
 
 def log_ticks(axes: Axes, axis: Literal["x", "y"]) -> None:

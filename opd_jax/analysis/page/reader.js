@@ -49,25 +49,29 @@ if (page.answers?.length) {
     const get = (name) => column(name)(i);
     const title = make("h3", `${get("text")} `);
     title.append(make("span", `id ${get("id")}, ${i + 1} of ${marks.length}`));
-    const table = make("table");
-    for (const [name, ...values] of [
-      ["", "student", "teacher"],
-      ["log p", number(get("logp")), number(get("teacher_logp"))],
-      ["p", chance(get("logp")), chance(get("teacher_logp"))],
-      ["entropy", number(get("entropy")), number(get("teacher_entropy"))],
-    ]) {
-      const row = make("tr");
-      row.append(make("th", name, { scope: "row" }));
-      for (const value of values) row.append(name ? make("td", value) : make("th", value, { scope: "col" }));
-      table.append(row);
+    const parts = [title, make("p", `KL ${number(get("kl"))} nats`)];
+    if (get("logp") !== null || get("entropy") !== null) {
+      const table = make("table");
+      const head = make("tr");
+      head.append(make("td"), make("th", "student", { scope: "col" }), make("th", "teacher", { scope: "col" }));
+      table.append(head);
+      for (const [name, ...values] of [
+        ["log p", number(get("logp")), number(get("teacher_logp"))],
+        ["p", chance(get("logp")), chance(get("teacher_logp"))],
+        ["entropy", number(get("entropy")), number(get("teacher_entropy"))],
+      ]) {
+        const row = make("tr");
+        row.append(make("th", name, { scope: "row" }), ...values.map((value) => make("td", value)));
+        table.append(row);
+      }
+      parts.push(table);
     }
     const list = make("dl");
-    for (const [name, value] of [
-      ["Rock Score", number(get("score"))],
-      ["rank", number(get("rank")) + (get("rock") ? ", rock" : "")],
-      ["gate weight", number(get("weight"))],
-    ]) list.append(make("dt", name), make("dd", value));
-    inspector.replaceChildren(title, make("p", `KL ${number(get("kl"))} nats`), table, list);
+    for (const [name, label] of [["score", "Rock Score"], ["rank", "rank"], ["weight", "gate weight"]]) {
+      if (get(name) !== null) list.append(make("dt", label), make("dd", number(get(name))));
+    }
+    if (list.children.length) parts.push(list);
+    inspector.replaceChildren(...parts);
   }
 
   function select(i, isFocus = true) {
