@@ -61,6 +61,7 @@ def make_out(folder: Path, *, types: int = 300, k: int = 20, seed: int = 0) -> P
     _write_selection(folder, rows, count, mean, k)
     _write_gradients(folder, rows, k)
     _write_persistence(folder)
+    _write_references(folder)
     _write_corpus(folder, rng, count, rocks)
     _write_reader(folder, rng, rows)
     write(folder / "lists" / "rock.json", [int(i) for i in rocks])
@@ -229,6 +230,40 @@ def _write_persistence(folder) -> None:
     write(
         folder / "persistence.json",
         {"models": models, "corpora": models, "groups": groups, "tests": tests, "note": "n"},
+    )
+
+
+def _write_references(folder) -> None:
+    corpora = [
+        {
+            "name": name,
+            "tokens": 1000,
+            "kl_nats": kl,
+            "coverage": coverage,
+            "coverage_low": coverage - 0.02,
+            "coverage_high": coverage + 0.02,
+            "coverage_null": coverage - 0.1,
+            "density_median": 0.5,
+            "types_seen": 200,
+        }
+        for name, kl, coverage in (("student", 0.42, 0.62), ("teacher", 0.9, 0.7))
+    ]
+    jaccard = [[1.0, 0.25], [0.25, 1.0]]
+    write(folder / "references.json", {"corpora": corpora, "jaccard": jaccard, "note": "n"})
+    groups = [
+        {
+            "group": group,
+            "types": 20,
+            "token_share": 0.3,
+            "second_moment": [value, 2 * value],
+            "effective_step": [0.2, None],
+        }
+        for group, value in (("rock", 1e-6), ("control", 1e-8))
+    ]
+    tests = [{"p_adjusted": 0.01}, {"p_adjusted": 0.6}]
+    write(
+        folder / "optimizer.json",
+        {"steps": [40, 120], "groups": groups, "tests": tests, "note": "n"},
     )
 
 

@@ -83,7 +83,7 @@ def test_the_page_is_whole_and_needs_no_network(made, name):
 def test_every_figure_has_a_note_and_a_name(made):
     outline = parse(made / "all.html")
     svgs = [attrs for tag, attrs in outline.tags if tag == "svg"]
-    assert len(svgs) == 3 + 8  # of runs and arms, of rocks
+    assert len(svgs) == 3 + 10  # of runs and arms, of rocks
     assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in svgs)
     assert sum(tag == "figcaption" for tag, _ in outline.tags) == len(svgs)
 
@@ -112,12 +112,12 @@ def test_missing_pieces_name_the_command_that_makes_them(made, tmp_path):
         assert f"<code>{command}" in text
     assert "types" not in data_of(made / "one.html")
     out = rocks_out.make_out(tmp_path / "out")
-    for name in ("gradients.json", "persistence.json", "selection.json", "types.csv"):
+    requested = ("references", "gradients", "persistence", "optimizer")
+    for name in ("selection.json", "types.csv", *(f"{name}.json" for name in requested)):
         (out / name).unlink()
     report.report([made / "one"], tmp_path / "r.html", rocks=out)
     text = (tmp_path / "r.html").read_text()
-    assert "--with=gradients" in text
-    assert "--with=persistence" in text
+    assert all(f"--with={name}" in text for name in requested)
     assert "The selection is not there" in text
     assert "The table of types is not there" in text
 

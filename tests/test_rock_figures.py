@@ -14,7 +14,7 @@ from opd_jax import records
 from opd_jax.analysis import rock_figures, study_figures, style
 
 NAMES = ["funnel", "stability", "density", "controls", "groups"]
-NAMES += ["gradients", "persistence", "changes"]
+NAMES += ["references", "gradients", "persistence", "changes", "optimizer"]
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +227,26 @@ def test_many_tests_are_cut_to_the_whole_way(out):
     labels = [label.get_text() for label in changes.figure.axes[0].get_yticklabels()]
     assert len(labels) == 9
     assert all("step-120" in label for label in labels)
+
+
+def test_other_writers_stand_beside_the_first(out):
+    data = json.loads((out / "references.json").read_text())
+    plate = study_figures.references(data)
+    left, right = plate.figure.axes
+    assert xy(labelled(left, "measured"))[0] == [0.62, 0.7]
+    assert xy(labelled(left, "null"))[0] == [row["coverage_null"] for row in data["corpora"]]
+    assert [text.get_text() for text in right.texts] == ["1", "0.25", "0.25", "1"]
+    assert "teacher 70.0% (null 60.0%), Jaccard 0.25" in plate.note
+
+
+def test_moments_are_drawn_where_they_were_measured(out):
+    data = json.loads((out / "optimizer.json").read_text())
+    plate = study_figures.optimizer(data)
+    left, right = plate.figure.axes
+    assert xy(labelled(left, "rocks")) == ([40, 120], [1e-6, 2e-6])
+    assert xy(labelled(right, "matched by count")) == ([40], [0.2])
+    assert (left.get_yscale(), right.get_yscale()) == ("log", "linear")
+    assert "1 of 2 rank correlations" in plate.note
 
 
 def test_a_page_figure_takes_its_colours_from_the_page(selection):

@@ -32,9 +32,12 @@ _SAME = {
     "stop_ids": "vocabulary",
     "data.heldout": "held-out file",
 }
-_MADE_BY = {
-    "gradients.json": ("gradients", "How their gradients lie"),
-    "persistence.json": ("persistence", "Whether their KL stays"),
+# Files of OUT that are computed on request, and what is not known without them.
+_ON_REQUEST = {
+    "references": "Whether other writers' texts have the same rocks",
+    "gradients": "How their gradients lie",
+    "persistence": "Whether their KL stays",
+    "optimizer": "Whether Adam holds them back",
 }
 
 
@@ -318,10 +321,10 @@ def _rocks(folder: Path | None) -> str:
     text += _plates(rock_figures.plates(folder))
     if not (folder / "selection.json").exists():
         text += _missing("The selection is not there.", "opd-jax rocks --run=RUN --out=DIR")
-    for name, (flag, heading) in _MADE_BY.items():
-        if not (folder / name).exists():
+    for name, question in _ON_REQUEST.items():
+        if not (folder / f"{name}.json").exists():
             text += _missing(
-                f"{heading} was not computed.", f"opd-jax rocks --run=RUN --out=DIR --with={flag}"
+                f"{question} was not computed.", f"opd-jax rocks --run=RUN --out=DIR --with={name}"
             )
     return text
 

@@ -82,10 +82,14 @@ def plates(out_dir: str | os.PathLike) -> list[Plate]:
             ("groups", lambda: groups(selection["groups"])),
         ]
         made += [draw() for key, draw in steps if selection.get(key)]
+    if references := read(folder, "references.json"):
+        made.append(study_figures.references(references))
     if gradients := read(folder, "gradients.json"):
         made.append(study_figures.geometry(gradients))
     if persistence := read(folder, "persistence.json"):
         made += study_figures.persistence(persistence)
+    if optimizer := read(folder, "optimizer.json"):
+        made.append(study_figures.optimizer(optimizer))
     return made
 
 

@@ -1,4 +1,4 @@
-"""Figures of what is computed on request: gradient geometry and persistence."""
+"""Figures of what is computed on request: other writers, gradients, persistence, the optimizer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from opd_jax.analysis import style
 from opd_jax.analysis.style import ACCENT, GREEN, INK, MAIN, MUTED, PURPLE, Plate
@@ -102,22 +103,7 @@ def _matrix(data: Mapping[str, Any]) -> Plate:
     figure = style.figure(0.9 + wide * len(groups), 1.8 + 0.42 * len(models))
     panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
     for axes, group in zip(panels, groups, strict=True):
-        cells = np.ma.masked_invalid(np.array(group["matrix"], float))
-        top = float(cells.max() or 1.0)
-        axes.pcolormesh(cells, cmap="Blues", vmin=0, vmax=top, edgecolor="#F7FBFE", linewidth=1.5)
-        for (i, j), cell in np.ndenumerate(cells.filled(np.nan)):
-            color = "#FDFDFD" if cell > 0.55 * top else "#101418"  # of the cell, not of the theme
-            color = INK if np.isnan(cell) else color
-            axes.text(
-                j + 0.5, i + 0.5, style.measured(cell, 2), ha="center", va="center", color=color
-            )
-        axes.set_xticks(np.arange(len(corpora)) + 0.5, corpora, rotation=30, ha="right")
-        axes.set_yticks(np.arange(len(models)) + 0.5, models)
-        axes.set_ylim(len(models), 0)
-        axes.tick_params(length=0)
-        axes.grid(visible=False)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        _cells(axes, group["matrix"], models, corpora)
         axes.set_title(NAMES.get(group["group"], group["group"].replace("_", " ")))
         axes.set_xlabel("text written by")
     panels[0].set_ylabel("scored by")
@@ -129,6 +115,31 @@ def _matrix(data: Mapping[str, Any]) -> Plate:
         "own colour scale.",
         figure,
     )
+
+
+def _cells(
+    axes: Axes,
+    table: Sequence[Sequence[float | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    top: float | None = None,
+) -> None:
+    """Draw a table as shaded cells with their numbers, the first row on top."""
+    cells = np.ma.masked_invalid(np.array(table, float))
+    top = top or float(cells.max() or 1.0)
+    axes.pcolormesh(cells, cmap="Blues", vmin=0, vmax=top, edgecolor="#F7FBFE", linewidth=1.5)
+    for (i, j), cell in np.ndenumerate(cells.filled(np.nan)):
+        color = "#FDFDFD" if cell > 0.55 * top else "#101418"  # of the cell, not of the theme
+        color = INK if np.isnan(cell) else color
+        place = (j + 0.5, i + 0.5)
+        axes.text(*place, style.measured(cell, 2), ha="center", va="center", color=color)
+    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=30, ha="right")
+    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    axes.set_ylim(len(rows), 0)
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
 def _changes(data: Mapping[str, Any]) -> Plate:
@@ -165,3 +176,76 @@ def _changes(data: Mapping[str, Any]) -> Plate:
 def _test_name(test: Mapping[str, Any]) -> str:
     group = NAMES.get(test["group"], test["group"].replace("_", " "))
     return f"{group}, {test['from']} → {test['to']}"
+
+
+def references(data: Mapping[str, Any]) -> Plate:
+    """Rocks of other writers' texts: how much they carry, and whether they are the same types."""
+    rows = data["corpora"]
+    names = [row["name"] for row in rows]
+    figure = style.figure(9.0, 1.9 + 0.5 * len(rows))
+    left, right = figure.subplots(1, 2)
+    places = list(range(len(rows)))
+    for row, place in zip(rows, places, strict=True):
+        if row.get("coverage_low") is not None:
+            left.hlines(place, row["coverage_low"], row["coverage_high"], color=MAIN, linewidth=2)
+    left.plot([row["coverage"] for row in rows], places, "o", color=MAIN, label="measured")
+    left.plot([row["coverage_null"] for row in rows], places, "D", color=MUTED, label="null")
+    left.set_yticks(places, names)
+    left.set_ylim(len(rows) - 0.4, -0.6)
+    left.set_xlim(0, 1)
+    left.xaxis.set_major_formatter(FuncFormatter(style.percent))
+    left.set_xlabel("share of the text's KL in its own rocks")
+    left.grid(visible=False, axis="y")
+    left.legend(**style.LEGEND)
+    _cells(right, data["jaccard"], names, names, 1.0)
+    right.set_title("Jaccard of their rocks")
+    first, *others = rows
+    note = (
+        f"Rocks of the text written by {first['name']} carry {first['coverage']:.1%} of its KL "
+        f"(null {first['coverage_null']:.1%})."
+    )
+    for other, overlap in zip(others, data["jaccard"][0][1:], strict=True):
+        note += (
+            f" Control: {other['name']} {other['coverage']:.1%} (null "
+            f"{other['coverage_null']:.1%}), Jaccard {style.measured(overlap, 2)}."
+        )
+    return Plate("references", "Do other writers' texts have the same rocks?", note, figure)
+
+
+def optimizer(data: Mapping[str, Any]) -> Plate:
+    """Adam's second moment and effective step of the rows of each group, by checkpoint."""
+    figure = style.figure(10.0, 3.9)
+    panels = figure.subplots(1, 2)
+    for axes, (key, title) in zip(
+        panels,
+        (("second_moment", "Second moment of the rows"), ("effective_step", "Effective step")),
+        strict=True,
+    ):
+        everything: list[float] = []
+        for group in data["groups"]:
+            points = [(s, v) for s, v in zip(data["steps"], group[key], strict=True) if v]
+            values = [value for _, value in points]
+            everything += values
+            axes.plot(
+                [step for step, _ in points],
+                values,
+                color=COLORS.get(group["group"], PURPLE),
+                marker="o",
+                markersize=5,
+                label=NAMES.get(group["group"], group["group"].replace("_", " ")),
+            )
+        if everything and max(everything) > style.LOG_SPAN * min(everything):
+            axes.set_yscale("log")
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    sure = sum(test["p_adjusted"] < 0.05 for test in data["tests"])
+    return Plate(
+        "optimizer",
+        "Does Adam hold them back?",
+        f"Medians over the types of a group. {sure} of {len(data['tests'])} rank correlations are "
+        "told from 0 at 5% after Benjamini and Hochberg. Control: types matched by count.",
+        figure,
+    )
