@@ -20,9 +20,11 @@ V, REAL = 32, 29
 GROUPS = {"rock": [1, 2], "high_kl": [5, 6], "control": [3, 4], "random": [7]}
 
 
-def make_pair(axes=(1, 1, 1), *, tied=False, chunk=5) -> Pair:
-    student = ModelConfig("qwen3", V, 16, 24, 1, 2, 2, 8, qk_norm=True, tied=tied)
-    teacher = ModelConfig("qwen3", V, 8, 24, 1, 2, 2, 8, qk_norm=True)
+def make_pair(axes=(1, 1, 1), *, tied=False, chunk=5, dtype="float32") -> Pair:
+    student, teacher = (
+        ModelConfig("qwen3", V, width, 24, 1, 2, 2, 8, qk_norm=True, tied=is_tied, dtype=dtype)
+        for width, is_tied in ((16, tied), (8, False))
+    )
     on = mesh.make(*axes, devices=jax.devices()[: int(np.prod(axes))])
     trees = []
     for cfg, seed in ((student, 1), (teacher, 2)):
@@ -156,6 +158,26 @@ def test_a_mesh_of_eight_is_one_device():
         for name, value in want.items():
             if isinstance(value, float):
                 np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_bf16_models_are_summed_in_f32():
+    """Only the states are rounded, by either order of the same forward pass."""
+    corpus, pair = make_corpus(), make_pair(dtype="bfloat16")
+    expected = expected_types(corpus, pair)
+    found = report(corpus, pair)
+    for row in found["types"]:
+        for name in ("mean_norm", "norm_of_mean", "cos_balanced", "param_norm_of_mean"):
+            value = expected[row["token_id"]][name]
+            np.testing.assert_allclose(row[name], value, rtol=3e-2, atol=1e-3, err_msg=name)
+    np.testing.assert_allclose(
+        found["identities"]["contributions_global"], found["norm_global"], rtol=1e-5
+    )
+
+
+def test_types_share_a_pass_until_the_budget_is_full():
+    count = np.array([2, 9, 1, 3, 1, 2])
+    groups = gradient_sums._groups(np.arange(6), count, 5)
+    assert list(groups) == [[0], [1], [2, 3, 4], [5]]
 
 
 def test_budgets_do_not_matter(monkeypatch):

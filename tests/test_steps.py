@@ -330,6 +330,7 @@ def test_evaluation_measures_gated_positions_too(plain, dense):
     mask, reverse = BATCH.mask_BT[:, 1:], dense[2]["reverse"]
     member = state.rock.member_V[BATCH.ids_BT[:, 1:]]
     np.testing.assert_allclose(tokens.reverse_BT, reverse * mask, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(tokens.logp_BT, -dense[2]["ce"] * mask, rtol=1e-4, atol=1e-5)
     for name, where in (
         ("kl_nats", mask),
         ("kl_gated", mask & member),

@@ -155,8 +155,7 @@ def states(
     assert cfg.teacher is not None
     position_bytes = sum(m.width * m.compute_dtype.itemsize for m in (cfg.student, cfg.teacher))
     most = max(_STATES_BYTES // position_bytes, 1)
-    share = np.cumsum(count_V[ids]) // most
-    for group in (ids[share == s] for s in np.unique(share)):
+    for group in _groups(ids, count_V, most):
         slot_V = np.full(len(count_V), DROPPED)
         slot_V[group] = np.arange(len(group))
         held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -169,14 +168,26 @@ def states(
             held.append((slot_BT[chosen], both[0][chosen], both[1][chosen]))
             if len(group) == 1 and sum(len(slot) for slot, _, _ in held) >= most:
                 _, hs_ND, ht_NE = _joined(held)
-                yield int(group[0]), hs_ND, ht_NE
+                yield group[0], hs_ND, ht_NE
                 held = []
         if held:
             slot_N, hs_ND, ht_NE = _joined(held)
             for slot, token in enumerate(group):
                 here = slot_N == slot
                 if here.any():
-                    yield int(token), hs_ND[here], ht_NE[here]
+                    yield token, hs_ND[here], ht_NE[here]
+
+
+def _groups(ids, count_V, most: int) -> Iterator[list[int]]:
+    """Cut the types so that the positions of a group are at most ``most``, or of one type."""
+    group: list[int] = []
+    for token in ids.tolist():
+        if group and count_V[[*group, token]].sum() > most:
+            yield group
+            group = []
+        group.append(token)
+    if group:
+        yield group
 
 
 def _joined(held):

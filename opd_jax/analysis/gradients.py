@@ -7,7 +7,8 @@ section 2),
 * ``mean_norm`` is :math:`E\|g\|`, what one occurrence weighs; ``norm_of_mean`` is
   :math:`\|\bar g_t\|`, which shrinks with :math:`n_t` even where occurrences have nothing to do
   with one another. ``norm_at`` m compares types at equal n: the root mean square norm of the mean
-  of m occurrences drawn without replacement, in closed form
+  of m occurrences drawn without replacement (at m = 1 it would be that of g itself, which is above
+  ``mean_norm`` where norms vary; none for types with fewer occurrences), in closed form
 
   .. math:: \frac{1}{m}\,\overline{\|g\|^2} + \Big(1-\frac1m\Big)
             \frac{\|\sum g_i\|^2 - \sum\|g_i\|^2}{n(n-1)};
