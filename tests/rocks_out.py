@@ -32,7 +32,12 @@ def make_out(folder: Path, *, types: int = 300, k: int = 20, seed: int = 0) -> P
     rocks = order[:k].tolist()
     write(
         folder / "rocks.json",
-        {"student": "run@120", "teacher": "embedded:teacher", "writer": "student", "prompts": "p"},
+        {
+            "student": "run@120",
+            "teacher": "embedded:teacher",
+            "writer": "student",
+            "prompts": "folder/" * 20,
+        },
     )
     rows = []
     for rank, i in enumerate(order, 1):

@@ -122,6 +122,18 @@ def test_missing_pieces_name_the_command_that_makes_them(made, tmp_path):
     assert "The table of types is not there" in text
 
 
+def test_what_no_run_measured_has_no_column(tmp_path):
+    run = rocks_out.make_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    for side in ("before", "after"):
+        summary[side] = {"kl_nats": 1.0, "accuracy": None}
+    (run / "summary.json").write_text(json.dumps(summary))
+    report.report([run], tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "KL, nats, before → after" in text
+    assert "accuracy, before → after" not in text
+
+
 def test_tokens_cannot_leave_the_data(made):
     text = (made / "all.html").read_text()
     data = data_of(made / "all.html")

@@ -33,14 +33,16 @@ def runs(named: Mapping[str, RunFiles]) -> Plate:
         [run.heldout_kl.values[i] for run in named.values() if run.heldout_kl.values]
         for i in (0, -1)
     )
-    note = (
-        "Points are measured on held-out prompts with fresh answers; the thin line is the KL of "
-        "the answers trained on."
-    )
     if first:
-        note += (
-            f" Reference: before training the held-out KL is {_span(first)} nats, after it is "
-            f"{_span(last)}."
+        note = (
+            "Points are measured on held-out prompts with fresh answers; the thin line is the KL "
+            "of the answers trained on. Reference: before training the held-out KL is "
+            f"{_span(first)} nats, after it is {_span(last)}."
+        )
+    else:
+        note = (
+            "The KL of the answers trained on; each step has other prompts. Held-out prompts, the "
+            "reference, were not measured (eval.every is 0)."
         )
     return Plate("runs", "How did training go?", note, figure)
 
@@ -112,8 +114,9 @@ def _panels(named: Mapping[str, Sequence[RunFiles]]) -> Figure:
             line = LINES[place // len(SERIES) % len(LINES)]
             if attribute == "heldout_kl" and len(named) <= 4:
                 for run in runs:
-                    train = run.train_kl
-                    axes.plot(train.steps, train.values, color=color, linewidth=0.7, alpha=0.5)
+                    train, is_alone = run.train_kl, not run.heldout_kl.steps
+                    width, alpha = (1.7, 1.0) if is_alone else (0.8, 0.55)
+                    axes.plot(train.steps, train.values, color=color, linewidth=width, alpha=alpha)
                     values += train.values
             values += _draw_mean(axes, [getattr(run, attribute) for run in runs], name, color, line)
         axes.set_title(title)

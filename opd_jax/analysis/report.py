@@ -255,14 +255,22 @@ def _summary(run: Path) -> dict[str, Any]:
 
 
 def _run_table(found: Mapping[str, Path]) -> str:
-    keys = ("accuracy", "kl_nats", "mean_length")
-    head = ["run", "steps", *(f"{curve_figures.METRICS[key]}, before → after" for key in keys)]
-    rows = []
+    sides = {}
+    steps = {}
     for name, path in found.items():
         summary = _summary(path)
-        sides = [summary.get("before") or {}, summary.get("after") or {}]
-        cells = [" → ".join(_number(side.get(key), key) for side in sides) for key in keys]
-        rows.append([name, _number(summary.get("steps"), "steps"), *cells])
+        sides[name] = [summary.get("before") or {}, summary.get("after") or {}]
+        steps[name] = _number(summary.get("steps"), "steps")
+    keys = [  # without those that no run measured
+        key
+        for key in ("accuracy", "kl_nats", "mean_length")
+        if any(side.get(key) is not None for pair in sides.values() for side in pair)
+    ]
+    head = ["run", "steps", *(f"{curve_figures.METRICS[key]}, before → after" for key in keys)]
+    rows = [
+        [name, steps[name], *(" → ".join(_number(side.get(k), k) for side in pair) for k in keys)]
+        for name, pair in sides.items()
+    ]
     return _table("Before and after, on held-out prompts", head, rows)
 
 

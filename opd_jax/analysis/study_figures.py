@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from opd_jax.analysis import style
-from opd_jax.analysis.style import ACCENT, GREEN, INK, MAIN, MUTED, PURPLE, Plate
+from opd_jax.analysis.style import ACCENT, AMBER, GREEN, INK, MAIN, MUTED, PURPLE, Plate
 
 COLORS = {"rock": ACCENT, "high_kl": MAIN, "control": GREEN, "random": MUTED, "all": INK}
+COLORS |= {"rest": AMBER, "unseen": PURPLE}
 NAMES = {"rock": "rocks", "high_kl": "high mean KL", "control": "matched by count"}
 EFFECTS = {
     "alignment": "same text, other model",
@@ -204,11 +205,13 @@ def references(data: Mapping[str, Any]) -> Plate:
         f"Rocks of the text written by {first['name']} carry {first['coverage']:.1%} of its KL "
         f"(null {first['coverage_null']:.1%})."
     )
-    for other, overlap in zip(others, data["jaccard"][0][1:], strict=True):
-        note += (
-            f" Control: {other['name']} {other['coverage']:.1%} (null "
-            f"{other['coverage_null']:.1%}), Jaccard {style.measured(overlap, 2)}."
-        )
+    overlaps = data["jaccard"][0][1:]
+    controls = [
+        f"{other['name']} {other['coverage']:.1%} (null {other['coverage_null']:.1%}), Jaccard "
+        f"{style.measured(overlap, 2)}"
+        for other, overlap in zip(others, overlaps, strict=True)
+    ]
+    note += f" Control: {'; '.join(controls)}." if controls else ""
     return Plate("references", "Do other writers' texts have the same rocks?", note, figure)
 
 
@@ -235,7 +238,7 @@ def optimizer(data: Mapping[str, Any]) -> Plate:
                 label=NAMES.get(group["group"], group["group"].replace("_", " ")),
             )
         if everything and max(everything) > style.LOG_SPAN * min(everything):
-            axes.set_yscale("log")
+            style.log_ticks(axes, "y")
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))

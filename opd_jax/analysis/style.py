@@ -163,7 +163,9 @@ def page_svg(drawn: Figure, name: str, label: str) -> str:
     text = re.sub(r"<[^>]+>", lambda tag: _page_tag(tag.group(), name), text)
     width, height = drawn.get_size_inches() * 72
     opening = (
-        f'<svg viewBox="0 0 {width:g} {height:g}" style="max-width: {width:g}pt" role="img" '
+        f'<svg viewBox="0 0 {width:g} {height:g}" '
+        # Narrower than that a figure cannot be read and scrolls.
+        f'style="min-width: {0.7 * width:g}pt; max-width: {width:g}pt" role="img" '
         f'aria-label="{_attribute(label)}" xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
     return re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1)
