@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": (_export, "write a checkpoint as a Hugging Face folder"),
         "generate": (_generate, "sample answers to a file of prompts"),
         "rocks": (_rocks, "find the tokens that carry most of the KL"),
+        "table": (_table, "write a checkpoint's rock state, type by type"),
+        "sweep": (_sweep, "train arms x seeds and compare them"),
+        "report": (_report, "one page of runs, rocks and a sweep, to look at in a browser"),
         "figure": (_figure, "draw a run's training curves and rock tokens"),
     }
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -135,6 +138,39 @@ def _rocks(argv: list[str]) -> int:
     from opd_jax.analysis import rocks
 
     return rocks.main(argv)
+
+
+def _table(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("opd-jax table", description="Rock state of a checkpoint.")
+    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument("--step", type=int, default=None, help="default: the newest good one")
+    parser.add_argument("--out", required=True, help="a new .csv file")
+    flags = parser.parse_args(argv)
+    from opd_jax import table
+
+    step = table.table(flags.workdir, flags.out, step=flags.step)
+    print(f"wrote the rock state of step {step} to {flags.out}")
+    return 0
+
+
+def _sweep(argv: list[str]) -> int:
+    from opd_jax import sweep
+
+    return sweep.main(argv)
+
+
+def _report(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("opd-jax report", description="One self-contained HTML page.")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="workdirs of opd-jax train")
+    parser.add_argument("--rocks", help="folder that opd-jax rocks wrote")
+    parser.add_argument("--sweep", help="workdir of opd-jax sweep")
+    parser.add_argument("--out", required=True, help="the .html file; replaces an older report")
+    flags = parser.parse_args(argv)
+    from opd_jax.analysis import report
+
+    report.report(flags.runs, flags.out, rocks=flags.rocks, sweep=flags.sweep)
+    print(f"wrote {flags.out}")
+    return 0
 
 
 def _figure(argv: list[str]) -> int:

@@ -36,7 +36,7 @@ def copy(tiny, tmp_path):
 def test_help_lists_the_commands(capsys):
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    for name in ("train", "export", "generate", "figure"):
+    for name in ("train", "export", "generate", "rocks", "table", "sweep", "report", "figure"):
         assert f"\n  {name} " in out
     assert cli.main([]) == 2
 
@@ -243,3 +243,37 @@ def test_copies_are_independent(tiny, copy):
     """The damage done above stays in the copies."""
     shutil.rmtree(copy)
     assert (tiny / "student" / "model.safetensors").is_file()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_becomes_a_table_and_a_page(tiny, tmp_path, capsys):
+    run, table, page = tmp_path / "run", tmp_path / "rocks.csv", tmp_path / "page.html"
+    assert tiny_run.train(tiny, run) == 0
+    assert cli.main(["table", f"--workdir={run}", f"--out={table}"]) == 0
+    assert "rock state of step 4" in capsys.readouterr().out
+    head, *rows = table.read_text(encoding="utf-8").splitlines()
+    assert head.startswith("token_id,token,count,kl_sum")
+    assert len(rows) == tiny_run.MODEL.vocab_size
+    assert cli.main(["report", str(run), f"--out={page}"]) == 0
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert cli.main(["table", f"--workdir={run}", f"--out={table}"]) == 1
+    assert "exists" in capsys.readouterr().err
+    assert cli.main(["report", f"--out={tmp_path / 'other.html'}"]) == 1
+    assert "opd-jax report: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["rocks", "--out=rocks"], "--run alone, or both --student and"),
+        (["sweep", "--config=none.py", "--arms=a,a", "--workdir=w"], "different names"),
+        (["table", "--workdir=none", "--out=t.csv"], "none has no run.json"),
+    ],
+)
+def test_every_command_refuses_in_one_message(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(argv) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"opd-jax {argv[0]}: ")
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
