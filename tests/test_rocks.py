@@ -287,20 +287,23 @@ def test_a_step_without_checkpoint_and_a_folder_without_run(workdir, tmp_path, r
     assert not (tmp_path / "o").exists()
 
 
-def test_a_mesh_that_does_not_fit(tiny, tmp_path, refused):
+def test_a_mesh_that_does_not_fit(tiny, tmp_path, refused, capsys):
     message = refused(argv(tiny, tmp_path / "out", "--mesh-fsdp=3"))
     assert "--mesh-fsdp is 3 and --mesh-model 1 on 8 devices" in message
+    assert cli.main(argv(tiny, tmp_path / "out", "--mesh-model=8")) == 1
+    assert "2 does not divide over 8 shards" in (message := capsys.readouterr().err)
+    assert "choose --mesh-model" in message
 
 
 @pytest.fixture(scope="module")
 def of_run(workdir, tmp_path_factory):
-    """Everything that a run can be asked, but gradients."""
+    """Everything that a run can be asked."""
     out = tmp_path_factory.mktemp("of_run") / "out"
     lines = []
     with pytest.MonkeyPatch.context() as patch:
         tiny_run.use_one_device(patch)
-        extras = ("references", "context", "persistence", "optimizer")
-        rocks.run(Flags(out=str(out), run=str(workdir), k=4, extras=extras), say=lines.append)
+        flags = Flags(out=str(out), run=str(workdir), k=4, extras=rocks_flags.EXTRAS)
+        rocks.run(flags, say=lines.append)
     return out, lines
 
 
@@ -358,6 +361,25 @@ def test_the_other_questions_leave_their_files(of_run):
         assert load(out / f"{name}.json")["note"]
         assert any(line.startswith(f"{name}: ") for line in lines)
     assert (out / "scores" / "undistilled.npz").exists()
+
+
+def test_gradients_add_their_lists(of_run):
+    out, _ = of_run
+    told, lists = load(out / "gradients.json"), load(out / "lists" / "lists.json")
+    identities = told["identities"]
+    assert identities["contributions_global"] == pytest.approx(identities["norm_global"], rel=1e-3)
+    found = Occurrences.load(out / "scores" / "student.npz")
+    count_V = TypeStats.of_occurrences(found).count
+    for name in ("top_gradient_norm", "top_gradient_alignment"):
+        ids = load(out / "lists" / f"{name}.json")
+        assert lists[name]["types"] == len(ids) == 4
+        assert (count_V[ids] >= 2).all()
+    norm = {row["token_id"]: row["norm_of_mean"] for row in told["types"] if row["count"] >= 2}
+    top = load(out / "lists" / "top_gradient_norm.json")
+    listed = [norm[i] for i in top if i in norm]
+    others = [value for i, value in norm.items() if i not in top]
+    assert listed == sorted(listed, reverse=True)
+    assert not listed or max(others) <= min(listed) * (1 + 1e-5)
 
 
 def test_what_needs_a_run_is_left_out_with_a_line(tiny, one_device, tmp_path):

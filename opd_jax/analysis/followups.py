@@ -98,7 +98,9 @@ def gradients(bench: Workbench) -> dict[str, Any]:
     from opd_jax.analysis import gradients as geometry
 
     flags, sums = bench.flags, bench.sums
-    ranked = geometry.rank_types(bench.corpus, bench.pair, bench.found, min_count=2)
+    ranked = geometry.rank_types(
+        bench.corpus, bench.pair, bench.found, min_count=2, batch=flags.batch
+    )
     entries = bench.read("lists/lists.json")
     for name in ("norm", "alignment"):
         value_V = np.where(sums.count >= 2, ranked[name], -np.inf)

@@ -45,7 +45,9 @@ def run(flags: Flags, *, say: Callable[[str], None] = say) -> dict[str, Any]:
     bench = Workbench(flags, say)
     bench.enter()
     for name, file, question, stage in _stages(bench):
-        if (bench.out / file).exists():
+        is_done = (bench.out / file).exists()
+        collect.meet(f"{name} is looked at")  # nobody may take what another has just written
+        if is_done:
             say(f"{name}: {file} is there")
             continue
         say(f"{name}: {question}")

@@ -162,7 +162,12 @@ class Workbench:
             )
         self.say(f"  loading {self.student.name} and {self.teacher.name}, {devices} device(s)")
         mesh = meshlib.make(fsdp=fsdp, model=model)
-        return models.open_pair(self.student.name, self.teacher.name, mesh=mesh, say=self.say)
+        try:
+            return models.open_pair(self.student.name, self.teacher.name, mesh=mesh, say=self.say)
+        except ValueError as error:
+            # A mesh that does not divide the models is told in the flags of a training run.
+            message = str(error).replace("--config.mesh.", "--mesh-")
+            raise RocksError(message) from error
 
     def writer(self, ref: str) -> dict[str, Any]:
         """Arguments of ``collect.write`` for who answers: a reference, "student" or "teacher"."""
