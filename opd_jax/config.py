@@ -165,7 +165,11 @@ def describe(run: RunConfig) -> dict[str, Any]:
 
 
 def path_of(name: str) -> str:
-    """A path as given, or that of a part of the embedded demo pair (``embedded:teacher``)."""
+    """A path as given, or that of a part of the embedded demo pair (``embedded:teacher``).
+
+    Whoever opens a file asks; a config and ``run.json`` keep the name, which means the same on
+    every machine.
+    """
     if not name.startswith(EMBEDDED):
         return name
     return str(importlib.resources.files("opd_jax") / "demo_pair" / name.removeprefix(EMBEDDED))
@@ -203,13 +207,6 @@ def resolve(config: ConfigDict) -> RunConfig:
             )
         groups["rock"]["ids"] = _read_ids(ids_file)
     groups["optim"]["steps"] = max(groups["train"]["steps"], 1)
-    for group, name in (
-        ("student", "path"),
-        ("teacher", "path"),
-        ("data", "prompts"),
-        ("data", "heldout"),
-    ):
-        groups[group][name] = path_of(groups[group][name])
     try:
         made = {name: cls(**groups[name]) for name, cls in GROUPS.items()}
     except ValueError as error:

@@ -25,7 +25,7 @@ class ModelSpec:
     path: str = ""  # Hugging Face folder, or embedded:student, embedded:teacher
     param_dtype: str = "auto"  # auto: float32 for the student, the compute dtype for the teacher
     dtype: str = "auto"  # compute dtype; auto: bfloat16 on accelerators, float32 on CPU
-    remat: str = "none"  # what the backward pass keeps: none, dots, full
+    remat: str = "dots"  # what the backward pass keeps: none (all), dots, full (least memory)
 
     def stored_dtype(self, auto: str) -> str:
         """Dtype of the parameters, ``auto`` where the spec leaves it open."""

@@ -1,1 +1,1 @@
-"""What a finished run shows: its figure."""
+"""What a run and its models say: which tokens carry the KL, how sure that is, and pages of it."""
