@@ -1,6 +1,7 @@
 """The command ``opd-jax rocks``: what it writes, says, refuses and goes on with."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -274,6 +275,7 @@ def test_an_empty_prompt_file_is_refused(tiny, one_device, tmp_path, refused):
         ({"run": "r", "samples": 0}, "--samples is 0"),
         ({"run": "r", "k": 0}, "--k is 0"),
         ({"run": "r", "score": "best"}, "--score"),
+        ({"run": "r", "checkpoints": (2,)}, "--checkpoints names 2 without"),
     ],
 )
 def test_flags_that_do_not_fit_are_named(given, named):
@@ -361,6 +363,20 @@ def test_the_other_questions_leave_their_files(of_run):
         assert load(out / f"{name}.json")["note"]
         assert any(line.startswith(f"{name}: ") for line in lines)
     assert (out / "scores" / "undistilled.npz").exists()
+
+
+def test_persistence_compares_the_steps_that_are_named(of_run, workdir, one_device, tmp_path):
+    out, _ = of_run
+    every = [f"step-{step}" for step in (0, 2, 4)]
+    assert load(out / "persistence.json")["models"] == every
+    given = [f"--run={workdir}", "--k=4", f"--corpus={out}", "--with=persistence"]
+    flags = rocks_flags.parse([*given, f"--out={tmp_path / 'out'}", "--checkpoints=4,0"])
+    rocks.run(flags, say=lambda line: None)
+    assert load(tmp_path / "out" / "persistence.json")["models"] == [every[0], every[2]]
+    with pytest.raises(ValueError, match=r"was made with --checkpoints \[4\], now it is \[2\]"):
+        rocks.run(dataclasses.replace(flags, checkpoints=(2,)), say=lambda line: None)
+    with pytest.raises(ValueError, match=r"--checkpoints is '2-4': expected a comma list"):
+        rocks_flags.parse([*given, "--out=o", "--checkpoints=2-4"])
 
 
 def test_gradients_add_their_lists(of_run):

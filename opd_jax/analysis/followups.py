@@ -171,6 +171,7 @@ def persistence(bench: Workbench) -> dict[str, Any]:
         bench.pair,
         rows=bench.rows,
         k=bench.flags.k,
+        steps=bench.flags.checkpoints or None,
         **bench.writing,
         **_ranking(bench),
         say=lambda line: bench.say(f"  {line}"),

@@ -46,6 +46,7 @@ class Flags:
     min_count: int = 1
     score: str = "rock"
     extras: tuple[str, ...] = ()
+    checkpoints: tuple[int, ...] = ()
     mesh_fsdp: int = 1
     mesh_model: int = 1
 
@@ -69,6 +70,11 @@ class Flags:
             raise RocksError(
                 f"--with names {', '.join(unknown)}: expected a comma list of "
                 f"{', '.join(EXTRAS)}; change --with"
+            )
+        if self.checkpoints and "persistence" not in self.extras:
+            raise RocksError(
+                f"--checkpoints names {', '.join(map(str, self.checkpoints))} without "
+                "--with=persistence, which compares them; add it, or drop --checkpoints"
             )
         least = {"limit": 1, "max_new": 1, "max_prompt": 1, "samples": 1, "batch": 1, "k": 1}
         for name, smallest in (least | {"temperature": 0, "seed": 0}).items():
@@ -131,8 +137,22 @@ def parse(argv: Sequence[str]) -> Flags:
     add("--min-count", type=int, default=1, help="occurrences that a rock needs; default: 1")
     add("--score", default="rock", help=f"what ranks types: {', '.join(select.METRICS)}")
     add("--with", dest="extras", default="", help=f"further questions: {','.join(EXTRAS)}")
+    add("--checkpoints", default="", help="steps that persistence compares with 0; default: all")
     add("--mesh-fsdp", type=int, default=1, help="devices that share the parameters")
     add("--mesh-model", type=int, default=1, help="devices that share heads and vocabulary")
     values = vars(parser.parse_args(argv))
     extras = dict.fromkeys(filter(None, values.pop("extras").split(",")))
-    return Flags(**values, extras=tuple(extras))
+    return Flags(
+        **values | {"checkpoints": _steps(values["checkpoints"])},
+        extras=tuple(extras),
+    )
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    """Steps after 0, in order, from a comma list."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise RocksError(
+            f"--checkpoints is {text!r}: expected a comma list of steps, e.g. 20,40; change it"
+        )
+    return tuple(sorted({int(part) for part in parts} - {0}))

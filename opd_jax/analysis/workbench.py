@@ -95,6 +95,8 @@ class Workbench:
                     f"expected the same to go on; set it back, {change}"
                 )
         free = _MAY_CHANGE + (() if (self.out / SELECTED).exists() else _SELECTING)
+        if "persistence" not in self.flags.extras or not (self.out / "persistence.json").exists():
+            free += ("checkpoints",)
         for name, value in new["flags"].items():
             if name not in free and old["flags"].get(name) != value:
                 raise RocksError(
