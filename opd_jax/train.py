@@ -160,6 +160,7 @@ class _Loop:
         self.base_key = jax.random.key(self.run_cfg.seed)
         self.before: dict[str, float | None] = dict(evaluate.EMPTY)
         self.latest: dict[str, float | None] = dict(evaluate.EMPTY)
+        self.evaluated: int | None = None  # step of ``latest``
         self.seconds_before = 0.0  # of earlier processes of this run
         self.process_started, self.started = started, time.monotonic()
         self.has_warned = False
@@ -213,9 +214,11 @@ class _Loop:
                     f"stopped by {self.stop.signal} at step {step}, saved; the same command resumes"
                 )
                 return self._summary(state, step, is_finished=False)
-            if run.eval.every and (step > first or restored is None):
+            # A run that was stopped after its last step has saved it without an evaluation.
+            is_due = bool(run.eval.every) and self.evaluated != step
+            if is_due:
                 self.latest = self._evaluate(state, step)
-            self._save(state, step)
+            self._save(state, step, force=is_due)
             self.saves.wait()
             return self._summary(state, step, is_finished=True)
 
@@ -226,6 +229,7 @@ class _Loop:
         state, rest, step = self.saves.restore(assemble.state_template(self.parts))
         self.batches.set_state(rest["data"])
         self.before, self.latest = rest["before"], rest["latest"]
+        self.evaluated = rest.get("evaluated", step)  # older checkpoints do not say
         self.seconds_before = rest["seconds"]
         say(f"resuming {self.folder} at step {step}")
         return state, step
@@ -233,15 +237,29 @@ class _Loop:
     def _finished(self, first: int) -> dict[str, Any] | None:
         """Say again what came out, where there is nothing left to do; else None."""
         path = self.folder / "summary.json"
-        if first < self.run_cfg.train.steps or not self.saves.steps() or not path.exists():
+        if not self.saves.steps() or not path.exists():
             return None
         result = json.loads(path.read_text(encoding="utf-8"))
         if not result["is_finished"] or result["steps"] != first:
             return None
-        say(f"{self.folder} is finished; raise --config.train.steps to go on")
+        if first >= self.run_cfg.train.steps:
+            say(f"{self.folder} is finished; raise --config.train.steps to go on")
+        elif self._is_used_up():
+            say(f"{self.folder} is finished: its prompts are used up")
+        else:
+            return None
         for line in narrate.conclusion(result):
             say(line)
         return result
+
+    def _is_used_up(self) -> bool:
+        """Whether there is no further batch; leaves the iterator where it is."""
+        if not self.run_cfg.data.epochs:
+            return False
+        here = self.batches.get_state()
+        has_more = next(self.batches, None) is not None
+        self.batches.set_state(here)
+        return not has_more
 
     def _step(
         self, state: TrainState, batch: data.Batch, step: int
@@ -358,21 +376,23 @@ class _Loop:
                 cfg=self.parts.cfg,
                 plan=self.parts.plan,
             )
+        self.evaluated = step
         self.journal.evaluation(step, result, graded)
         moves = narrate.moves_text(self.journal.last_rocks) if self.run_cfg.rock.has_members else ""
         say(f"held out, step {step}: {narrate.evaluation_text(result)}{moves}")
         return result
 
-    def _save(self, state: TrainState, step: int) -> None:
+    def _save(self, state: TrainState, step: int, *, force: bool = False) -> None:
         rest = {
             "data": self.batches.get_state(),
             "before": self.before,
             "latest": self.latest,
+            "evaluated": self.evaluated,
             "seconds": self._seconds(),
         }
         with self.timer.phase("save"):
             numbers = {name: value for name, value in self.latest.items() if value is not None}
-            self.saves.save(step, state, rest, numbers)
+            self.saves.save(step, state, rest, numbers, force=force)
 
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started

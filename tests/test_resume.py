@@ -1,6 +1,7 @@
 """A run that is stopped, killed or damaged goes on to the same bits."""
 
 import contextlib
+import json
 import shutil
 import signal
 import time
@@ -50,6 +51,10 @@ def assert_same_run(tiny, workdir, whole):
         assert tiny_run.read_lines(workdir / name) == tiny_run.read_lines(whole / name), name
 
 
+def summary(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
 @contextlib.contextmanager
 def after_step(monkeypatch, number, act):
     """Call ``act`` at the end of step ``number``."""
@@ -76,6 +81,41 @@ def test_sigterm_saves_exits_0_and_resumes_bit_for_bit(tiny, tmp_path, whole, mo
     assert tiny_run.train(tiny, workdir, **PLAN) == 0
     assert "at step 3" in capsys.readouterr().out
     assert_same_run(tiny, workdir, whole)
+
+
+def test_sigterm_in_the_last_step_leaves_its_evaluation_to_the_resume(
+    tiny, tmp_path, whole, monkeypatch
+):
+    workdir = tmp_path / "run"
+    with after_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM)):
+        assert tiny_run.train(tiny, workdir, **PLAN) == 0
+    stopped = summary(workdir)
+    assert (stopped["steps"], stopped["is_finished"]) == (4, False)
+    assert tiny_run.train(tiny, workdir, **PLAN) == 0
+    assert_same_run(tiny, workdir, whole)
+    assert summary(workdir)["after"] == summary(whole)["after"] != stopped["after"]
+    kept = [tiny_run.saved(tiny, folder, **PLAN)[1] for folder in (workdir, whole)]
+    assert kept[0]["latest"] == kept[1]["latest"]
+
+
+def test_a_run_without_steps_is_evaluated_once(tiny, tmp_path):
+    workdir = tmp_path / "run"
+    assert tiny_run.train(tiny, workdir, **(PLAN | {"train__steps": 0, "rock__mode": "off"})) == 0
+    assert [line["step"] for line in tiny_run.curve(workdir)] == [0]
+    result = summary(workdir)
+    assert result["after"] == result["before"]
+    assert result["after"]["kl_nats"] > 0
+
+
+def test_a_run_whose_prompts_are_used_up_stays_as_it_is(tiny, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    keys = {"train__steps": 4, "data__epochs": 1}  # 12 prompts are 3 steps
+    assert tiny_run.train(tiny, workdir, **keys) == 0
+    before = summary(workdir)
+    assert (before["steps"], before["is_finished"]) == (3, True)
+    assert tiny_run.train(tiny, workdir, **keys) == 0
+    assert "its prompts are used up" in capsys.readouterr().out.rpartition("resuming")[2]
+    assert summary(workdir) == before
 
 
 def test_kill_9_after_a_save_resumes_bit_for_bit(tiny, tmp_path, whole):
