@@ -54,6 +54,14 @@ def test_batches_put_every_position_back_where_it_came_from(folder, size):
     assert out.tolist() == found.token_id.tolist()
 
 
+def test_widths_are_few_whichever_row_has_the_long_prompt():
+    """The longest prompt and the longest answer stand in different rows: 60 + 60 columns."""
+    prompts, answers = [np.arange(60), np.arange(4)], [np.arange(4), np.arange(60)]
+    mixed = corpus.Corpus({}, prompts, answers, np.arange(2), np.zeros(2, bool))
+    ((rollout, _),) = mixed.batches(2)
+    assert rollout.ids_BT.shape == (2, 128)
+
+
 def test_a_missing_unfinished_damaged_or_empty_corpus_is_refused(folder, tmp_path_factory):
     with pytest.raises(CorpusError, match=r"has no corpus\.json.*collect it again"):
         corpus.read(tmp_path_factory.mktemp("none"))

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -256,6 +257,40 @@ def test_a_folder_of_something_else_is_refused(tiny, one_device, tmp_path, refus
     assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_refused_command_can_be_corrected(tiny, one_device, tmp_path, refused):
+    """What made nothing does not hold its folder: not by a mistyped file, nor by a flag."""
+    given = [*argv(tiny, tmp_path / "out"), "--k=3"]
+    assert "does not exist" in refused([*given, f"--prompts={tmp_path}/no.jsonl"])
+    assert "--max-new is 900" in refused([*given, "--max-new=900"])
+    message = refused([*given, "--limit=1"])
+    assert "1 prompt of" in message
+    assert "raise --limit" in message
+    assert cli.main([*given, "--limit=2"]) == 0
+    assert load(tmp_path / "out" / "rocks.json")["flags"]["limit"] == 2
+
+
+def test_scores_that_are_not_finite_are_told_by_their_place(
+    tiny, made, one_device, tmp_path, refused, monkeypatch
+):
+    """Whose sums differ as well (nan is no nan) and would be laid on the devices."""
+    source, _ = made
+    score = collect.score_types
+
+    def broken(*args, **more):
+        found, _ = score(*args, **more)
+        kl = found.kl.copy()
+        kl[np.flatnonzero((found.answer == 3) & (found.position == 1))] = np.nan
+        found = dataclasses.replace(found, kl=kl)
+        return found, TypeStats.of_occurrences(found)
+
+    monkeypatch.setattr(collect, "score_types", broken)
+    out = tmp_path / "out"
+    given = ["rocks", f"--student={tiny}/student", f"--teacher={tiny}/teacher", "--k=5"]
+    message = refused([*given, f"--corpus={source}", f"--out={out}"])
+    assert "KL at position 1 of answer 3 is nan" in message
+    assert not (out / "scores").exists()
+
+
 def test_an_empty_prompt_file_is_refused(tiny, one_device, tmp_path, refused):
     (tmp_path / "empty.jsonl").write_text("")
     message = refused(argv(tiny, tmp_path / "out", f"--prompts={tmp_path}/empty.jsonl"))
@@ -375,6 +410,13 @@ def test_persistence_compares_the_steps_that_are_named(of_run, workdir, one_devi
     assert load(tmp_path / "out" / "persistence.json")["models"] == [every[0], every[2]]
     with pytest.raises(ValueError, match=r"was made with --checkpoints \[4\], now it is \[2\]"):
         rocks.run(dataclasses.replace(flags, checkpoints=(2,)), say=lambda line: None)
+    # Another question in between does not forget which steps the file compares.
+    without = dataclasses.replace(flags, checkpoints=(), extras=())
+    rocks.run(without, say=lambda line: None)
+    assert load(tmp_path / "out" / "rocks.json")["flags"]["checkpoints"] == [4]
+    with pytest.raises(ValueError, match=r"was made with --checkpoints \[4\], now it is \[\]"):
+        rocks.run(dataclasses.replace(flags, checkpoints=()), say=lambda line: None)
+    rocks.run(flags, say=lambda line: None)
     with pytest.raises(ValueError, match=r"--checkpoints is '2-4': expected a comma list"):
         rocks_flags.parse([*given, "--out=o", "--checkpoints=2-4"])
 
@@ -420,6 +462,18 @@ def test_answers_can_be_used_again(tiny, made, workdir, one_device, tmp_path, mo
     other = Occurrences.load(source / "scores" / "student.npz")
     assert found.token_id.tolist() == other.token_id.tolist()
     assert not np.allclose(found.kl, other.kl, rtol=1e-3)
+
+
+def test_training_prompts_in_place_of_held_out_ones_are_told(tiny, workdir, one_device, tmp_path):
+    lines = []
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    record = load(run / "run.json")
+    record["config"]["data.heldout"] = ""
+    (run / "run.json").write_text(json.dumps(record))
+    flags = Flags(out=str(tmp_path / "out"), run=str(run), k=4, limit=4)
+    rocks.run(flags, say=lines.append)
+    assert any("the ones it trained on" in line for line in lines)
 
 
 def test_groups_of_the_gradients_do_not_share_types(made):

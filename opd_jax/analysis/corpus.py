@@ -84,12 +84,13 @@ class Corpus:
         for first in range(0, len(order), size):
             chosen = order[first : first + size]
             index_B = np.concatenate([chosen, np.full(size - len(chosen), -1)]).astype(np.int32)
-            yield self._rollout(index_B, int(length_A[chosen[0]]), pad_id), index_B
+            yield self._rollout(index_B, pad_id), index_B
 
-    def _rollout(self, index_B: np.ndarray, longest: int, pad_id: int) -> Rollout:
-        width = -(-longest // _WIDTH) * _WIDTH
+    def _rollout(self, index_B: np.ndarray, pad_id: int) -> Rollout:
+        # Answers start in one column, so a row may be wider than its own prompt and answer.
         prompt_width = max(len(self.prompts[i]) for i in index_B if i >= 0)
-        width = max(width, prompt_width + max(len(self.answers[i]) for i in index_B if i >= 0))
+        longest = prompt_width + max(len(self.answers[i]) for i in index_B if i >= 0)
+        width = -(-longest // _WIDTH) * _WIDTH
         ids_BT = np.full((len(index_B), width), pad_id, np.int32)
         mask_BT = np.zeros(ids_BT.shape, bool)
         start_B = np.zeros(len(index_B), np.int32)

@@ -117,6 +117,13 @@ def _write_corpus(bench: Workbench) -> None:
 
 def _write_scores(bench: Workbench) -> None:
     found, on_device = collect.score_types(bench.corpus, bench.pair, batch=bench.flags.batch)
+    if not np.isfinite(found.kl).all():  # before the sums, which would differ by it too
+        at = int(np.flatnonzero(~np.isfinite(found.kl))[0])
+        raise RocksError(
+            f"the KL at position {found.position[at]} of answer {found.answer[at]} is "
+            f"{found.kl[at]}: expected finite values; check the weights of both models, or give "
+            "another --step"
+        )
     on_host = TypeStats.of_occurrences(found)
     if not np.allclose(on_device.kl_sum, on_host.kl_sum, rtol=_SUM_RTOL, atol=_SUM_RTOL):
         worst = int(np.argmax(np.abs(on_device.kl_sum - on_host.kl_sum)))
@@ -124,13 +131,6 @@ def _write_scores(bench: Workbench) -> None:
             f"the KL of id {worst} adds up to {on_device.kl_sum[worst]} on the devices and to "
             f"{on_host.kl_sum[worst]} on the host: expected the same sum; the devices compute "
             "wrongly, run it on others"
-        )
-    if not np.isfinite(found.kl).all():
-        at = int(np.flatnonzero(~np.isfinite(found.kl))[0])
-        raise RocksError(
-            f"the KL at position {found.position[at]} of answer {found.answer[at]} is "
-            f"{found.kl[at]}: expected finite values; check the weights of both models, or give "
-            "another --step"
         )
     if jax.process_index() == 0:
         found.save(bench.scores_file)
@@ -202,8 +202,8 @@ def conclusion(result: Mapping[str, Any], chosen: Mapping[str, Any], out: Path) 
         f"({coverage['low']:.1%} to {coverage['high']:.1%}) of the KL; with KL shuffled among "
         f"tokens the top {k} would carry {coverage['null']:.1%}",
         f"selected on one half of the problems and on the other, they overlap by Jaccard "
-        f"{halves['value']:.2f} ({halves['low']:.2f} to {halves['high']:.2f}); shuffled "
-        f"{halves['null']:.2f}",
+        f"{halves['value']:.2f} (random halvings {halves['low']:.2f} to {halves['high']:.2f}); "
+        f"shuffled {halves['null']:.2f}",
         f"{result['density_median']:.1%} of the tokens of the median answer are rocks, "
         f"{result['density_corpus']:.1%} of all tokens",
         f"{'id':>9}  {'token':<16} {'of KL':>7} {'count':>7} {'mean KL':>8}  group",

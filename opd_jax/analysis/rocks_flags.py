@@ -122,7 +122,7 @@ def parse(argv: Sequence[str]) -> Flags:
     add("--step", type=int, help="checkpoint of the run; default: the newest; 0: before training")
     add("--student", help="Hugging Face folder, RUN@STEP, or embedded:student")
     add("--teacher", help="Hugging Face folder, RUN@STEP, or embedded:teacher")
-    add("--prompts", help="JSONL with messages or prompt; default: the run's held-out prompts")
+    add("--prompts", help="JSONL; default: the run's held-out prompts, or those it trains on")
     add("--limit", type=int, help="only the first prompts; default: all")
     add("--max-new", type=int, help=f"most tokens of an answer; default: the run's, or {MAX_NEW}")
     add("--max-prompt", type=int, help="longest prompt that is kept; default: the run's, or all")

@@ -34,6 +34,7 @@ MANIFEST = "rocks.json"
 _MAY_CHANGE = ("out", "extras", "batch", "mesh_fsdp", "mesh_model")  # do not change a result
 _SELECTING = ("k", "skip_top", "min_count", "score")  # may change until types are selected
 SELECTED = "summary.json"  # the last file of the selection
+PERSISTENCE = "persistence.json"
 _LARGE = ("reader.json",)  # written without line breaks
 
 
@@ -74,7 +75,11 @@ class Workbench:
         }
         held = [f.name for f in self.out.iterdir()] if self.out.is_dir() else []
         if MANIFEST in held:
-            self._check_same(self.read(MANIFEST), json.loads(json.dumps(new)))
+            old = self.read(MANIFEST)
+            if len(held) > 1:  # else a command refused what it was given, and made nothing
+                self._check_same(old, json.loads(json.dumps(new)))
+            if (self.out / PERSISTENCE).exists() and "persistence" not in self.flags.extras:
+                new["flags"]["checkpoints"] = old["flags"]["checkpoints"]  # those of that file
         elif held or (self.out.exists() and not self.out.is_dir()):
             found = sorted(held) or ["a file"]
             raise RocksError(
@@ -95,7 +100,7 @@ class Workbench:
                     f"expected the same to go on; set it back, {change}"
                 )
         free = _MAY_CHANGE + (() if (self.out / SELECTED).exists() else _SELECTING)
-        if "persistence" not in self.flags.extras or not (self.out / "persistence.json").exists():
+        if "persistence" not in self.flags.extras or not (self.out / PERSISTENCE).exists():
             free += ("checkpoints",)
         for name, value in new["flags"].items():
             if name not in free and old["flags"].get(name) != value:
@@ -211,7 +216,16 @@ class Workbench:
         rows, counts = data.examples(spec, self.pair.tokenizer)
         first = f", the first {self.flags.limit} used" if self.flags.limit else ""
         self.say(f"  {self.prompts_file}: {counts}{first}")
-        return rows[: self.flags.limit]
+        if not (self.flags.prompts or self.config.get("data.heldout")):
+            self.say("  the run has no held-out prompts: these are the ones it trained on")
+        rows = rows[: self.flags.limit]
+        if len(rows) < 2:
+            raise RocksError(
+                f"{len(rows)} prompt of {self.prompts_file} to answer: expected at least 2, as "
+                "rocks are selected again on either half of them; raise --limit or --max-prompt, "
+                "or give other --prompts"
+            )
+        return rows
 
     @property
     def writing(self) -> dict[str, Any]:
