@@ -59,7 +59,7 @@ def test_bootstrap_draws_the_same_in_one_block_and_in_many(monkeypatch):
 
 def test_hierarchical_bootstrap_has_the_variance_of_both_levels():
     rng = np.random.default_rng(2)
-    seeds, problems = 6, 50
+    seeds, problems = 60, 50  # of 60 seeds, Student's t is nearly normal
     difference = rng.normal(size=(seeds, 1)) + 0.5 * rng.normal(size=(1, problems))
     got = stats.hierarchical_bootstrap(
         np.zeros_like(difference), difference, resamples=20_000, seed=1
@@ -67,7 +67,19 @@ def test_hierarchical_bootstrap_has_the_variance_of_both_levels():
     # For additive effects the two levels vary independently.
     spread = np.sqrt(difference.mean(1).var() / seeds + difference.mean(0).var() / problems)
     assert got.delta == pytest.approx(difference.mean())
-    assert got.high - got.low == pytest.approx(2 * 1.96 * spread, rel=0.04)
+    assert got.high - got.low == pytest.approx(2 * 1.97 * spread, rel=0.04)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_hierarchical_interval_of_few_seeds_holds_the_truth_as_often_as_it_says(seeds):
+    held, rng = 0, np.random.default_rng(seeds)
+    for number in range(200):
+        difference = rng.normal(size=(seeds, 1)) + 0.3 * rng.normal(size=(1, 20))
+        got = stats.hierarchical_bootstrap(
+            np.zeros_like(difference), difference, resamples=400, seed=number
+        )
+        held += got.low <= 0 <= got.high
+    assert held >= 180  # 190 +- 3; resampling the seeds gives 100 to 160
 
 
 def test_hierarchical_bootstrap_draws_one_set_of_problems_for_all_seeds():
@@ -78,10 +90,20 @@ def test_hierarchical_bootstrap_draws_one_set_of_problems_for_all_seeds():
     assert got.high - got.low == pytest.approx(one.high - one.low, rel=0.04)
 
 
-def test_hierarchical_bootstrap_with_one_problem_resamples_seeds_only():
-    got = stats.hierarchical_bootstrap([[0.0]] * 2, [[0.0], [1.0]], resamples=4000)
-    assert (got.delta, got.low, got.high) == (0.5, 0, 1)
-    assert got.p == pytest.approx(2 * 0.25, abs=0.05)  # both seeds the first one
+def test_hierarchical_bootstrap_with_one_problem_is_the_t_test_over_seeds():
+    values = np.array([[0.1], [0.5], [0.2], [0.9]])
+    got = stats.hierarchical_bootstrap(0 * values, values, resamples=40_000)
+    wanted = scipy.stats.ttest_1samp(values[:, 0], 0)
+    interval = wanted.confidence_interval()
+    assert got.p == pytest.approx(wanted.pvalue, abs=0.005)
+    assert (got.low, got.high) == pytest.approx(tuple(interval), abs=0.04)
+
+
+def test_hierarchical_bootstrap_with_one_seed_is_that_of_the_problems():
+    difference = np.random.default_rng(0).normal(size=30)
+    got = stats.hierarchical_bootstrap([np.zeros(30)], [difference], resamples=20_000)
+    one = stats.bootstrap(difference, resamples=20_000)
+    assert (got.low, got.high) == pytest.approx((one.low, one.high), abs=0.02)
 
 
 def by_hand(p):

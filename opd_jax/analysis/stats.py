@@ -39,6 +39,12 @@ def quantiles(values: np.ndarray, axis: int = 0) -> tuple[np.ndarray, np.ndarray
     return low, high
 
 
+def two_sided(drawn: np.ndarray) -> float:
+    """p-value of "it is 0" from resampled values, by the rarer side of 0."""
+    tail = min(np.sum(drawn <= 0), np.sum(drawn >= 0))
+    return min(1.0, 2 * (1 + int(tail)) / (len(drawn) + 1))
+
+
 def paired_bootstrap(
     base: ArrayLike, arm: ArrayLike, *, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
@@ -89,10 +95,14 @@ def hierarchical_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """Mean over training seeds of the mean of ``arm - base`` over problems.
+    """Mean over training seeds of the mean of ``arm - base`` over problems, with both spreads.
 
-    Seeds are resampled first, then the problems, jointly: problems are the same ones under every
-    seed and arm, so that a hard problem is drawn for all of them or for none.
+    Problems are resampled jointly: they are the same ones under every seed and arm, so that a hard
+    problem is drawn for all of them or for none. Seeds are few, and resampling a few values spreads
+    them too little (of 3 seeds that differ, 77 % of such intervals hold the truth instead of 95 %);
+    so each draw adds a Student's t variable, scaled by the standard error of the mean over seeds.
+    What is of one seed and one problem alone counts in both spreads: the interval errs on the wide
+    side. With one seed it stands for the problems alone.
 
     Args:
       base, arm: per seed, one value per problem; seed i of the arm is paired with seed i of base.
@@ -117,14 +127,15 @@ def hierarchical_bootstrap(
     seeds, problems = difference_SP.shape
     rng = np.random.default_rng(seed)
     drawn = np.empty(_resamples(resamples))
-    block = max(1, _BLOCK // (seeds + problems))
+    block = max(1, _BLOCK // problems)
     for first in range(0, resamples, block):
         size = min(block, resamples - first)
-        # How often each was drawn says the same as which: the mean is then two small products.
-        seed_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=size)
+        # How often each was drawn says the same as which: the mean is then a small product.
         problem_RP = rng.multinomial(problems, np.full(problems, 1 / problems), size=size)
-        mean_RP = seed_RS @ difference_SP / seeds
-        drawn[first : first + size] = np.sum(mean_RP * problem_RP, axis=1) / problems
+        drawn[first : first + size] = problem_RP @ difference_SP.mean(axis=0) / problems
+    if seeds > 1:
+        error = np.std(difference_SP.mean(axis=1), ddof=1) / np.sqrt(seeds)
+        drawn += error * rng.standard_t(seeds - 1, size=resamples)
     return _interval(float(difference_SP.mean()), drawn)
 
 
@@ -175,9 +186,7 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float | None:
 
 def _interval(delta: float, drawn: np.ndarray) -> Interval:
     low, high = quantiles(drawn)
-    tail = min(np.sum(drawn <= 0), np.sum(drawn >= 0))
-    p = min(1.0, 2 * (1 + int(tail)) / (len(drawn) + 1))
-    return Interval(delta, float(low), float(high), p)
+    return Interval(delta, float(low), float(high), two_sided(drawn))
 
 
 def _pair(base: ArrayLike, arm: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
