@@ -37,10 +37,10 @@ class Job:
 def summarise(jobs: Sequence[Job], baseline: str) -> dict[str, Any]:
     """Read the finished runs and compare each arm with the baseline.
 
-    Means over seeds carry Student's t intervals. Accuracy is compared by a bootstrap over seeds,
-    then problems, paired in both; KL by a paired t-test over seeds. The p-values of all comparisons
-    are adjusted together (Benjamini-Hochberg). With one seed a mean and a change of KL have no
-    interval, and that of a change of accuracy stands for the problems alone.
+    Means over seeds carry Student's t intervals. Accuracy is compared by a bootstrap over problems
+    with Student's t for the seeds, paired in both; KL by a paired t-test over seeds. The p-values
+    of all comparisons are adjusted together (Benjamini-Hochberg). With one seed a mean and a change
+    of KL have no interval, and that of a change of accuracy stands for the problems alone.
 
     Args:
       jobs: finished runs; those of one seed pair up.
@@ -203,7 +203,7 @@ def _note(seeds: int, baseline: str) -> str:
         )
     return (
         f"{level} intervals over {seeds} seeds: Student's t for means and for changes of KL, "
-        "paired by seed; a bootstrap over seeds, then problems, paired in both, for changes of "
+        "paired by seed; these and a bootstrap over problems, paired too, for changes of "
         f"accuracy against {baseline}; p-values adjusted over all comparisons (Benjamini-Hochberg)"
     )
 
