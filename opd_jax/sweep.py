@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ BASELINE = "full"  # plain distillation, where it is among the arms
 # What the arms are about; everything else must be equal between them.
 _OF_AN_ARM = ("rock.*", "train.normaliser")
 # What a run that is there already may differ in from what is asked for now: nothing of the result,
-# except that a run of fewer steps is gone on with.
+# except that runs of fewer steps are gone on with (all of them: see ``check_lengths``).
 _OF_NO_RESULT = ("log.*", "checkpoint.*", "mesh.*", "profile", "train.steps", "optim.steps")
 
 
@@ -88,7 +89,7 @@ def sweep(
 
     Raises:
       ConfigError: an arm that cannot be resolved, or runs that cannot be compared; nothing has run.
-      WorkdirError: a folder holds a run with another config or other problems.
+      WorkdirError: a folder holds a run with another config, other problems or another schedule.
       NonFiniteError, CheckpointError: as ``train.train``.
     """
     if not seeds or len({*seeds}) < len(seeds):
@@ -107,6 +108,7 @@ def sweep(
         for arm in arms
     ]
     todo = [job for job in jobs if not is_finished(job)]
+    check_lengths(jobs)
     train.say(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished, in {workdir}")
     with train.Stop() as stop:  # one for all runs: a signal also counts where a run is at its end
         for number, job in enumerate(todo):
@@ -184,6 +186,38 @@ def check_comparable(base_arm: str, base: RunConfig, arm: str, run: RunConfig) -
             + "\nexpected equal values of everything but rock.* and train.normaliser; give the "
             "arms the same, or sweep them apart"
         )
+
+
+def check_lengths(jobs: Sequence[Job]) -> None:
+    """Check that all runs were meant to have the same numbers of steps, one after another.
+
+    A run that is gone on with had the learning rates of a shorter one: others do not compare.
+
+    Raises:
+      WorkdirError: they were not.
+    """
+    first, *others = ((job, _lengths(job)) for job in jobs)
+    for job, lengths in others:
+        if lengths != first[1]:
+            raise records.WorkdirError(
+                f"train.steps was {_then(first[1])} for {first[0].folder} and {_then(lengths)} for "
+                f"{job.folder}: expected the same for all runs of a sweep, since learning rates "
+                "follow from it; set --config.train.steps back, or give another --workdir"
+            )
+
+
+def _lengths(job: Job) -> list[int]:
+    """Every number of steps that a run was meant to have, the one asked for now last."""
+    record = records.read_run(job.folder) or {}
+    asked = [again["changed"] for again in record.get("resumed", [])]
+    started = record.get("config", {}).get("train.steps", job.run.train.steps)
+    lengths = [started, *(changed.get("train.steps", started) for changed in asked)]
+    lengths.append(job.run.train.steps)
+    return [new for old, new in itertools.pairwise([0, *lengths]) if new != old]
+
+
+def _then(lengths: Sequence[int]) -> str:
+    return ", then ".join(map(str, lengths))
 
 
 def is_finished(job: Job) -> bool:

@@ -22,7 +22,9 @@ def run_of(seed, **changed):
     return spec.RunConfig(seed=seed, **(groups | {"train": spec.TrainSpec(steps=STEPS)} | changed))
 
 
-def write(folder, *, right, kl, shares, steps=STEPS, digest="a", seconds=10.0, index=None):
+def write(
+    folder, *, right, kl, shares, steps=STEPS, digest="a", seconds=10.0, index=None, lr=(0.1,)
+):
     """The files of a finished run; ``right`` is one list of samples per problem."""
     folder.mkdir(parents=True)
     after = EVAL | {
@@ -35,7 +37,11 @@ def write(folder, *, right, kl, shares, steps=STEPS, digest="a", seconds=10.0, i
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "run.json").write_text(json.dumps({"config": {}, "data": digest}))
     lines = [{"step": 0, "eval/accuracy": 0.5}]
-    lines += [{"step": i + 1, "loss": 1.0, "gated_share": share} for i, share in enumerate(shares)]
+    lines += [  # the first step compiles
+        {"step": i + 1, "loss": 1.0, "gated_share": share, "lr": lr[i % len(lr)]}
+        | {"step_s": 9.0 if i == 0 else seconds / 10}
+        for i, share in enumerate(shares)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     index = list(range(len(right))) if index is None else index
     graded = [
@@ -89,6 +95,7 @@ def test_means_carry_student_intervals(made):
         accuracy = truth[row["arm"]]["right"].reshape(SEEDS, -1).mean(axis=1)
         assert row["metrics"]["accuracy"]["values"] == pytest.approx(accuracy.tolist())
         assert row["metrics"]["seconds"]["mean"] == 11.0
+        assert row["metrics"]["step_s"]["values"] == pytest.approx([1.0, 1.1, 1.2])
         empty = {"mean": None, "low": None, "high": None, "values": [None] * SEEDS}
         assert row["metrics"]["kl_gated"] == empty
 
@@ -193,6 +200,7 @@ def test_without_answers_only_kl_is_compared(tmp_path):
     ("changed", "words"),
     [
         ({"steps": 3}, ("has 3 steps", "expected 4", "train.steps")),
+        ({"lr": (0.1, 0.2)}, ("other learning rates", "one schedule", "another --workdir")),
         ({"digest": "b"}, ("digest b", "(a)", "another --workdir")),
         ({"index": [*range(1, 11)]}, ("graded on 10 prompts", "to pair them")),
     ],

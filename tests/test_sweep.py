@@ -69,7 +69,7 @@ def without_clock(result, workdir):
     text = json.dumps(result).replace(str(workdir), "")
     plain = json.loads(text)
     for row in plain["arms"]:
-        del row["metrics"]["seconds"]
+        del row["metrics"]["seconds"], row["metrics"]["step_s"]
     return plain
 
 
@@ -222,6 +222,20 @@ def test_an_arm_may_give_the_file_further_arguments(file, tmp_path):
 def test_a_finished_run_of_another_evaluation_is_refused(whole, file):
     with pytest.raises(records.WorkdirError, match=r"eval.prompts: .* 8, now it is 4"):
         sweep.main(argv(file, whole, "--config.eval.prompts=4"))
+
+
+def test_runs_of_fewer_steps_are_gone_on_with_all_or_none(file, tmp_path):
+    workdir = tmp_path / "sweep"
+    short, long = "--config.train.steps=2", "--config.train.steps=4"
+    assert sweep.main(argv(file, workdir, short, seeds=1)) == 0
+    with pytest.raises(records.WorkdirError, match=r"2, then 4 for .* and 4 for .*k=2/seed-0: ex"):
+        sweep.main(argv(file, workdir, long, arms="full,ema,ema:k=2", seeds=1))
+    assert not (workdir / "ema-k=2").exists()
+    assert sweep.main(argv(file, workdir, long, seeds=1)) == 0
+    assert sweep.main(argv(file, workdir, long, seeds=1)) == 0
+    assert (
+        records.read_run(workdir / "ema" / "seed-0")["resumed"][-1]["changed"]["train.steps"] == 4
+    )
 
 
 @pytest.mark.parametrize(

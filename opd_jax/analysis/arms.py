@@ -7,10 +7,10 @@ The unit is a run's workdir; what is read are its ``summary.json``, ``metrics.js
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ import numpy as np
 from scipy import stats as distributions
 
 from opd_jax import records
-from opd_jax.analysis import stats
+from opd_jax.analysis import run_files, stats
 from opd_jax.spec import RunConfig
 
-METRICS = ("accuracy", "kl_nats", "kl_gated", "kl_ungated", "mean_length", "seconds")
+# ``step_s`` is the median step and compares speeds. ``seconds`` is the whole run, with loading,
+# evaluating and compiling: arms that come later find their programs compiled.
+METRICS = ("accuracy", "kl_nats", "kl_gated", "kl_ungated", "mean_length", "seconds", "step_s")
 _COLUMNS = 100
 
 
@@ -47,24 +49,25 @@ def summarise(jobs: Sequence[Job], baseline: str) -> dict[str, Any]:
       baseline: the arm to compare with.
 
     Raises:
-      WorkdirError: runs of different length, or of different prompts.
+      WorkdirError: runs of different length, learning rates or prompts.
     """
     arms = list(dict.fromkeys(job.arm for job in jobs))
-    summaries = {job: _read_json(job.folder / "summary.json") for job in jobs}
+    summaries = {job: _read_summary(job) for job in jobs}
+    lines = {job: _trained(job) for job in jobs}
     graded = {job: graded_problems(job) for job in jobs}
-    _check_alike(jobs, summaries, graded)
+    _check_alike(jobs, summaries, lines, graded)
     rows = []
     for arm in arms:
         own = [job for job in jobs if job.arm == arm]
         metrics = {}
         for name in METRICS:
-            values = [_value(summaries[job], name) for job in own]
+            values = [_value(summaries[job], lines[job], name) for job in own]
             ends = {k: v for k, v in over_seeds(values).items() if k != "p"}
             metrics[name] = ends | {"values": values}
         rows.append(
             {
                 "arm": arm,
-                "masked_share": over_seeds([masked_share(job) for job in own])["mean"],
+                "masked_share": over_seeds([_masked_share(job, lines[job]) for job in own])["mean"],
                 "normaliser": own[0].run.train.normaliser,
                 "runs": [str(job.folder) for job in own],
                 "seeds": [job.run.seed for job in own],
@@ -81,17 +84,23 @@ def summarise(jobs: Sequence[Job], baseline: str) -> dict[str, Any]:
     }
 
 
-def _value(summary: dict[str, Any], name: str) -> float | None:
-    return summary["seconds"] if name == "seconds" else summary["after"].get(name)
+def _value(summary: dict[str, Any], lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    if name == "seconds":
+        return summary["seconds"]
+    if name == "step_s":
+        return statistics.median(line["step_s"] for line in lines) if lines else None
+    return summary["after"].get(name)
 
 
 def _check_alike(
     jobs: Sequence[Job],
     summaries: dict[Job, dict[str, Any]],
+    lines: dict[Job, list[dict[str, Any]]],
     graded: dict[Job, tuple[list[int], np.ndarray]],
 ) -> None:
-    """Refuse runs of different length, training prompts or graded problems."""
+    """Refuse runs of different length, learning rates, training prompts or graded problems."""
     first = jobs[0]
+    rates = {job: np.array([line["lr"] for line in lines[job]]) for job in jobs}
     for job in jobs:
         # A run whose prompts are used up ends before its last step.
         is_cut = bool(job.run.data.epochs)
@@ -100,6 +109,15 @@ def _check_alike(
             raise records.WorkdirError(
                 f"{job.folder} has {summaries[job]['steps']} steps: expected {steps}, as long as "
                 "the others; set --config.train.steps to the most steps any run has, or give "
+                "another --workdir"
+            )
+        if not (
+            len(rates[job]) == len(rates[first])
+            and np.allclose(rates[job], rates[first], rtol=1e-5, atol=0)
+        ):
+            raise records.WorkdirError(
+                f"{job.folder} was trained at other learning rates than {first.folder}, as a run "
+                "is that was first meant to have fewer steps: expected one schedule for all; give "
                 "another --workdir"
             )
         digests = [(records.read_run(x.folder) or {}).get("data") for x in (first, job)]
@@ -166,32 +184,33 @@ def over_seeds(values: Sequence[float | None]) -> dict[str, float | None]:
     return {"mean": mean, "low": mean - reach, "high": mean + reach, "p": p}
 
 
-def masked_share(job: Job) -> float | None:
+def _masked_share(job: Job, lines: Sequence[Mapping[str, Any]]) -> float | None:
     """Share of scored positions whose weight the gate changed, over the steps since its start."""
     shares = [
         line["gated_share"]
-        for line in _read_lines(job.folder / "metrics.jsonl")
-        if "loss" in line and line["step"] > job.run.rock.start and line["gated_share"] is not None
+        for line in lines
+        if line["step"] > job.run.rock.start and line["gated_share"] is not None
     ]
     return float(np.mean(shares)) if shares else None
 
 
 def graded_problems(job: Job) -> tuple[list[int], np.ndarray]:
     """Indices of the prompts graded last, and the share of right answers to each."""
-    lines = _read_lines(job.folder / "graded.jsonl")
+    path = job.folder / "graded.jsonl"
+    lines = run_files.read_lines(path) if path.is_file() else []
     if not lines:
         return [], np.zeros(0)
     return lines[-1]["index"], np.asarray([np.mean(right) for right in lines[-1]["correct"]])
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _read_summary(job: Job) -> dict[str, Any]:
+    path = job.folder / "summary.json"
+    return run_files.parse(path, run_files.read_text(path))
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _trained(job: Job) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl`` about training steps."""
+    return [x for x in run_files.read_lines(job.folder / "metrics.jsonl") if "loss" in x]
 
 
 def _note(seeds: int, baseline: str) -> str:
