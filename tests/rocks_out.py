@@ -53,7 +53,7 @@ def make_out(folder: Path, *, types: int = 300, k: int = 20, seed: int = 0) -> P
                 "share": kl[i] / kl.sum(),
                 "rank": rank,
                 "member": rank <= k,
-                "group": ["content", "digit", "punctuation"][i % 3],
+                "group": ["content", "digit", "whitespace_markup"][i % 3],
                 "log_ratio_mean": mean[i] * 0.9,
                 "entropy_mean": 1.1,
                 "teacher_entropy_mean": 0.8,
@@ -67,6 +67,7 @@ def make_out(folder: Path, *, types: int = 300, k: int = 20, seed: int = 0) -> P
     _write_gradients(folder, rows, k)
     _write_persistence(folder)
     _write_references(folder)
+    _write_context(folder, k)
     _write_corpus(folder, rng, count, rocks)
     _write_reader(folder, rng, rows)
     write(folder / "lists" / "rock.json", [int(i) for i in rocks])
@@ -270,6 +271,15 @@ def _write_references(folder) -> None:
         folder / "optimizer.json",
         {"steps": [40, 120], "groups": groups, "tests": tests, "note": "n"},
     )
+
+
+def _write_context(folder, k):
+    points = [
+        {"window": 4, "gamma": gamma, "eta": 0.5, "rocks_kept": kept, "control": {"rocks_kept": c}}
+        for gamma, kept, c in ((0.8, 9, 7), (0.9, 4, 3), (0.95, 1, 2))
+    ]
+    data = {"k": k, "grid": points, "default": points[1], "types": [], "note": "n"}
+    write(folder / "context.json", data)
 
 
 def _write_corpus(folder, rng, count, rocks) -> None:

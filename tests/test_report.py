@@ -106,13 +106,27 @@ def test_the_first_numbers_are_of_the_last_run_and_the_rocks(made):
         assert wanted in tiles
 
 
+def test_contexts_are_told_beside_their_control(made):
+    text = (made / "all.html").read_text()
+    assert "4 of 20 rocks are among the top 20 when" in text
+    assert "drawn without regard to loss: 3. Over all 3 settings tried, 1 to 9 stay" in text
+    assert "of the control 2 to 7" in text
+
+
+def test_the_reader_speaks_of_a_gate_only_where_weights_are_shown(made):
+    """Answers of training have no weights; those of rocks have the weights of a gate to come."""
+    said = '<span class="t gated">token</span>'
+    assert f"{said} a gate of the rocks would freeze it" in (made / "all.html").read_text()
+    assert said not in (made / "one.html").read_text()
+
+
 def test_missing_pieces_name_the_command_that_makes_them(made, tmp_path):
     text = (made / "one.html").read_text()
     for command in ("opd-jax sweep --config=FILE", "opd-jax rocks --run=RUN --out=DIR"):
         assert f"<code>{command}" in text
     assert "types" not in data_of(made / "one.html")
     out = rocks_out.make_out(tmp_path / "out")
-    requested = ("references", "gradients", "persistence", "optimizer")
+    requested = ("references", "gradients", "context", "persistence", "optimizer")
     for name in ("selection.json", "types.csv", *(f"{name}.json" for name in requested)):
         (out / name).unlink()
     report.report([made / "one"], tmp_path / "r.html", rocks=out)

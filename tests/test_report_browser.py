@@ -150,6 +150,9 @@ def test_search_finds_tokens_kinds_and_ids(open_page):
     search.send_keys("</SCRIPT")
     assert column(driver, 1) == ["</script>"]
     search.clear()
+    search.send_keys("whitespace mark")  # as a kind is shown, with a space
+    assert set(column(driver, 3)) == {"whitespace markup"}
+    search.clear()
     search.send_keys("digit")
     assert set(column(driver, 3)) == {"digit"}
     find(driver, "#types-rocks").click()

@@ -151,6 +151,14 @@ def test_density_of_answers_is_counted_from_the_corpus(out, selection):
     assert sum(bar.get_height() for bar in left.patches) == 30
 
 
+def test_the_line_of_the_densities_is_the_median_of_the_answers_drawn(selection):
+    """Rocks without the most frequent types; the first row of the table is of all types."""
+    shares = np.array([0.1, 0.2, 0.4])
+    left, _ = rock_figures.density(selection["density"], shares).figure.axes
+    assert xy(left.get_lines()[0])[0] == [0.2, 0.2]
+    assert "median 20.0%" in left.get_xlabel()
+
+
 def test_density_without_a_corpus_shows_the_quantiles_alone(selection):
     (axes,) = rock_figures.density(selection["density"], None).figure.axes
     assert [xy(line)[0] for line in axes.get_lines()[:3]] == [[0.42, 0.6], [0.5], [0.52]]

@@ -18,7 +18,7 @@ HEAT = (0.01, 10.0)  # nats at the ends of the reader's colour scale
 
 # Of types.csv: name, heading, how it is shown, what it is.
 COLUMNS = (
-    ("rank", "rank", "number", "by share of KL, from 1"),
+    ("rank", "rank", "number", "rocks first, then by the score that selects them"),
     ("token", "token", "token", "spaces and line ends are made visible"),
     ("token_id", "id", "number", "row of the vocabulary"),
     ("group", "kind", "text", "kind of token"),

@@ -36,6 +36,7 @@ _SAME = {
 _ON_REQUEST = {
     "references": "Whether other writers' texts have the same rocks",
     "gradients": "How their gradients lie",
+    "context": "Which of them stay in like contexts",
     "persistence": "Whether their KL stays",
     "optimizer": "Whether Adam holds them back",
 }
@@ -208,8 +209,12 @@ def _page(
         "script": "\n".join(_resource(name) for name in _SCRIPTS),
         "data": page_data.script_json(data),
     }
-    # One pass, so that nothing that was filled in is looked at again.
-    return re.sub(r"\{\{(\w+)\}\}", lambda hole: parts[hole[1]], _resource("page.html"))
+    return _filled(_resource("page.html"), parts)
+
+
+def _filled(template: str, parts: Mapping[str, str]) -> str:
+    """Fill a template's holes in one pass: nothing that was filled in is looked at again."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda hole: parts[hole[1]], template)
 
 
 def _resource(name: str) -> str:
@@ -326,7 +331,7 @@ def _rocks(folder: Path | None) -> str:
     manifest = rock_figures.read(folder, "rocks.json") or {}
     said = ", ".join(f"{k} {manifest[k]}" for k in ("student", "teacher", "writer", "prompts"))
     text = f'<p class="note">Measured with {html.escape(said)}.</p>'
-    text += _plates(rock_figures.plates(folder))
+    text += _plates(rock_figures.plates(folder)) + _context(folder)
     if not (folder / "selection.json").exists():
         text += _missing("The selection is not there.", "opd-jax rocks --run=RUN --out=DIR")
     for name, question in _ON_REQUEST.items():
@@ -335,6 +340,30 @@ def _rocks(folder: Path | None) -> str:
                 f"{question} was not computed.", f"opd-jax rocks --run=RUN --out=DIR --with={name}"
             )
     return text
+
+
+def _context(folder: Path) -> str:
+    """What ``context.json`` says, in words beside its control."""
+    told = rock_figures.read(folder, "context.json")
+    if told is None:
+        return ""
+    default, k = told["default"], told["k"]
+    kept, by_chance = (
+        [row["rocks_kept"] for row in rows]
+        for rows in (told["grid"], [row["control"] for row in told["grid"]])
+    )
+    note = (
+        f"{default['rocks_kept']} of {k} rocks are among the top {k} when a type counts by its "
+        "high-loss occurrences in contexts like one another's (window "
+        f"{default['window']}, similarity {default['gamma']}). Control, as many occurrences drawn "
+        f"without regard to loss: {default['control']['rocks_kept']}. Over all {len(kept)} "
+        f"settings tried, {min(kept)} to {max(kept)} stay, of the control {min(by_chance)} to "
+        f"{max(by_chance)}."
+    )
+    return (
+        '<div class="plate"><h3>Which rocks stay in like contexts?</h3>'
+        f'<p class="note">{html.escape(note)}</p></div>'
+    )
 
 
 def _types(folder: Path) -> tuple[str, dict[str, Any] | None]:
@@ -346,7 +375,7 @@ def _types(folder: Path) -> tuple[str, dict[str, Any] | None]:
     note = f"All {count:,} types that were seen"
     if count > page_data.MAX_TYPES:
         note = f"The first {page_data.MAX_TYPES:,} of {count:,} types by rank; types.csv has all"
-    return _resource("types.html").replace("{{note}}", note), data
+    return _filled(_resource("types.html"), {"note": note}), data
 
 
 def _answers(
@@ -371,8 +400,17 @@ def _reader(answers: Sequence[Mapping[str, Any]], has_rocks: bool) -> str:
         f"{10.0**power:g}" for power in range(round(math.log10(low)), round(math.log10(high)) + 1)
     ]
     ramp = "".join(f"<span>{tick}</span>" for tick in ticks[:-1]) + f"<span>{ticks[-1]}+</span>"
-    outlined = "a rock" if has_rocks else "among the types with most KL when the run ended"
-    return _resource("reader.html").replace("{{ramp}}", ramp).replace("{{outlined}}", outlined)
+    parts = {
+        "ramp": ramp,
+        "outlined": "among the types with most KL when the run ended",
+        "gated": "",
+    }
+    if has_rocks:  # their weights are those of a gate that training need not have had
+        parts["outlined"] = "a rock"
+        parts["gated"] = (
+            '<span><span class="t gated">token</span> a gate of the rocks would freeze it</span>'
+        )
+    return _filled(_resource("reader.html"), parts)
 
 
 def _plates(plates: Sequence[style.Plate]) -> str:

@@ -235,7 +235,9 @@ def stability(selection: Mapping[str, Any]) -> Plate:
         "How much do the top K carry, and would they be found again?",
         f"At K = {selection['k']} the types carry {cover['value']:.1%} of the KL (null "
         f"{cover['null']:.1%}) and two disjoint halves of the problems agree by a Jaccard of "
-        f"{halves['value']:.2f} (null {halves['null']:.2f}). Bands are intervals. "
+        f"{halves['value']:.2f} (null {halves['null']:.2f}). Bands hold 95%: left of "
+        "resamples of the problems with these types kept, right of random halvings, grey of "
+        "shuffles. "
         f"{_sentence(selection.get('null_note', 'null: KL shuffled among positions'))}",
         figure,
     )
@@ -268,9 +270,10 @@ def density(rows: Sequence[Mapping[str, Any]], shares: np.ndarray | None) -> Pla
     ranges = panels[-1]
     if shares is not None:
         panels[0].hist(shares, bins=np.linspace(0, 1, 41).tolist(), color=MAIN, edgecolor=PAPER)
-        panels[0].axvline(rows[0]["median"], color=ACCENT, linewidth=1.6)
+        median = float(np.median(shares))  # of these rocks: the first row may be of another rule
+        panels[0].axvline(median, color=ACCENT, linewidth=1.6)
         panels[0].set_title("Rock tokens in an answer")
-        panels[0].set_xlabel(f"share of tokens; line: median {rows[0]['median']:.1%}")
+        panels[0].set_xlabel(f"share of tokens; line: median {median:.1%}")
         panels[0].set_ylabel("answers")
         panels[0].xaxis.set_major_formatter(FuncFormatter(style.percent))
         panels[0].yaxis.set_major_locator(MaxNLocator(integer=True))

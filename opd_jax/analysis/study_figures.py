@@ -64,8 +64,8 @@ def geometry(data: Mapping[str, Any]) -> Plate:
         "gradients",
         "Are their gradients small, or averaged away?",
         "Medians over types with their intervals. The mean over all occurrences shrinks with n: "
-        f"for rocks {all_n} against {one} of one occurrence; as a mean of 8, which every group can "
-        f"be compared at, it is {matched}. Control: types matched by count.",
+        f"for rocks {all_n} against {one} of one occurrence. At equal n, as a mean of 8 where a "
+        f"type occurs that often, it is {matched}. Control: types matched by count.",
         figure,
     )
 

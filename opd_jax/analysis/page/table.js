@@ -19,8 +19,9 @@ if (page.types) {
       if (isText(column)) cell.className = column.kind;
       line.append(cell);
     });
-    const text = [values[at.token], values[at.token_id], values[at.group]].join(" ").toLowerCase();
-    return { values, line, text };
+    const token = values[at.token].toLowerCase();
+    const words = `${values[at.token_id]} ${values[at.group]}`.toLowerCase();
+    return { values, line, token, words };
   });
 
   const headings = columns.map((column, i) => {
@@ -49,10 +50,14 @@ if (page.types) {
   }
 
   function filter() {
-    const wanted = search.value.trim().toLowerCase().replaceAll(" ", "␣");
+    const typed = search.value.toLowerCase();
+    const signs = typed.replaceAll(" ", "␣"); // in a token a space is shown as its sign, in a kind not
+    const isFound = ({ token, words }) =>
+      token.includes(signs) || (typed.trim() && words.includes(typed.trim()));
     let shown = 0;
-    for (const { values, line, text } of lines) {
-      line.hidden = !text.includes(wanted) || (only.checked && !values[at.member]);
+    for (const row of lines) {
+      const { values, line } = row;
+      line.hidden = !isFound(row) || (only.checked && !values[at.member]);
       shown += !line.hidden;
     }
     said.textContent = `${number(shown)} of ${number(lines.length)} types`;
