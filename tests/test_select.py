@@ -51,7 +51,7 @@ def independent(name):
     sizes = [len(x) for x in BY_TYPE.values()]
     sse = sum(((x - x.mean()) ** 2).sum() for x in BY_TYPE.values())
     sigma2 = sse / (n_all - len(BY_TYPE))
-    tau2 = max(0, np.var(means) - sigma2 / np.mean(sizes))
+    tau2 = max(0, np.var(means, ddof=1) - sigma2 / np.mean(sizes))  # as pandas' var()
     for i, x in BY_TYPE.items():
         n, m = len(x), x.mean()
         if name == "rock":
@@ -83,6 +83,21 @@ def test_empirical_bayes_pools_all_where_types_do_not_differ():
         assert select.metric(stats, name).tolist() == [1, 1, -np.inf]
     nothing = TypeStats(np.zeros(3), np.zeros(3), np.zeros(3))
     assert select.metric(nothing, "eb_mean").tolist() == [-np.inf] * 3
+
+
+def test_empirical_bayes_of_one_type_is_its_mean():
+    for name in ("eb_mean", "eb_lcb"):
+        assert select.metric(TypeStats.of(np.zeros(2, int), np.array([1.0, 3]), 1), name) == [2]
+
+
+def test_empirical_bayes_takes_no_degrees_of_freedom_from_types_of_less_than_one_position():
+    sums = TypeStats.of(np.array([0, 0, 0, 1, 1]), np.array([1.0, 2, 3, 6, 8]), 3)
+    sums.count[2], sums.kl_sum[2] = 1e-9, 4e-9
+    got = select.metric(sums, "eb_mean")
+    sigma2, n = 4 / 3, np.array([3, 2])  # SSE 2 + 2 with 2 + 1 degrees of freedom
+    tau2 = np.var([2, 7, 4], ddof=1) - sigma2 / (5 / 3)
+    weight = tau2 / (tau2 + sigma2 / n)
+    assert got[:2] == pytest.approx(weight * [2, 7] + (1 - weight) * 4)
 
 
 def test_empirical_bayes_without_spread_within_types_keeps_the_means():

@@ -106,7 +106,7 @@ def coverage(
     """Share of the KL that the top k types carry, for several k, beside the null.
 
     ``low`` and ``high`` are the bootstrap interval over problems of the share of *these* types;
-    ``null_low`` and ``null_high`` the range of the permutations, whose types are chosen anew.
+    ``null_low`` and ``null_high`` the middle 95 % of permutations, whose types are chosen anew.
     """
     whole = table.stats()
     ranked = rule.rank(whole)
@@ -136,8 +136,9 @@ def split_half(
 ) -> list[dict[str, Any]]:
     """Jaccard of the top k types of two disjoint halves of the problems, beside the null.
 
-    ``value`` is the mean over random halvings, ``low`` and ``high`` their range; the null shuffles
-    within each half.
+    ``value`` is the mean over random halvings. ``low`` and ``high`` hold the middle 95 % of them:
+    how much the choice of the halves matters, no interval of the mean. The null shuffles within
+    each half.
     """
     found_RK, null_RK = np.empty((splits, len(sizes))), np.empty((permutations, len(sizes)))
     for number, (a, b) in enumerate(_halves(table, splits, rng)):

@@ -163,9 +163,10 @@ def _empirical_bayes(stats: TypeStats, *, is_bound: bool) -> np.ndarray:
     if not len(n):
         return out_V
     grand = stats.kl_sum.sum() / n.sum()
-    degrees = np.sum(n - 1)
+    degrees = np.sum(np.maximum(n - 1, 0))  # decayed counts may be below 1
     within = _squares(stats).sum() / degrees if degrees > 0 else 0.0
-    between = max(0.0, float(np.var(mean) - within / n.mean()))
+    spread = np.var(mean, ddof=1) if len(mean) > 1 else 0.0
+    between = max(0.0, float(spread - within / n.mean()))
     if between < _NO_SPREAD:
         out_V[stats.seen] = grand
         return out_V
@@ -237,7 +238,7 @@ def controls(
       assignment matches.
     ``share_matched``: random types whose positions add up to those of the rocks, the nearest of
       several draws; disjoint from the rocks if the others have that many positions, else drawn
-      among all types.
+      among all types, and never the rocks themselves.
     ``complement``: all seen types that are no rocks.
     ``top_freq``: the k most frequent types.
     ``top_mean_kl``: the k non-rocks with the highest mean KL that occur at least twice.

@@ -105,8 +105,8 @@ def _tables(found: Occurrences, other: Occurrences | None) -> tuple[null.Table, 
 def density_row(found: Occurrences, sums: TypeStats, k: int, rule: Rule) -> dict[str, Any]:
     """Density of the top ``k`` (or as many as there are) over answers.
 
-    ``high_kl_outside`` is the median number of an answer's positions above the 95th percentile of
-    all KL that are of no rock type.
+    ``high_kl_outside`` is the median number of an answer's positions at or above the 95th
+    percentile of all KL that are of no rock type.
     """
     ids = rule.rank(sums)[:k]
     per_answer = select.density(found, ids)
@@ -129,7 +129,11 @@ def density_row(found: Occurrences, sums: TypeStats, k: int, rule: Rule) -> dict
 def funnel(
     sums: TypeStats, rocks_k: np.ndarray, token_text: Callable[[int], str]
 ) -> dict[str, Any]:
-    """Mean KL of types against their log10 count, in bins with at least two types."""
+    """Mean KL of types against their log10 count, in bins with at least two types.
+
+    All types seen are in it, and ``kl_mean`` is over positions. The published funnel leaves out
+    types seen once, and its line is the mean over the types.
+    """
     log10_count, mean = np.log10(sums.count[sums.seen]), sums.mean[sums.seen]
     edges = np.linspace(log10_count.min(), log10_count.max(), FUNNEL_BINS + 1)
     place = np.clip(np.searchsorted(edges, log10_count, side="right") - 1, 0, FUNNEL_BINS - 1)
@@ -184,8 +188,9 @@ def control_rows(
 def estimators(found: Occurrences, sizes: list[int], *, rule: Rule) -> dict[str, Any]:
     """Whether the exact KL and its one-sample estimate, the log-ratio, select the same types.
 
-    Given the text before a token both have one expectation; given the token they do not, so the
-    scores differ however long the corpus is. Spearman is over types with at least two positions.
+    Given the text before a token both have one expectation, if the student sampled it at
+    temperature 1; given the token they do not, so the scores differ however long the corpus is.
+    Spearman is of the summed KL, over types with at least two positions.
     """
     exact = TypeStats.of_occurrences(found)
     sampled = TypeStats.of(found.token_id, found.log_ratio, found.vocab_size)
