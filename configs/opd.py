@@ -1,7 +1,8 @@
-"""The flagship: one student, one teacher, and every way to gate the objective, as an arm.
+r"""The flagship: one student, one teacher, and every way to gate the objective, as an arm.
 
     opd-jax train --config=configs/demo.py --workdir=runs/demo
-    opd-jax rocks --run=runs/demo --out=runs/rocks --with=gradients
+    opd-jax rocks --run=runs/demo --prompts=embedded:prompts/train.jsonl --k=10 --out=runs/rocks \
+        --with=gradients
     opd-jax train --config=configs/opd.py:arm=rock,rocks=runs/rocks --workdir=runs/rock
     opd-jax sweep --config=configs/opd.py:rocks=runs/rocks --arms=full,rock,random_positions \
         --seeds=3 --workdir=runs/arms
@@ -9,8 +10,9 @@
 Arguments:
   arm    a name of ``ARMS`` below
   base   whose models, prompts and sizes: demo, smollm2, or the path of another config file
-  rocks  what ``opd-jax rocks --out`` wrote: the arms with a list, and random_positions, read it
-  steps  optimizer steps; 0: as in the base
+  rocks  what ``opd-jax rocks --out`` wrote: the arms with a list, and random_positions, read it;
+         selected on other prompts than the held-out ones, which the arms are compared on
+  steps  optimizer steps; 0: as in the base; the arm ramp follows this, not --config.train.steps
   lr     peak learning rate; 0: as in the base
   k      rocks of ema and adaptive; 0: as many as the list of rocks holds, without one 100
   norm   what the sum of losses is divided by: tokens, weight or per_sequence
@@ -69,13 +71,14 @@ def get_config(arg: str = ""):
     c.train.normaliser = args.norm
     rock = dict(ARMS[args.arm])
     if name := rock.pop("list", ""):
-        rock["ids_file"] = str(_made(args, f"{name}.json"))
+        rock["ids_file"] = str(_made(args, c.data, f"{name}.json"))
     if name := rock.pop("share_of", ""):
-        rock["share"] = _read(_made(args, "lists.json"))[name]["token_share"]
+        rock["share"] = _read(_made(args, c.data, "lists.json"))[name]["token_share"]
     if share := rock.pop("ramp_share", 0):
         rock["ramp"] = max(round(share * c.train.steps), 1)
     if rock["mode"] in ("ema", "adaptive"):
-        rock["top_k"] = args.k or (len(_read(_made(args, "rock.json"))) if args.rocks else 100)
+        listed = _read(_made(args, c.data, "rock.json")) if args.rocks and not args.k else ()
+        rock["top_k"] = args.k or len(listed) or 100
     c.rock.update(rock)
     return c
 
@@ -91,9 +94,9 @@ def _base(name: str):
     return runpy.run_path(str(path))["get_config"]()
 
 
-def _made(args, name: str) -> Path:
+def _made(args, data, name: str) -> Path:
     """A file that ``opd-jax rocks`` left in its folder of lists."""
-    command = "opd-jax rocks --run=RUN --out=DIR"
+    command = f"opd-jax rocks --run=RUN --prompts={data.prompts} --out=DIR"
     if name.startswith("top_gradient"):
         command += " --with=gradients"
     if not args.rocks:
@@ -107,7 +110,19 @@ def _made(args, name: str) -> Path:
             f"arm {args.arm}: {path} does not exist; expected what "
             f"`{command.replace('DIR', args.rocks)}` writes; run it, or set :rocks=DIR"
         )
+    about = Path(args.rocks) / "rocks.json"
+    used = _read(about).get("prompts", "") if about.is_file() else ""
+    if used and _same_file(used, data.heldout):
+        raise ConfigError(
+            f"arm {args.arm}: {args.rocks} was selected on {used}, the held-out prompts that arms "
+            f"are compared on; expected others, or selection leaks into evaluation; run `{command}`"
+            " and set :rocks=DIR"
+        )
     return path
+
+
+def _same_file(one: str, other: str) -> bool:
+    return Path(config.path_of(one)).resolve() == Path(config.path_of(other)).resolve()
 
 
 def _read(path: Path):

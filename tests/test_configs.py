@@ -1,6 +1,7 @@
 """The config files: each resolves, and the flagship's arms set what their names say."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from opd_jax.spec import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OPD = CONFIGS / "opd.py"
+HELDOUT = "embedded:prompts/heldout.jsonl"
 LISTS = {
     "rock": [5, 3, 8],
     "next_ranks": [1],
@@ -105,6 +107,20 @@ def test_a_run_finds_as_many_rocks_as_the_list_holds(arm, rocks):
     assert resolve(OPD, f"arm={arm}").rock == RockConfig(mode=arm, top_k=100)
     assert resolve(OPD, f"arm={arm},rocks={rocks}").rock == RockConfig(mode=arm, top_k=3)
     assert resolve(OPD, f"arm={arm},rocks={rocks},k=7").rock == RockConfig(mode=arm, top_k=7)
+
+
+@pytest.mark.parametrize("arm", ["rock", "random_positions", "ema"])
+def test_rocks_that_were_selected_on_the_held_out_prompts_are_refused(arm, rocks, tmp_path):
+    folder = tmp_path / "rocks"
+    shutil.copytree(rocks, folder)
+    for prompts in ("embedded:prompts/train.jsonl", "elsewhere.jsonl"):
+        (folder / "rocks.json").write_text(json.dumps({"prompts": prompts}))
+        assert resolve(OPD, f"arm={arm},rocks={folder}").rock.mode
+    for prompts in (HELDOUT, config.path_of(HELDOUT)):  # as a name, or as older runs have it
+        (folder / "rocks.json").write_text(json.dumps({"prompts": prompts}))
+        with pytest.raises(ConfigError, match=r"held-out prompts .* --prompts=embedded:prompts/tr"):
+            resolve(OPD, f"arm={arm},rocks={folder}")
+        assert resolve(OPD, f"arm=full,rocks={folder}").rock.mode == "off"
 
 
 def test_arguments_reach_their_keys(rocks):
