@@ -248,6 +248,7 @@ def test_a_single_occurrence_has_no_other_to_agree_with(vectors):
         ({"grid": {"gamma": (1.5,)}}, "gamma 1.5"),
         ({"grid": {"tau_pre": (-0.1,)}}, "tau_pre"),
         ({"grid": {"window": (-1,)}}, "window -1"),
+        ({"grid": {"window": (1.5,)}}, "window 1.5"),
         ({"k": 41}, "--k"),
     ],
 )

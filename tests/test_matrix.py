@@ -1,6 +1,8 @@
 """A real run's matrix: complete, cached cell by cell, and of the right models and texts."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -95,6 +97,16 @@ def test_scores_of_another_corpus_are_measured_again(job, tmp_path):
     good.where(np.arange(3)).save(path)
     persistence.run(tmp_path, **job, steps=[4])
     np.testing.assert_array_equal(Occurrences.load(path).kl, good.kl)
+
+
+def test_the_matrix_of_another_run_or_teacher_is_not_taken_over(job, tmp_path):
+    persistence.run(tmp_path, **job, steps=[4])
+    other = dataclasses.replace(job["pair"], teacher_name="other")
+    with pytest.raises(MatrixError, match=r"'teacher': 'other'.*give another folder"):
+        persistence.run(tmp_path, **job | {"pair": other}, steps=[4])
+    moved = shutil.copytree(job["run_dir"], tmp_path / "again")
+    with pytest.raises(MatrixError, match=r"again.*same run"):
+        persistence.run(tmp_path, **job | {"run_dir": moved}, steps=[4])
 
 
 @pytest.mark.parametrize("steps", [[3], [0], []])

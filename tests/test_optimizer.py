@@ -152,7 +152,7 @@ def test_luck_before_training_is_no_decrease(workdir, monkeypatch):
     assert row["p_adjusted"] > 0.05
 
 
-def test_groups_are_disjoint_medians_by_step(workdir, monkeypatch):
+def test_groups_have_their_medians_by_step(workdir, monkeypatch):
     case = planted(lambda c, k, rng: np.ones(V), lambda c, k, d, rng: np.arange(V) + 1.0)
     result = analysed(monkeypatch, workdir, *case, steps=None, vocab_size=V - 5)
     assert result["steps"] == [2, 4]

@@ -9,7 +9,8 @@ over the tokens t - w to t + w of the answer. It is retained if at least a share
 .. math:: CCR(v) = \frac{\text{retained occurrences of } v}{Freq(v)}, \qquad
           R_{ctx}(v) = R(v)\, CCR(v)
 
-The paper gives no parameter values and no code, so all of them are swept. The negative control
+The paper gives no parameter values and no code, so all of them are swept; the k types of highest
+R_ctx are selected where it has a threshold without a value. The negative control
 replaces the contexts of a type's persistent occurrences by those of as many occurrences of the same
 type drawn without regard to loss: what it retains is due to gamma and eta alone. (To shuffle
 contexts among the persistent occurrences would change nothing, as only their set matters.)
@@ -264,8 +265,8 @@ def _points(grid: Mapping[str, Sequence[float]], default: Parameters) -> list[Pa
     unknown = sorted(set(grid) - set(names))
     if unknown:
         raise ValueError(f"grid names {unknown}: expected some of {names}; change the grid")
-    values = [grid.get(name, (getattr(default, name),)) for name in names]
-    points = {Parameters(int(w), *rest) for w, *rest in itertools.product(*values)} | {default}
+    values: list[Sequence[Any]] = [grid.get(name, (getattr(default, name),)) for name in names]
+    points = {Parameters(*point) for point in itertools.product(*values)} | {default}
     return sorted(points, key=dataclasses.astuple)
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from opd_jax import checkpoint
+from opd_jax import checkpoint, records
 from opd_jax.analysis import collect, models
 from opd_jax.analysis.corpus import Corpus, Occurrences
 from opd_jax.analysis.models import Pair
 from opd_jax.data import Example
 from opd_jax.pytrees import Params
+
+MANIFEST = "matrix.json"  # whose answers and scores a folder holds
 
 
 class MatrixError(ValueError):
@@ -61,7 +63,8 @@ def of_run(
     """Let the checkpoints of a run answer and score each other's answers.
 
     Models and corpora are named ``step-N``. Corpora go to ``out/corpora/NAME``, scores to
-    ``out/scores/MODEL-on-CORPUS.npz``; what is there is not done again.
+    ``out/scores/MODEL-on-CORPUS.npz``; what is there, of the same run and teacher, is not done
+    again.
 
     Args:
       out: folder of the results.
@@ -74,11 +77,13 @@ def of_run(
       say: receives lines of progress.
 
     Raises:
-      MatrixError: the run has not kept a step that is asked for, or has kept none.
+      MatrixError: the run has not kept a step that is asked for, or has kept none; ``out`` holds
+        the matrix of another run or teacher.
       CorpusError, ModelError: see :func:`collect.write`, :func:`models.load`.
     """
     out = Path(out)
     students = {f"step-{step}": f"{run_dir}@{step}" for step in _steps(run_dir, steps)}
+    _enter(out / "corpora", {"run": str(run_dir), "teacher": pair.teacher_name})
     answers = functools.partial(
         collect.write,
         pair=pair,
@@ -130,9 +135,23 @@ def score(
             if jax.process_index() == 0:
                 found.save(row[corpus])
         cells |= {(i, j): path for j, path in enumerate(row.values())}
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("matrix scored")  # the others read what process 0 wrote
+    collect.meet("matrix scored")  # the others read what process 0 wrote
     return Matrix(tuple(students), tuple(corpora), cells)
+
+
+def _enter(folder: Path, owner: Mapping[str, str]) -> None:
+    """Claim a folder; steps of two runs, and scores under two teachers, have the same names."""
+    path = folder / MANIFEST
+    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else owner
+    if held != owner:
+        raise MatrixError(
+            f"{folder} is of {held}, now it is {owner}: expected the same run and teacher to go "
+            "on; give another folder"
+        )
+    collect.meet("matrix looked at")  # before process 0 changes it
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        records.write_atomic(path, json.dumps(owner) + "\n")
 
 
 def _steps(run_dir: str | Path, steps: Sequence[int] | None) -> list[int]:

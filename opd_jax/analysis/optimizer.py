@@ -37,9 +37,12 @@ NOTE = (
     "b1={b1} and b2={b2} a step, so a checkpoint tells of its last steps. Every other parameter "
     "has moments too, which are not read. Tests are rank correlations over types; decrease is "
     "log(mean KL before / after) on one half of the problems, count and KL that are partialled "
-    "out come from the other half, so a chance high value cannot appear as a decrease. The "
-    "conjecture expects rho below 0 for second_moment and above 0 for effective_step. p is from "
-    "permutations, p_adjusted Benjamini-Hochberg over all tests."
+    "out come from the other half, so a chance high value cannot appear as a decrease. With "
+    "decrease the conjecture expects rho below 0 for second_moment and above 0 for "
+    "effective_step; with count the opposite. Moments are read after the decrease that they are "
+    "to explain: a type whose KL has fallen has smaller gradients since, which alone gives "
+    "second_moment a rho below 0, so the first checkpoints say most. p is from permutations, "
+    "p_adjusted Benjamini-Hochberg over all tests."
 )
 
 
