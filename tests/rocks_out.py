@@ -255,7 +255,9 @@ def _write_references(folder) -> None:
         for name, kl, coverage in (("student", 0.42, 0.62), ("teacher", 0.9, 0.7))
     ]
     jaccard = [[1.0, 0.25], [0.25, 1.0]]
-    write(folder / "references.json", {"corpora": corpora, "jaccard": jaccard, "note": "n"})
+    by_chance = [[1.0, 0.1], [0.1, 1.0]]
+    data = {"corpora": corpora, "jaccard": jaccard, "jaccard_null": by_chance, "note": "n"}
+    write(folder / "references.json", data)
     groups = [
         {
             "group": group,

@@ -366,7 +366,29 @@ def test_references_are_the_student_before_training_and_the_teacher(tiny, workdi
     assert across.shape == (4, 4)
     np.testing.assert_array_equal(across, across.T)
     np.testing.assert_array_equal(np.diag(across), 1)
+    by_chance = np.array(told["jaccard_null"])
+    assert (np.diag(by_chance) == 1).all()
+    assert (by_chance[~np.eye(4, dtype=bool)] < 1).all()
+    assert by_chance[1, 2] > 0  # one text, and so the same frequent types
     assert f"undistilled: written by {workdir}@0" in told["note"]
+
+
+def test_writers_agree_by_chance_on_what_is_frequent():
+    """A type that is all the text is in every top; of types that are alike, chance picks."""
+    ids = {"frequent": [0] * 500, "alike": []}
+    overlap = {}
+    for name, more in ids.items():
+        token_id = np.array(more + list(range(1, 41)) * 5, np.int32)
+        kl = np.random.default_rng(1).uniform(0, 1, len(token_id))
+        blank = np.zeros(len(token_id))
+        found = Occurrences(*[blank.astype(np.int32)] * 3, token_id, kl, *[blank] * 4, 64)
+        # The same corpus twice: measured, they agree wholly.
+        k = 1 if more else 10
+        overlap[name] = followups.jaccard_by_chance([found] * 2, k, rule=select.Rule(), seed=0)
+    assert overlap["frequent"] == [[1, 1], [1, 1]]
+    # Ten of forty on either side share 2.5 on average.
+    assert overlap["alike"][0][0] == 1
+    assert overlap["alike"][0][1] == pytest.approx(2.5 / 17.5, abs=0.04)
 
 
 def test_the_answers_of_the_student_before_training_are_its_own(tiny, workdir, of_run, tmp_path):

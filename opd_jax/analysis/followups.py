@@ -6,7 +6,7 @@ the rocks of a folder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,12 +58,34 @@ def references(bench: Workbench) -> dict[str, Any]:
         "jaccard": [
             [select.jaccard(a[:k], b[:k]) for b in ranked.values()] for a in ranked.values()
         ],
+        "jaccard_null": jaccard_by_chance(
+            list(found.values()), k, rule=bench.rule, seed=bench.flags.seed
+        ),
         "note": (
             f"{'; '.join(notes)}. Scored by {bench.student.name} against {bench.teacher.name} "
             f"unless said otherwise. jaccard: overlap of the top {k} types of each two corpora; "
-            f"{null.NOTE}"
+            f"jaccard_null: the same with the KL of either shuffled; {null.NOTE}"
         ),
     }
+
+
+def jaccard_by_chance(
+    corpora: Sequence[Occurrences], k: int, *, rule: select.Rule, seed: int
+) -> list[list[float]]:
+    """Mean overlap of the top ``k`` types of each two corpora, the KL of either shuffled.
+
+    Writers of one language share its frequent types: this much they agree whatever the type has to
+    do with its KL.
+    """
+    rng = np.random.default_rng(seed)
+    total = np.zeros((len(corpora), len(corpora)))
+    for _ in range(selection.PERMUTATIONS):
+        tops = []
+        for found in corpora:
+            sums = TypeStats.of(found.token_id, rng.permutation(found.kl), found.vocab_size)
+            tops.append(rule.rank(sums)[:k])
+        total += [[select.jaccard(a, b) for b in tops] for a in tops]
+    return (total / selection.PERMUTATIONS).tolist()
 
 
 def _reference(name: str, found: Occurrences, k: int, bench: Workbench) -> dict[str, Any]:

@@ -206,10 +206,11 @@ def references(data: Mapping[str, Any]) -> Plate:
         f"(null {first['coverage_null']:.1%})."
     )
     overlaps = data["jaccard"][0][1:]
+    by_chance = data.get("jaccard_null", [[None] * len(rows)])[0][1:]
     controls = [
         f"{other['name']} {other['coverage']:.1%} (null {other['coverage_null']:.1%}), Jaccard "
-        f"{style.measured(overlap, 2)}"
-        for other, overlap in zip(others, overlaps, strict=True)
+        f"{style.measured(overlap, 2)} (null {style.measured(chance, 2)})"
+        for other, overlap, chance in zip(others, overlaps, by_chance, strict=True)
     ]
     note += f" Control: {'; '.join(controls)}." if controls else ""
     return Plate("references", "Do other writers' texts have the same rocks?", note, figure)
