@@ -22,7 +22,7 @@ from opd_jax import mesh
 from opd_jax.divergence import KLSpec, VocabSweep, project
 from opd_jax.pytrees import TokenKL
 
-# One [C, V] f32 buffer of a chunk stays below this unless the spec names the chunk.
+# One [C, V] f32 buffer of a chunk stays below this where 256 rows do; see auto_chunk.
 _CHUNK_BYTES = 64 * 2**20
 
 
@@ -220,7 +220,7 @@ def kept_first(keep_R, chunk: int):
 
 
 def auto_chunk(num_ids: int) -> int:
-    """Largest power of two of rows, 256 to 1024, whose [C, V] f32 buffer fits the budget.
+    """Largest power of two of rows whose [C, V] f32 buffer fits the budget, within 256 to 1024.
 
     Below 256 rows a trip spends more on reading the heads than on multiplying by them.
     """

@@ -212,8 +212,10 @@ def test_changes_are_counted_after_correction(out):
     data = json.loads((out / "persistence.json").read_text())
     data["tests"][0]["p_adjusted"] = 0.5
     data["tests"][1]["p_adjusted"] = None
+    data["tests"][0]["p_bootstrap_adjusted"] = 0.01  # the test that the bars belong to
     _, changes = study_figures.persistence(data)
     assert changes.note.startswith("7 of 9 changes")
+    assert "by Wilcoxon's test over types, 1 by resampling problems as the bars do" in changes.note
     assert len(changes.figure.axes[0].get_yticklabels()) == 9
 
 

@@ -124,7 +124,12 @@ def parse(argv: Sequence[str]) -> Flags:
     add("--teacher", help="Hugging Face folder, RUN@STEP, or embedded:teacher")
     add("--prompts", help="JSONL; default: the run's held-out prompts, or those it trains on")
     add("--limit", type=int, help="only the first prompts; default: all")
-    add("--max-new", type=int, help=f"most tokens of an answer; default: the run's, or {MAX_NEW}")
+    add(
+        "--max-new",
+        type=int,
+        help=f"most tokens of an answer; default: the run's, or {MAX_NEW}, "
+        "or half of the models' positions",
+    )
     add("--max-prompt", type=int, help="longest prompt that is kept; default: the run's, or all")
     add("--samples", type=int, help="answers per prompt; default: 1")
     add("--temperature", type=float, help="0 is greedy; default: 1")

@@ -22,8 +22,8 @@ EFFECTS = {
 }
 _NORMS = (
     ("mean_norm", "one occurrence"),
-    ("norm_at.2", "mean of 2"),
-    ("norm_at.8", "mean of 8"),
+    ("norm_at.2", "mean of 2 (r.m.s.)"),
+    ("norm_at.8", "mean of 8 (r.m.s.)"),
     ("norm_of_mean", "mean of all n"),
 )
 _COSINES = (
@@ -65,7 +65,8 @@ def geometry(data: Mapping[str, Any]) -> Plate:
         "Are their gradients small, or averaged away?",
         "Medians over types with their intervals. The mean over all occurrences shrinks with n: "
         f"for rocks {all_n} against {one} of one occurrence. At equal n, as a mean of 8 where a "
-        f"type occurs that often, it is {matched}. Control: types matched by count.",
+        f"type occurs that often, it is {matched} (root mean square, which rare large gradients "
+        f"raise above the mean). Control: types matched by count.",
         figure,
     )
 
@@ -164,11 +165,15 @@ def _changes(data: Mapping[str, Any]) -> Plate:
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("change of mean KL, nats; bar: interval")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    sure = sum(t["p_adjusted"] is not None and t["p_adjusted"] < 0.05 for t in tests)
+    by_types, by_problems = (
+        sum(t.get(p) is not None and t[p] < 0.05 for t in tests)
+        for p in ("p_adjusted", "p_bootstrap_adjusted")
+    )
     return Plate(
         "changes",
         "What moved, the model or the text?",
-        f"{sure} of {len(tests)} changes differ from 0 at 5% after Benjamini and Hochberg. "
+        f"{by_types} of {len(tests)} changes differ from 0 at 5% by Wilcoxon's test over types, "
+        f"{by_problems} by resampling problems as the bars do, both after Benjamini and Hochberg. "
         "Control: types matched by count, chosen and measured on the same halves of the problems.",
         figure,
     )
