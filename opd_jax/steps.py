@@ -18,6 +18,9 @@ from opd_jax import objective, rock
 from opd_jax.objective import ObjectiveConfig, Targets
 from opd_jax.pytrees import Mean, Params, Rollout, TokenKL, TrainState
 
+# Folded into the key of a run for the draws of its steps. The run folds the same key by step for
+# rollouts and by 2^32 - 1 for evaluations, and a split key is the same as one folded by 0 or 1.
+_STEPS = 2**32 - 2
 _PROGRAMS = ("teacher_states", "distill_step", "off_policy_step", "eval_step")
 # Each program counts itself while it is traced. jit's own cache would not do: under a mesh it also
 # counts new entries that share a compiled program.
@@ -29,6 +32,8 @@ def init(
 ) -> TrainState:
     """Wrap student parameters into a fresh state at step 0 (call under jit to place it).
 
+    The state's key is derived from ``key``, whose folds by step remain for the caller's rollouts.
+
     **Sharding**: optimizer state follows the parameters, the rest is replicated.
     """
     return TrainState(
@@ -36,7 +41,7 @@ def init(
         params=params,
         opt=tx.init(params),
         rock=rock.init(cfg.student.vocab_size, cfg=cfg.rock),
-        key=key,
+        key=jax.random.fold_in(key, _STEPS),
     )
 
 

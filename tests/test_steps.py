@@ -55,6 +55,9 @@ def fresh(cfg=CFG):
     return steps.init(jax.tree.map(jnp.array, STUDENT_0), jax.random.key(KEY), cfg=cfg, tx=TX)
 
 
+RUN_KEY = fresh().key  # of the draws inside steps
+
+
 def saved(state):
     return mesh.to_host(state.replace(key=None))
 
@@ -132,7 +135,7 @@ def test_rock_state_and_metrics_are_those_of_dense_logits(plain, dense):
     ids, mask = BATCH.ids_BT[:, 1:], BATCH.mask_BT[:, 1:]
     for i in range(3):
         old = states[i]
-        key = jax.random.fold_in(jax.random.key(KEY), i)
+        key = jax.random.fold_in(RUN_KEY, i)
         goal = objective.targets(BATCH, jax.tree.map(jnp.asarray, old.rock), key, cfg=CFG)
         seen = np.asarray(goal.importance_BT)
         expected = rock.update(old.rock, ids, dense[i]["forward"] * 1.0, seen, cfg=GATE)
@@ -201,6 +204,24 @@ def test_eight_devices_micro_batches_and_given_teacher_states_do_not_matter(plai
     assert steps.programs() == before | {"distill_step": before["distill_step"] + 1}
     agree(got, plain[0])
     agree(metrics, plain[1])
+
+
+def test_a_step_draws_with_no_key_of_a_rollout():
+    """The loop folds the run's key by step, and a rollout that by row."""
+    root = jax.random.key(KEY)
+
+    def bits(keys):
+        return {tuple(x) for x in np.asarray(jax.random.key_data(keys)).tolist()}
+
+    def fold(key, number):
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(number))
+
+    for step in range(3):
+        sampling = jax.random.fold_in(root, step)
+        inside = jax.random.fold_in(RUN_KEY, step)
+        own = bits(inside[None]) | bits(jax.random.split(inside))
+        assert len(own) == 3
+        assert not own & (bits(sampling[None]) | bits(fold(sampling, B)) | bits(fold(root, 100)))
 
 
 def test_off_policy_in_four_pieces_is_on_policy_in_one(plain, teacher):
