@@ -298,6 +298,14 @@ def _check(run: RunConfig) -> None:
         "rock.start",
         f"below train.steps ({run.train.steps}), or nothing is ever gated",
     )
+    # Types are found after step ``every``, and gate from the next on.
+    end = min(run.train.steps, run.rock.until or run.train.steps)
+    rule(
+        not (gates and run.rock.is_refreshed) or run.rock.every < end,
+        "rock.every",
+        f"below {end} (the end of the gate: train.steps or rock.until), or nothing is ever gated",
+    )
+    rule(run.log.samples >= 0, "log.samples", "at least 0")
     rule(run.log.every >= 1, "log.every", "at least 1")
     rule(run.checkpoint.keep >= 1, "checkpoint.keep", "at least 1")
     rule(run.checkpoint.best in ("", "accuracy", "kl_nats"), "checkpoint.best", "accuracy, kl_nats")
@@ -305,6 +313,8 @@ def _check(run: RunConfig) -> None:
         rule(bool(run.data.heldout), "data.heldout", "a JSONL file, since eval.every is above 0")
         for name in ("prompts", "samples"):
             rule(getattr(run.eval, name) >= 1, f"eval.{name}", "at least 1")
+        rule(run.eval.temperature >= 0, "eval.temperature", "at least 0 (0: greedy)")
+        rule(run.eval.batch >= 0, "eval.batch", "at least 0 (0: prompts x samples of a step)")
         rule(run.eval.kl_prompts >= 0, "eval.kl_prompts", "at least 0 (0: not measured)")
     else:
         rule(not run.checkpoint.best, "checkpoint.best", "empty, since eval.every is 0")

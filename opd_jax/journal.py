@@ -53,6 +53,8 @@ class Journal:
     def rocks(self, step: int, values: Mapping[str, float], state: RockState) -> None:
         """Record the members if they were refreshed in this step (the fixed ones: now and then).
 
+        ``gated_share`` and ``gated_kl_share`` are of this step, which the members before it gated.
+
         Args:
           step: finished updates.
           values: reduced metrics of the step.

@@ -128,7 +128,7 @@ def init(vocab_size: int, *, cfg: RockConfig = RockConfig()) -> RockState:
     Raises:
       ValueError: ``cfg.ids`` holds an id outside the vocabulary.
 
-    Sharding: replicated; it is seven numbers per vocabulary item.
+    Sharding: replicated; it is five numbers and a flag per vocabulary item.
     """
     outside = [i for i in cfg.ids if not 0 <= i < vocab_size]
     if outside:

@@ -172,6 +172,9 @@ def test_a_command_line_without_config_is_refused():
         ("train.normaliser", "rows", "tokens"),
         ("eval.every", -1, "at least 0"),
         ("eval.prompts", 0, "at least 1"),
+        ("eval.temperature", -0.5, "0: greedy"),
+        ("eval.batch", -16, "at least 0"),
+        ("log.samples", -1, "at least 0"),
         ("data.heldout", "", "eval.every is above 0"),
         ("checkpoint.keep", 0, "at least 1"),
         ("checkpoint.best", "loss", "kl_nats"),
@@ -208,6 +211,16 @@ def test_a_value_of_another_type_in_the_file_is_named(tmp_path, line, key, expec
 def test_a_best_checkpoint_needs_evaluations():
     with pytest.raises(ConfigError, match=r"checkpoint.best is 'accuracy': expected empty"):
         resolve(eval__every=0, checkpoint__best="accuracy")
+
+
+@pytest.mark.parametrize("keys", [{}, {"train__steps": 9, "rock__until": 5}], ids=str)
+def test_a_gate_whose_types_are_found_after_the_run_is_refused(keys):
+    keys = {"rock__mode": "ema", "train__steps": 5} | keys
+    with pytest.raises(ConfigError, match=r"rock.every is 5: expected below 5 \(the end"):
+        resolve(**keys, rock__every=5)
+    assert resolve(**keys, rock__every=4).rock.every == 4
+    others = {"rock__mode": "random", "rock__share": 0.5, "rock__every": 5}  # it is not refreshed
+    assert resolve(**keys | others).rock.every == 5
 
 
 def test_a_gate_that_starts_after_the_run_is_refused():
