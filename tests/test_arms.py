@@ -247,6 +247,10 @@ def test_the_table_shows_every_arm_and_the_note(made):
     assert lines[1].startswith("full ")
     assert "35.0%" in lines[2]
     assert f"{result['comparisons'][1]['delta']:+.4f}" in lines[2]
+    accuracy = result["comparisons"][0]
+    points = [f"{100 * accuracy[key]:+.1f}" for key in ("delta", "low", "high")]
+    assert f"{points[0]} [{points[1]}, {points[2]}]" in lines[2]
+    assert "points against full" in lines[0]
     assert max(len(line) for line in lines) <= 110
     assert lines[3] == "before training: accuracy 25.0%, KL 2.0000 nats"
     assert " ".join(lines[4:]) == result["note"]

@@ -214,7 +214,6 @@ def test_an_arm_may_give_the_file_further_arguments(file, tmp_path):
     assert sweep.main(argv(file, workdir, "--config.train.steps=4", arms=arms, seeds=1)) == 0
     rows = result_of(workdir)["arms"]
     assert [row["normaliser"] for row in rows] == ["tokens", "weight", "weight"]
-    assert (workdir / "ema-k=2-norm=weight" / "seed-0" / "sweep.json").parent.is_dir()
     record = records.read_run(workdir / "ema-k=2-norm=weight" / "seed-0")
     assert record["config"]["rock.top_k"] == 2
 

@@ -228,22 +228,31 @@ def _note(seeds: int, baseline: str) -> str:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """The result for a reader: one line per arm, changes against the baseline with intervals."""
+    """The result for a reader: one line per arm, changes against the baseline with intervals.
+
+    Changes of accuracy are in percentage points.
+    """
     width = max(len(row["arm"]) for row in result["arms"])
     against = f"against {result['baseline']}"
     lines = [
-        f"{'arm':<{width}} {'masked':>7} {'accuracy':>9} {against:>24} {'p adj.':>7}"
+        f"{'arm':<{width}} {'masked':>7} {'accuracy':>9} {'points ' + against:>24} {'p adj.':>7}"
         f" {'KL nats':>8} {against:>26} {'p adj.':>7}"
     ]
     changes = {(found["arm"], found["metric"]): found for found in result["comparisons"]}
     for row in result["arms"]:
         parts = [f"{row['arm']:<{width}} {_show(row['masked_share'], '.1%'):>7}"]
-        for name, spec, columns in (("accuracy", ".1%", (9, 24)), ("kl_nats", ".4f", (8, 26))):
+        for name, spec, unit, moved, columns in (
+            ("accuracy", ".1%", 0.01, "+.1f", (9, 24)),
+            ("kl_nats", ".4f", 1.0, "+.4f", (8, 26)),
+        ):
             change = changes.get((row["arm"], name), {"p_adjusted": None})
             text = ""
             if "delta" in change:
-                ends = ", ".join(_show(change[end], f"+{spec}") for end in ("low", "high"))
-                text = f"{_show(change['delta'], f'+{spec}')} [{ends}]"
+                delta, *ends = (
+                    _show(None if change[key] is None else change[key] / unit, moved)
+                    for key in ("delta", "low", "high")
+                )
+                text = f"{delta} [{', '.join(ends)}]"
             parts.append(
                 f"{_show(row['metrics'][name]['mean'], spec):>{columns[0]}} {text:>{columns[1]}}"
                 f" {_show(change['p_adjusted'], '.2g'):>7}"
