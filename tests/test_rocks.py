@@ -472,6 +472,14 @@ def test_what_needs_a_run_is_left_out_with_a_line(tiny, one_device, tmp_path):
     assert names == ["student", "teacher"]
 
 
+def test_the_student_is_a_reference_of_its_teacher(tiny, one_device, tmp_path):
+    given = argv(tiny, tmp_path / "out", "--limit=4", "--with=references", "--writer=teacher")
+    rocks.run(rocks_flags.parse(given[1:]), say=lambda line: None)
+    told = load(tmp_path / "out" / "references.json")
+    assert [row["name"] for row in told["corpora"]] == ["corpus", "student"]
+    assert f"corpus: written by {tiny}/teacher; student: written by {tiny}/student" in told["note"]
+
+
 def test_answers_can_be_used_again(tiny, made, workdir, one_device, tmp_path, monkeypatch):
     source, _ = made
     monkeypatch.setattr(collect, "write", None)

@@ -23,19 +23,19 @@ NUM_RANDOM = (
 def references(bench: Workbench) -> dict[str, Any]:
     """Do other writers' answers to the same prompts have the same rocks?
 
-    The student before training and the teacher write; the pair scores. The student before training
-    is also scored on its own text: if that concentrates as much, concentration comes before
-    distillation and is no trace of it.
+    The student, the same before training, and the teacher write; the pair scores. The student
+    before training is also scored on its own text: if that concentrates as much, concentration
+    comes before distillation and is no trace of it.
     """
     found = {"student": bench.found} if bench.writer_name == bench.student.name else {}
     found = found or {"corpus": bench.found}
     notes = [f"{next(iter(found))}: written by {bench.writer_name}"]
-    writers = {"teacher": bench.teacher.name}
+    writers = {"student": bench.student.name}
     if bench.student.run is not None:
-        writers = {"undistilled": f"{bench.student.run}@0"} | writers
+        writers["undistilled"] = f"{bench.student.run}@0"
     else:
         bench.say("  undistilled: left out, the student is no trained step of a run (see --run)")
-    for name, ref in writers.items():
+    for name, ref in (writers | {"teacher": bench.teacher.name}).items():
         if ref == bench.writer_name:
             continue  # these are the answers that are there
         folder = bench.out / "references" / name
