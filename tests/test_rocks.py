@@ -443,6 +443,17 @@ def test_persistence_compares_the_steps_that_are_named(of_run, workdir, one_devi
         rocks_flags.parse([*given, "--out=o", "--checkpoints=2-4"])
 
 
+def test_contexts_say_that_they_weigh_the_rock_score(of_run, workdir, one_device, tmp_path):
+    out, _ = of_run
+    assert "Rock Score" not in load(out / "context.json")["note"]
+    said = []
+    given = {"run": str(workdir), "corpus": str(out), "k": 4, "extras": ("context",)}
+    flags = Flags(out=str(tmp_path / "out"), score="mean", **given)
+    rocks.run(flags, say=said.append)
+    assert any("the top 4 by Rock Score" in line and "--score=mean" in line for line in said)
+    assert "not those by mean" in load(tmp_path / "out" / "context.json")["note"]
+
+
 def test_gradients_add_their_lists(of_run):
     out, _ = of_run
     told, lists = load(out / "gradients.json"), load(out / "lists" / "lists.json")

@@ -168,7 +168,7 @@ def context(bench: Workbench) -> dict[str, Any]:
     """Which rocks stay when only high-loss occurrences in like contexts count?"""
     from opd_jax.analysis import context as contexts
 
-    return contexts.run(
+    told = contexts.run(
         bench.corpus,
         bench.pair,
         bench.before(),
@@ -180,6 +180,11 @@ def context(bench: Workbench) -> dict[str, Any]:
         batch=bench.flags.batch,
         seed=bench.flags.seed,
     )
+    if bench.rule.score != "rock":
+        other = f"the rocks here are the top {bench.flags.k} by Rock Score, which contexts weigh"
+        bench.say(f"  {other}, and not by --score={bench.rule.score}")
+        told["note"] += f"; {other}, not those by {bench.rule.score}"
+    return told
 
 
 def persistence(bench: Workbench) -> dict[str, Any]:
