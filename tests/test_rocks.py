@@ -356,6 +356,7 @@ def test_a_run_brings_models_prompts_and_length(tiny, workdir, of_run):
 def test_references_are_the_student_before_training_and_the_teacher(tiny, workdir, of_run):
     out, _ = of_run
     told = load(out / "references.json")
+    assert [row["name"] for row in told["joint_metrics"]] == list(select.JOINT)
     names = [row["name"] for row in told["corpora"]]
     assert names == ["student", "undistilled", "undistilled_own", "teacher"]
     before = corpus.read(out / "references" / "undistilled" / "corpus")

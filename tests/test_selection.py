@@ -155,12 +155,19 @@ def test_estimators_compare_exact_and_sampled_scores(found, result):
     assert same["jaccard"] == [{"k": 5, "value": 1}]
 
 
-def test_a_second_corpus_adds_the_joint_metrics_and_changes_nothing_else(found, result):
+def test_joint_metrics_take_the_lesser_of_two_corpora(found):
+    rows = selection.joint_metrics(found, found, 7, rule=Rule(), permutations=6)
+    assert [row["name"] for row in rows] == list(select.JOINT)
+    table = null.Table.of(found)
+    whole = null.metrics(table, 7, rule=Rule(), splits=6, rng=np.random.default_rng(0))
+    single = {row["name"]: row for row in whole}
+    for row in rows:  # the lesser of equals
+        assert row == single[select.JOINT[row["name"]]] | {"name": row["name"]}
     other = make(seed=1)
     other = other.where(other.problem < 11)  # and it may lack some
-    got = selection.selection(found, 7, token_text=text, resamples=50, permutations=6, other=other)
-    assert [row["name"] for row in got["metrics"]][-4:] == list(select.JOINT)
-    assert got["coverage"] == result["coverage"]
+    changed = selection.joint_metrics(found, other, 7, rule=Rule(), permutations=6)
+    assert changed != rows
+    assert all(0 <= row["split_half"] <= 1 for row in changed)
 
 
 def test_bad_input_is_refused(found):

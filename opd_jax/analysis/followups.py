@@ -61,10 +61,18 @@ def references(bench: Workbench) -> dict[str, Any]:
         "jaccard_null": jaccard_by_chance(
             list(found.values()), k, rule=bench.rule, seed=bench.flags.seed
         ),
+        "joint_metrics": (
+            selection.joint_metrics(
+                bench.found, found["teacher"], k, rule=bench.rule, seed=bench.flags.seed
+            )
+            if "teacher" in found
+            else []
+        ),
         "note": (
             f"{'; '.join(notes)}. Scored by {bench.student.name} against {bench.teacher.name} "
             f"unless said otherwise. jaccard: overlap of the top {k} types of each two corpora; "
-            f"jaccard_null: the same with the KL of either shuffled; {null.NOTE}"
+            "jaccard_null: the same with the KL of either shuffled; joint_metrics: stability of "
+            f"the minimum over this corpus and the teacher's; {null.NOTE}"
         ),
     }
 

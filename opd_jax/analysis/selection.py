@@ -35,7 +35,6 @@ def selection(
     resamples: int = RESAMPLES,
     permutations: int = PERMUTATIONS,
     seed: int = 0,
-    other: Occurrences | None = None,
 ) -> dict[str, Any]:
     """Analyse the selection of rocks in a corpus.
 
@@ -47,7 +46,6 @@ def selection(
       resamples: bootstrap draws of an interval.
       permutations: shuffles of the null, and random halvings.
       seed: of all draws.
-      other: answers to the same problems by another writer; adds the joint metrics.
 
     Returns:
       A JSON-ready dict; every share is of all positions or of all KL of the corpus.
@@ -60,7 +58,7 @@ def selection(
     rocks_k = select.rocks(sums, k, score=score, skip_top=skip_top, min_count=min_count)
     sizes = null.k_grid(k, len(rule.rank(sums)))
     rng = np.random.default_rng(seed)
-    table, second = _tables(found, other)
+    table = null.Table.of(found)
     nested = null.nested(table, sizes, rule=rule, rng=rng)
     return {
         "k": k,
@@ -78,7 +76,7 @@ def selection(
             {"k": size, "value": float(np.mean([r["value"] for r in nested if r["k"] == size]))}
             for size in sizes
         ],
-        "metrics": null.metrics(table, k, rule=rule, splits=permutations, rng=rng, other=second),
+        "metrics": null.metrics(table, k, rule=rule, splits=permutations, rng=rng),
         "density": [
             density_row(found, sums, k, Rule(score, skip, min_count))
             for skip in sorted({*SKIP_TOPS, skip_top})
@@ -91,15 +89,32 @@ def selection(
     }
 
 
-def _tables(found: Occurrences, other: Occurrences | None) -> tuple[null.Table, null.Table | None]:
-    """The corpora summed on the same problems and types."""
-    if other is None:
-        return null.Table.of(found), None
+def joint_metrics(
+    found: Occurrences,
+    other: Occurrences,
+    k: int,
+    *,
+    rule: Rule,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Stability of the four joint metrics, the minimum of one over two writers' answers.
+
+    Both corpora answer the same problems, and are halved alike; see :func:`null.metrics`.
+    """
     axes = {
         "problems": np.unique(found.problem),
         "token_U": np.union1d(found.token_id, other.token_id),
     }
-    return null.Table.of(found, **axes), null.Table.of(other, **axes)
+    rows = null.metrics(
+        null.Table.of(found, **axes),
+        k,
+        rule=rule,
+        splits=permutations,
+        rng=np.random.default_rng(seed),
+        other=null.Table.of(other, **axes),
+    )
+    return [row for row in rows if row["name"] in select.JOINT]
 
 
 def density_row(found: Occurrences, sums: TypeStats, k: int, rule: Rule) -> dict[str, Any]:
