@@ -374,7 +374,7 @@ def make_sweep(folder: Path, *, seeds: int = 3) -> Path:
         runs = [f"{arm}/seed-{s}" for s in range(seeds)]
         for s, run in enumerate(runs):
             make_run(folder / run, seed=10 * number + s, floor=0.3 + 0.2 * number)
-        values = {"accuracy": 0.7 - 0.05 * number, "kl_nats": 0.3 + 0.2 * number, "seconds": 12.0}
+        values = {"accuracy": 0.7 - 0.05 * number, "kl_nats": 0.3 + 0.2 * number, "step_s": 1.2}
         arms.append(
             {
                 "arm": arm,

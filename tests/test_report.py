@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -277,6 +278,24 @@ def test_only_a_report_is_replaced(made, tmp_path):
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(ValueError, match="is no report"):
         report.report([made / "one"], tmp_path / "folder.html")
+
+
+def test_a_moved_sweep_with_arguments_in_its_arms(made, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree(made / "sweep", folder)
+    told = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    old, arm = told["arms"][1]["arm"], told["arms"][1]
+    (folder / old).rename(folder / "ema-k=2")
+    arm |= {"arm": "ema:k=2", "masked_share": None}
+    arm["runs"] = [f"elsewhere/ema-k=2/seed-{seed}" for seed in arm["seeds"]]
+    for row in told["comparisons"]:
+        row["arm"] = "ema:k=2" if row["arm"] == old else row["arm"]
+    (folder / "sweep.json").write_text(json.dumps(told), encoding="utf-8")
+    report.report([], tmp_path / "r.html", sweep=folder)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "ema:k=2" in page
+    assert "<td>–</td>" in page
+    assert "seconds a step" in page
 
 
 def test_a_sweep_alone_is_enough(made, tmp_path):

@@ -20,7 +20,7 @@ METRICS = {
     "kl_gated": "KL of gated, nats",
     "kl_ungated": "KL of ungated, nats",
     "mean_length": "length, tokens",
-    "seconds": "seconds",
+    "step_s": "seconds a step",
 }
 SHARES = ("accuracy",)  # shown as per cent
 

@@ -153,7 +153,7 @@ def _names(runs: Sequence[str | os.PathLike]) -> dict[str, Path]:
 
 
 def _read_sweep(folder: Path) -> dict[str, Any]:
-    """``sweep.json`` with the paths of its runs by arm under "runs"."""
+    """``sweep.json`` with the paths of its runs by arm under "runs", wherever it lies now."""
     path = folder / "sweep.json"
     if not path.exists():
         raise records.WorkdirError(
@@ -161,10 +161,8 @@ def _read_sweep(folder: Path) -> dict[str, Any]:
             "give another --sweep, or run the same sweep command to its end"
         )
     sweep = run_files.parse(path, run_files.read_text(path))
-    runs = {}
-    for arm in sweep["arms"]:
-        seeds = [folder / arm["arm"] / f"seed-{seed}" for seed in arm["seeds"]]
-        runs[arm["arm"]] = seeds
+    arms = sweep["arms"]
+    runs = {a["arm"]: [folder.joinpath(*Path(run).parts[-2:]) for run in a["runs"]] for a in arms}
     return sweep | {"runs": runs}
 
 
@@ -290,7 +288,7 @@ def _sweep(sweep: Mapping[str, Any] | None, arms: Mapping[str, Sequence[RunFiles
     for arm in sweep["arms"]:
         row: list[Any] = [
             arm["arm"],
-            f"{arm['masked_share']:.1%}",
+            "–" if arm["masked_share"] is None else f"{arm['masked_share']:.1%}",
             arm["normaliser"],
             str(len(arm["seeds"])),
         ]
