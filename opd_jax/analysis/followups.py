@@ -41,7 +41,12 @@ def references(bench: Workbench) -> dict[str, Any]:
         folder = bench.out / "references" / name
         bench.say(f"  {name}: answering and scoring")
         corpus = collect.write(
-            folder / "corpus", bench.pair, bench.rows, **bench.writer(ref), **bench.writing
+            folder / "corpus",
+            bench.pair,
+            bench.rows,
+            **bench.writer(ref),
+            **bench.writing,
+            say=lambda line: bench.say(f"    {line}"),
         )
         found[name] = bench.scored(folder / "scores.npz", corpus)
         notes.append(f"{name}: written by {ref}")
