@@ -59,6 +59,4 @@ def interval(delta_R: np.ndarray) -> dict[str, float | None]:
     if not len(delta_R):
         return {"low": None, "high": None, "p_bootstrap": 1.0}
     low, high = stats.quantiles(delta_R)
-    tail = min(np.sum(delta_R <= 0), np.sum(delta_R >= 0))
-    p = min(1.0, 2 * (1 + tail) / (len(delta_R) + 1))
-    return {"low": float(low), "high": float(high), "p_bootstrap": float(p)}
+    return {"low": float(low), "high": float(high), "p_bootstrap": stats.two_sided(delta_R)}
