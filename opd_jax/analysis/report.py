@@ -451,10 +451,11 @@ def _cell(cell: str | tuple[str, str]) -> str:
 def _interval(row: Mapping[str, Any] | None, metric: str, middle: str) -> str:
     if row is None or row.get(middle) is None:
         return "–"
-    text = _number(row[middle], metric)
-    if row.get("low") is None:
-        return text
-    return f"{text} [{_number(row['low'], metric)}, {_number(row['high'], metric)}]"
+    # A change of a share is in percentage points.
+    unit = " points" if middle == "delta" and metric in curve_figures.SHARES else ""
+    numbers = [_number(row.get(name), metric) for name in (middle, "low", "high")]
+    text, low, high = (n.removesuffix("%") if unit else n for n in numbers)
+    return f"{text}{unit}" if row.get("low") is None else f"{text}{unit} [{low}, {high}]"
 
 
 def _number(value: float | None, metric: str) -> str:

@@ -147,10 +147,8 @@ def parse(argv: Sequence[str]) -> Flags:
     add("--mesh-model", type=int, default=1, help="devices that share heads and vocabulary")
     values = vars(parser.parse_args(argv))
     extras = dict.fromkeys(filter(None, values.pop("extras").split(",")))
-    return Flags(
-        **values | {"checkpoints": _steps(values["checkpoints"])},
-        extras=tuple(extras),
-    )
+    steps = _steps(values.pop("checkpoints"))
+    return Flags(**values, extras=tuple(extras), checkpoints=steps)
 
 
 def _steps(text: str) -> tuple[int, ...]:
