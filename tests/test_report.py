@@ -94,7 +94,7 @@ def test_the_sweep_table_holds_intervals_and_differences(made):
     row = re.search(r'<tr><th scope="row">rock</th>.*?</tr>', text)[0]
     assert "25.0%" in row
     assert "65.0% [58.5%, 71.5%]" in row
-    assert "Δ -5.0% [-9.0%, -1.0%], p 0.06" in row
+    assert "Δ -5.0 points [-9.0, -1.0], p 0.06" in row
     assert "Δ 0.2 [0.16, 0.24], p 0.06" in row
     full = re.search(r'<tr><th scope="row">full</th>.*?</tr>', text)[0]
     assert "Δ" not in full
