@@ -9,7 +9,7 @@ import pytest
 import tiny_run
 
 from opd_jax import data
-from opd_jax.analysis import collect, corpus, models, persistence
+from opd_jax.analysis import collect, corpus, matrix, models, persistence
 from opd_jax.analysis.corpus import Occurrences
 from opd_jax.analysis.matrix import MatrixError
 
@@ -34,10 +34,7 @@ def job(tiny, workdir, one_device):
         run_dir=workdir,
         pair=pair,
         rows=rows,
-        k=3,
         max_new=6,
-        min_count=1,
-        resamples=200,
         say=lambda line: None,
     )
 
@@ -53,18 +50,21 @@ def test_a_run_gives_its_matrix_and_goes_on_where_it_was_killed(job, tmp_path, m
 
     monkeypatch.setattr(collect, "score", count)
     with pytest.raises(KeyboardInterrupt):
-        persistence.run(tmp_path, **job, with_teacher=True)
-    result = persistence.run(tmp_path, **job, with_teacher=True)
+        matrix.of_run(tmp_path, **job, with_teacher=True)
+    found = matrix.of_run(tmp_path, **job, with_teacher=True)
     assert len(scored) == 8 + (3 * 4 - 7)
+    told = dict(k=3, min_count=1, resamples=200, token_text=job["pair"].text)
+    result = persistence.analyse(found, **told)
     assert result["models"] == ["step-0", "step-2", "step-4"]
     assert result["corpora"] == ["step-0", "step-2", "step-4", "teacher"]
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert persistence.run(tmp_path, **job, with_teacher=True) == result
+    again = matrix.of_run(tmp_path, **job, with_teacher=True)
+    assert persistence.analyse(again, **told) == result
     assert len(scored) == 13
 
 
 def test_rows_are_models_and_columns_corpora(tiny, job, tmp_path):
-    persistence.run(tmp_path, **job, steps=[4])
+    matrix.of_run(tmp_path, **job, steps=[4])
 
     def scored(model, text):
         return Occurrences.load(tmp_path / "scores" / f"{model}-on-{text}.npz")
@@ -83,7 +83,7 @@ def test_rows_are_models_and_columns_corpora(tiny, job, tmp_path):
 
 
 def test_the_teacher_writes_its_own_text(tiny, job, tmp_path):
-    persistence.run(tmp_path, **job, steps=[4], with_teacher=True)
+    matrix.of_run(tmp_path, **job, steps=[4], with_teacher=True)
     teacher = models.open_pair(str(tiny / "teacher"), str(tiny / "teacher"), say=lambda line: None)
     text = collect.write(tmp_path / "again", teacher, job["rows"], max_new=job["max_new"])
     found = Occurrences.load(tmp_path / "scores" / "step-0-on-teacher.npz")
@@ -91,26 +91,26 @@ def test_the_teacher_writes_its_own_text(tiny, job, tmp_path):
 
 
 def test_scores_of_another_corpus_are_measured_again(job, tmp_path):
-    persistence.run(tmp_path, **job, steps=[4])
+    matrix.of_run(tmp_path, **job, steps=[4])
     path = tmp_path / "scores" / "step-0-on-step-0.npz"
     good = Occurrences.load(path)
     good.where(np.arange(3)).save(path)
-    persistence.run(tmp_path, **job, steps=[4])
+    matrix.of_run(tmp_path, **job, steps=[4])
     np.testing.assert_array_equal(Occurrences.load(path).kl, good.kl)
 
 
 def test_the_matrix_of_another_run_or_teacher_is_not_taken_over(job, tmp_path):
-    persistence.run(tmp_path, **job, steps=[4])
+    matrix.of_run(tmp_path, **job, steps=[4])
     other = dataclasses.replace(job["pair"], teacher_name="other")
     with pytest.raises(MatrixError, match=r"'teacher': 'other'.*give another folder"):
-        persistence.run(tmp_path, **job | {"pair": other}, steps=[4])
+        matrix.of_run(tmp_path, **job | {"pair": other}, steps=[4])
     moved = shutil.copytree(job["run_dir"], tmp_path / "again")
     with pytest.raises(MatrixError, match=r"again.*same run"):
-        persistence.run(tmp_path, **job | {"run_dir": moved}, steps=[4])
+        matrix.of_run(tmp_path, **job | {"run_dir": moved}, steps=[4])
 
 
 @pytest.mark.parametrize("steps", [[3], [0], []])
 def test_a_step_that_was_not_kept_is_named(job, tmp_path, steps):
     with pytest.raises(MatrixError, match=r"steps \[2, 4\], not of.*checkpoint.every"):
-        persistence.run(tmp_path, **job, steps=steps)
+        matrix.of_run(tmp_path, **job, steps=steps)
     assert not list(tmp_path.iterdir())

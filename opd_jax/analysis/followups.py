@@ -202,19 +202,25 @@ def context(bench: Workbench) -> dict[str, Any]:
 
 def persistence(bench: Workbench) -> dict[str, Any]:
     """Do the rocks' KL values fall over training, on the same text and on new text?"""
+    from opd_jax.analysis import matrix
     from opd_jax.analysis import persistence as persistences
 
     assert bench.student.run is not None  # the stage is left out otherwise
-    return persistences.run(
+    scores = matrix.of_run(
         bench.out,
         bench.student.run,
         bench.pair,
         rows=bench.rows,
-        k=bench.flags.k,
         steps=bench.flags.checkpoints or None,
         **bench.writing,
-        **_ranking(bench),
         say=lambda line: bench.say(f"  {line}"),
+    )
+    return persistences.analyse(
+        scores,
+        k=bench.flags.k,
+        seed=bench.flags.seed,
+        token_text=bench.pair.text,
+        **_ranking(bench),
     )
 
 

@@ -17,17 +17,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.stats
 
-from opd_jax.analysis import matrix, pooled, select, stats
+from opd_jax.analysis import pooled, select, stats
 from opd_jax.analysis.corpus import TypeStats
 from opd_jax.analysis.matrix import Matrix
-from opd_jax.analysis.models import Pair
-from opd_jax.data import Example
 
 NOTE = (
     "Groups are selected on half of the problems and every number but the naive ones is measured "
@@ -49,68 +46,6 @@ Cell = tuple[str, str]  # names of a model and of the corpus that it scored
 
 class PersistenceError(ValueError):
     """The matrix cannot be analysed; the message says why and what to do."""
-
-
-def run(
-    out: str | Path,
-    run_dir: str | Path,
-    pair: Pair,
-    *,
-    rows: Sequence[Example],
-    k: int,
-    max_new: int,
-    steps: Sequence[int] | None = None,
-    with_teacher: bool = False,
-    temperature: float = 1.0,
-    samples: int = 1,
-    seed: int = 0,
-    batch: int = 16,
-    min_count: float = 2,
-    score: str = "rock",
-    skip_top: int = 0,
-    resamples: int = 10_000,
-    select_on: Cell | None = None,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Measure the matrix of a run's checkpoints and analyse it.
-
-    Args:
-      out, run_dir, pair, rows, max_new, steps, with_teacher, temperature, samples, seed, batch,
-        say: see :func:`matrix.of_run`.
-      k, min_count, score, skip_top, resamples, select_on: see :func:`analyse`.
-
-    Returns:
-      The content of ``persistence.json``.
-
-    Raises:
-      MatrixError, CorpusError, ModelError: see :func:`matrix.of_run`.
-      PersistenceError, SelectError: see :func:`analyse`.
-    """
-    scores = matrix.of_run(
-        out,
-        run_dir,
-        pair,
-        rows=rows,
-        max_new=max_new,
-        steps=steps,
-        with_teacher=with_teacher,
-        temperature=temperature,
-        samples=samples,
-        seed=seed,
-        batch=batch,
-        say=say,
-    )
-    return analyse(
-        scores,
-        k=k,
-        min_count=min_count,
-        score=score,
-        skip_top=skip_top,
-        seed=seed,
-        resamples=resamples,
-        token_text=pair.text,
-        select_on=select_on,
-    )
 
 
 def split(problem: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
