@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -99,7 +100,18 @@ class Shapes:
 
 
 @pytest.fixture(scope="module")
-def compiled(mesh):
+def uncached():
+    """Compile afresh: what the cache holds for a TPU can only be read where there is one."""
+    was = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", was)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def compiled(mesh, uncached):
     """name -> the compiled program."""
     with jax.set_mesh(mesh):
         shapes = Shapes(mesh)
