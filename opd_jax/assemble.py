@@ -56,7 +56,7 @@ def assemble(run: RunConfig, *, say: Callable[[str], None] = print) -> Assembly:
       ConfigError, ValueError, FileNotFoundError: the first thing that does not fit.
     """
     mesh = meshlib.make(run.mesh.data, run.mesh.fsdp, run.mesh.model)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = meshlib.batch_shards(mesh)
     _check_batches(run, shards)
     student_path, teacher_path = path_of(run.student.path), path_of(run.teacher.path)
     student = model_config(run.student, student_path)

@@ -108,12 +108,10 @@ def sample(
     A row's answers depend on its place in ``rows`` and on ``key``, not on the batch size. Yields
     rollouts and how many of their rows are real (the first ones).
     """
-    share = plan.size // jax.process_count()
-    first = jax.process_index() * share
+    own = meshlib.own(plan.size)
     for number, (part, real) in enumerate(batches(rows, plan.size)):
-        own = part[first : first + share]
-        prompt = data.pad([row.ids for row in own], plan.width, sampler.pad_id)
-        ids = number * plan.size + first + np.arange(share, dtype=np.int32)
+        prompt = data.pad([row.ids for row in part[own]], plan.width, sampler.pad_id)
+        ids = number * plan.size + np.arange(own.start, own.stop, dtype=np.int32)
         prompt, rows_B = meshlib.to_global((prompt, ids), mesh)
         answers = rollout.sample(
             params,

@@ -72,7 +72,6 @@ def generate(
     rows, counts = data.examples(spec, tokenizer)
     rows = rows[:limit] if limit else rows
     mesh = meshlib.make()
-    shards = mesh.shape["data"]
     cfg, params = hf.load(folder, dtype=dtype, mesh=mesh)
     sampler = Sampler(
         vocab_size=min(len(tokenizer), cfg.vocab_size),
@@ -84,7 +83,7 @@ def generate(
         policy=sampler,
         max_new=max_new,
         width=max(len(row.ids) for row in rows),
-        size=-(-min(batch, len(rows)) // shards) * shards,
+        size=meshlib.batch_rows(min(batch, len(rows)), mesh),
         num_graded=0,
         num_kl=0,
     )

@@ -88,6 +88,28 @@ def replicated(tree):
     return jax.tree.map(lambda x: constrain(x, *([None] * x.ndim)), tree) if is_active() else tree
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Parts that a batch is split into: its rows are a multiple of this."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_rows(wanted: int, mesh: Mesh) -> int:
+    """``wanted`` rows, rounded up to what divides over the batch shards."""
+    shards = batch_shards(mesh)
+    return -(-wanted // shards) * shards
+
+
+def own(rows: int) -> slice:
+    """Which of a batch's rows this process hands to :func:`to_global`."""
+    share = rows // jax.process_count()
+    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
+def own_rows(tree):
+    """Those rows of every leaf of a host batch; scalars as they are."""
+    return jax.tree.map(lambda x: x[own(len(x))] if np.ndim(x) else x, tree)
+
+
 def to_global(tree, mesh: Mesh):
     """Turn each process's rows into global arrays, split over the batch axes by their first axis.
 
@@ -96,7 +118,7 @@ def to_global(tree, mesh: Mesh):
     Raises:
       ValueError: the rows do not divide over the batch shards.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
 
     def put(x):
         x = np.asarray(x)

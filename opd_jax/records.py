@@ -16,9 +16,9 @@ import shutil
 import subprocess
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -278,9 +278,16 @@ def remove(path: Path) -> None:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a reader, or the next start, sees the old one or the new one."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w") as stream:
+    with replacing(path, "w") as stream:
         stream.write(text)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str) -> Iterator[IO[Any]]:
+    """Open a file that takes the place of ``path`` once it is whole and on disk."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open(mode) as stream:
+        yield stream
         stream.flush()
         os.fsync(stream.fileno())
     part.replace(path)

@@ -7,39 +7,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_run
 
 from opd_jax import mesh, model, params
 from opd_jax.analysis import context, select
 from opd_jax.analysis.context import Parameters
 from opd_jax.analysis.corpus import Corpus, Occurrences, TypeStats
 
-CFG = model.ModelConfig(
-    model_type="qwen3",
-    vocab_size=40,
-    width=16,
-    ffn=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    qk_norm=True,
-    tied=True,
-    max_positions=64,
-)
+CFG = dataclasses.replace(tiny_run.MODEL, vocab_size=40)
 
 
 def make_pair(fsdp=1, devices=1):
     """What of a pair is used here: a random student on a mesh."""
     grid = mesh.make(fsdp=fsdp, devices=jax.devices()[:devices])
     tree = params.init(model.specs(CFG), jax.random.key(3))
-    tree["embed"] = tree["embed"] * 20.0
+    tree["embed"] = tree["embed"] * tiny_run.EMBED_SCALE
     tree = jax.device_put(tree, params.shardings(model.specs(CFG), grid))
     return types.SimpleNamespace(
         cfg=types.SimpleNamespace(student=CFG),
         mesh=grid,
         student=tree,
         sampler=types.SimpleNamespace(pad_id=0),
-        shards=devices,
     )
 
 

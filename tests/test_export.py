@@ -9,17 +9,8 @@ import tiny_run
 
 from opd_jax import cli, hf
 
-tiny = tiny_run.tiny
-PLAN = {"train__steps": 4, "checkpoint__every": 2}
-
-
-@pytest.fixture(scope="module")
-def workdir(tiny, tmp_path_factory):
-    path = tmp_path_factory.mktemp("exported") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_run.use_one_device(patch)
-        assert tiny_run.train(tiny, path, **PLAN) == 0
-    return path
+tiny, workdir = tiny_run.tiny, tiny_run.workdir
+PLAN = tiny_run.PLAN
 
 
 def exported(folder):

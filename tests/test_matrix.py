@@ -13,16 +13,7 @@ from opd_jax.analysis import collect, corpus, matrix, models, persistence
 from opd_jax.analysis.corpus import Occurrences
 from opd_jax.analysis.matrix import MatrixError
 
-tiny, one_device = tiny_run.tiny, tiny_run.one_device
-
-
-@pytest.fixture(scope="module")
-def workdir(tiny, tmp_path_factory):
-    path = tmp_path_factory.mktemp("persistence") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_run.use_one_device(patch)
-        assert tiny_run.train(tiny, path, checkpoint__every=2) == 0
-    return path
+tiny, one_device, workdir = tiny_run.tiny, tiny_run.one_device, tiny_run.workdir
 
 
 @pytest.fixture

@@ -118,3 +118,19 @@ def test_processes_join_once(monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax.distributed, "initialize", lambda: pytest.fail("joined twice"))
     mesh.start()
+
+
+def test_processes_share_out_the_rows_of_a_batch(monkeypatch):
+    grid = mesh.make(data=2, fsdp=2, model=2)
+    assert mesh.batch_shards(grid) == 4
+    assert [mesh.batch_rows(n, grid) for n in (1, 4, 5)] == [4, 4, 8]
+    batch = {"ids": np.arange(12).reshape(6, 2), "step": np.int32(7)}
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    parts = []
+    for index in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        own = mesh.own_rows(batch)
+        assert own["step"] == 7
+        assert own["ids"].shape == (2, 2)
+        parts.append(own["ids"])
+    np.testing.assert_array_equal(np.concatenate(parts), batch["ids"])

@@ -14,17 +14,8 @@ from opd_jax import tokenizer as tokenizers
 from opd_jax.analysis import models
 from opd_jax.analysis.models import ModelError
 
-tiny = tiny_run.tiny
-PLAN = {"train__steps": 4, "checkpoint__every": 2}
-
-
-@pytest.fixture(scope="module")
-def workdir(tiny, tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_run.use_one_device(patch)
-        assert tiny_run.train(tiny, path, **PLAN) == 0
-    return path
+tiny, workdir = tiny_run.tiny, tiny_run.workdir
+PLAN = tiny_run.PLAN
 
 
 def one():
@@ -80,7 +71,7 @@ def test_the_compute_dtype_can_be_chosen(tiny):
 
 def test_a_mesh_shards_the_parameters(tiny):
     pair = models.open_pair(f"{tiny}/student", f"{tiny}/teacher", mesh=mesh.make(fsdp=2, model=2))
-    assert pair.shards == 4
+    assert mesh.batch_shards(pair.mesh) == 4
     assert pair.student["embed"].addressable_shards[0].data.shape == (320, 8)
 
 

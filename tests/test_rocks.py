@@ -14,18 +14,9 @@ from opd_jax.analysis import collect, corpus, followups, rocks, rocks_flags, sel
 from opd_jax.analysis.corpus import Occurrences, TypeStats
 from opd_jax.analysis.rocks_flags import Flags
 
-tiny, one_device = tiny_run.tiny, tiny_run.one_device
-PLAN = {"train__steps": 4, "checkpoint__every": 2}
+tiny, one_device, workdir = tiny_run.tiny, tiny_run.one_device, tiny_run.workdir
+PLAN = tiny_run.PLAN
 FILES = ("rocks.json", "types.csv", "selection.json", "summary.json", "reader.json")
-
-
-@pytest.fixture(scope="module")
-def workdir(tiny, tmp_path_factory):
-    path = tmp_path_factory.mktemp("rocks") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_run.use_one_device(patch)
-        assert tiny_run.train(tiny, path, **PLAN) == 0
-    return path
 
 
 def argv(tiny, out, *more):

@@ -58,6 +58,7 @@ train._Loop._step = hang
 sys.exit(cli.main(sys.argv[1:]))
 """
 EMBED_SCALE = 20.0  # a fresh model is uniform over the vocabulary; this one has preferences
+PLAN = {"train__steps": 4, "checkpoint__every": 2}  # of the run that `workdir` holds
 MODEL = model.ModelConfig(
     model_type="qwen3",
     vocab_size=640,
@@ -155,6 +156,16 @@ def curve(workdir: Path) -> list[dict]:
 def tiny(tmp_path_factory) -> Path:
     """The folder of the pair; tests do not write to it."""
     return make_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def workdir(tiny, tmp_path_factory) -> Path:
+    """The folder of a finished run with checkpoints of steps 2 and 4; tests do not write to it."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        use_one_device(patch)
+        assert train(tiny, path, **PLAN) == 0
+    return path
 
 
 def use_one_device(patch: pytest.MonkeyPatch) -> None:

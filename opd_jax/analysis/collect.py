@@ -30,7 +30,6 @@ from opd_jax.sampling import Sampler
 
 STARTED = "collecting.json"  # flags of a collection, written before its first piece
 _PLAIN = RockConfig(decay=1.0, fast_decay=1.0)  # corpus sums: nothing decays
-_WIDTH = 64  # prompts are padded to a multiple of this: few rollouts to compile
 
 
 def write(
@@ -97,7 +96,7 @@ def write(
         records.write_atomic(folder / STARTED, json.dumps(info, indent=2) + "\n")
         for stale in sorted(folder.glob("answers-*.npz"))[pieces:]:
             stale.unlink()  # what follows a damaged piece would be out of order
-    size = _rounded(min(batch, len(rows)), pair)
+    size = meshlib.batch_rows(min(batch, len(rows)), pair.mesh)
     draw = functools.partial(
         rollout.sample,
         pair.student if writer is None else writer,
@@ -162,13 +161,13 @@ def score_types(
             f"the corpus has an answer that ends at position {longest}: expected at most "
             f"{pair.max_positions}, which both models have; lower --max-new or --max-prompt"
         )
-    size = _rounded(min(batch, len(corpus.answers)), pair)
+    size = meshlib.batch_rows(min(batch, len(corpus.answers)), pair.mesh)
     names = ("reverse_BT", "logp_BT", "teacher_logp_BT", "entropy_BT", "teacher_entropy_BT")
     flat = {name: np.zeros(corpus.num_positions, np.float32) for name in names}
     with jax.set_mesh(pair.mesh):
         state = meshlib.replicated(rock.init(pair.cfg.student.vocab_size, cfg=_PLAIN))
         for host, index_B in corpus.batches(size, pad_id=pair.sampler.pad_id):
-            batch_of = meshlib.to_global(_own_rows(host), pair.mesh)
+            batch_of = meshlib.to_global(meshlib.own_rows(host), pair.mesh)
             tokens, state = _measure(
                 pair.student if student is None else student,
                 pair.teacher,
@@ -207,9 +206,8 @@ def _sample(
 ) -> Rollout:
     """Sample a batch, filled up with its first row, each process its own share of the prompts."""
     filled = [*part, *[part[0]] * (size - len(part))]
-    share = size // jax.process_count()
-    own = filled[jax.process_index() * share : (jax.process_index() + 1) * share]
-    width = -(-max(len(row.ids) for row in part) // _WIDTH) * _WIDTH
+    own = filled[meshlib.own(size)]
+    width = corpora.padded(max(len(row.ids) for row in part))
     prompt = data.pad([row.ids for row in own], width, pair.sampler.pad_id)
     # Drawn by line, so that --limit or a dropped prompt does not change anybody else's answer.
     lines = np.array([row.index for row in own], np.int32)
@@ -239,17 +237,6 @@ def _rows(
             }
         )
     return found
-
-
-def _own_rows(host: Rollout) -> Rollout:
-    """The rows of a host batch that this process puts on its devices."""
-    share = host.ids_BT.shape[0] // jax.process_count()
-    own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-    return jax.tree.map(lambda x: x[own] if np.ndim(x) else x, host)
-
-
-def _rounded(size: int, pair: Pair) -> int:
-    return -(-size // pair.shards) * pair.shards
 
 
 def _check(

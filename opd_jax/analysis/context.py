@@ -202,9 +202,7 @@ def states(
       f32 [len(chosen), D].
     """
     out_ND = np.empty((len(chosen), pair.cfg.student.width), np.float32)
-    batch = -(-min(batch, len(corpus.answers)) // pair.shards) * pair.shards
-    share = batch // jax.process_count()
-    own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    batch = meshlib.batch_rows(min(batch, len(corpus.answers)), pair.mesh)
     bounds = np.searchsorted(chosen, corpus.offset_A)  # of each answer, in chosen
     for rollout, index_B in corpus.batches(batch, pad_id=pair.sampler.pad_id):
         rows = [slice(bounds[i], bounds[i + 1]) if i >= 0 else slice(0, 0) for i in index_B]
@@ -220,7 +218,7 @@ def states(
             first_BM[line, : len(place)] = begin + np.maximum(place - window, 0)
             last_BM[line, : len(place)] = np.minimum(begin + place + window, end)
         whole = (rollout.ids_BT, rollout.start_B, first_BM, last_BM)
-        on_device = meshlib.to_global(tuple(np.asarray(x)[own] for x in whole), pair.mesh)
+        on_device = meshlib.to_global(meshlib.own_rows(whole), pair.mesh)
         with jax.set_mesh(pair.mesh):
             mean_BMD = meshlib.to_host(
                 _window_means(pair.student, *on_device, cfg=pair.cfg.student)

@@ -22,7 +22,7 @@ from opd_jax import records
 from opd_jax.pytrees import RockState, Rollout
 
 MANIFEST = "corpus.json"
-_WIDTH = 64  # rows are padded to a multiple of this: few shapes to compile, little padding
+_WIDTH = 64  # see padded()
 
 
 class CorpusError(ValueError):
@@ -90,7 +90,7 @@ class Corpus:
         # Answers start in one column, so a row may be wider than its own prompt and answer.
         prompt_width = max(len(self.prompts[i]) for i in index_B if i >= 0)
         longest = prompt_width + max(len(self.answers[i]) for i in index_B if i >= 0)
-        width = -(-longest // _WIDTH) * _WIDTH
+        width = padded(longest)
         ids_BT = np.full((len(index_B), width), pad_id, np.int32)
         mask_BT = np.zeros(ids_BT.shape, bool)
         start_B = np.zeros(len(index_B), np.int32)
@@ -211,21 +211,28 @@ class TypeStats:
         return np.divide(self.kl_sum, self.count, out=np.zeros_like(self.kl_sum), where=self.seen)
 
     @property
+    def share(self) -> np.ndarray:
+        """Share of all KL by type; 0 where there is no KL at all."""
+        total = self.kl_sum.sum()
+        return self.kl_sum / total if total else np.zeros_like(self.kl_sum)
+
+    @property
     def seen(self) -> np.ndarray:
         """Types with at least one position, bool."""
         return self.count > 0
+
+
+def padded(length: int) -> int:
+    """The width that a batch of this longest row gets: few shapes to compile, little padding."""
+    return -(-length // _WIDTH) * _WIDTH
 
 
 def write_npz(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
     """Write arrays so that a reader sees the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as stream:
+    with records.replacing(path, "wb") as stream:
         np.savez(stream, **arrays)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(path)
 
 
 def write_answers(folder: Path, number: int, rows: Sequence[Mapping[str, Any]]) -> None:

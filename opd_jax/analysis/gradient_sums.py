@@ -72,7 +72,7 @@ def logits(corpus, pair: Pair, ids, count_V, *, batch: int, has_head: bool = Fal
         used = names if is_first else ("types_KV",)
         added = logit_gradients.zeros(used, cfg=pair.cfg, slots=len(piece) + 2 * is_first)
         for host, index_B, slot_BT, inverse_BT in _batches(corpus, pair, slot_V, inverse_V, batch):
-            placed = meshlib.to_global(_own((host, slot_BT, inverse_BT)), pair.mesh)
+            placed = meshlib.to_global(meshlib.own_rows((host, slot_BT, inverse_BT)), pair.mesh)
             added, square_BT = logit_gradients.add_rollout(
                 added, pair.student, pair.teacher, *placed, cfg=pair.cfg
             )
@@ -111,18 +111,6 @@ def _batches(corpus: Corpus, pair: Pair, slot_V, inverse_V, batch: int):
             yield host, index_B, slot_BT, inverse_V[ids_BT].astype(np.float32)
 
 
-def _own(tree):
-    """The rows of a host batch that this process puts on its devices."""
-
-    def rows(x):
-        if np.ndim(x) == 0:
-            return x
-        share = len(x) // jax.process_count()
-        return x[jax.process_index() * share : (jax.process_index() + 1) * share]
-
-    return jax.tree.map(rows, tree)
-
-
 def heads(corpus: Corpus, pair: Pair, ids, count_V, whole_VD, *, batch: int) -> dict[str, Any]:
     """Norm of the summed head gradient of each type, and its inner product with the whole."""
     found: dict[str, Any] = {"norm": {}, "dot": {}}
@@ -130,8 +118,8 @@ def heads(corpus: Corpus, pair: Pair, ids, count_V, whole_VD, *, batch: int) -> 
     for token, parts in itertools.groupby(pieces, key=lambda piece: piece[0]):
         sums = logit_gradients.zeros(("head_VD",), cfg=pair.cfg)
         for _, hs_ND, ht_NE in parts:
-            for rows in _cut(hs_ND, ht_NE, pair.shards):
-                placed = meshlib.to_global(_own(rows), pair.mesh)
+            for rows in _cut(hs_ND, ht_NE, meshlib.batch_shards(pair.mesh)):
+                placed = meshlib.to_global(meshlib.own_rows(rows), pair.mesh)
                 sums = logit_gradients.add_states(
                     sums, pair.student, pair.teacher, *placed, cfg=pair.cfg
                 )
@@ -160,7 +148,7 @@ def states(
         slot_V[group] = np.arange(len(group))
         held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for host, _, slot_BT, _ in _batches(corpus, pair, slot_V, np.zeros(len(count_V)), batch):
-            rollout = meshlib.to_global(_own(host), pair.mesh)
+            rollout = meshlib.to_global(meshlib.own_rows(host), pair.mesh)
             both = meshlib.to_host(
                 logit_gradients.states(pair.student, pair.teacher, rollout, cfg=cfg)
             )

@@ -34,6 +34,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from opd_jax import mesh as meshlib
 from opd_jax.analysis import gradient_sums, stats
 from opd_jax.analysis.corpus import Corpus, Occurrences
 from opd_jax.analysis.gradient_sums import Logits
@@ -84,7 +85,7 @@ def geometry(
     count_V = _count(corpus, pair, occurrences)
     ids = _checked(groups, count_V)
     with jax.set_mesh(pair.mesh):
-        size = -(-min(batch, len(corpus.answers)) // pair.shards) * pair.shards
+        size = meshlib.batch_rows(min(batch, len(corpus.answers)), pair.mesh)
         found = gradient_sums.logits(corpus, pair, ids, count_V, batch=size, has_head=True)
         head = gradient_sums.heads(corpus, pair, ids, count_V, found.head_VD, batch=size)
     rows = _types(ids, corpus.token_id, count_V, found, head)
@@ -136,7 +137,7 @@ def rank_types(
     count_V = _count(corpus, pair, occurrences)
     ids = np.flatnonzero(count_V >= max(min_count, 1))
     with jax.set_mesh(pair.mesh):
-        size = -(-min(batch, len(corpus.answers)) // pair.shards) * pair.shards
+        size = meshlib.batch_rows(min(batch, len(corpus.answers)), pair.mesh)
         found = gradient_sums.logits(corpus, pair, ids, count_V, batch=size)
     norm_V, alignment_V = np.full((2, len(count_V)), -np.inf)
     own = found.beside["balanced"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from opd_jax.analysis import select
 from opd_jax.analysis.corpus import Occurrences, TypeStats
 
 GROUPS = (
@@ -135,22 +136,18 @@ def table(
     number_V = np.full(len(stats.count), -1)
     for token_id, name in kind.items():
         number_V[token_id] = GROUPS.index(name)
-    tokens, kl_nats = stats.count.sum(), stats.kl_sum.sum()
     rows = []
     for number, name in enumerate(GROUPS):
         inside_V = number_V == number
+        ids, rocks = np.flatnonzero(inside_V), np.flatnonzero(inside_V & is_rock_V)
         rows.append(
             {
                 "group": name,
-                "types": int(inside_V.sum()),
-                "rocks": int((inside_V & is_rock_V).sum()),
-                "token_share": _share(stats.count[inside_V].sum(), tokens),
-                "kl_share": _share(stats.kl_sum[inside_V].sum(), kl_nats),
-                "rock_token_share": _share(stats.count[inside_V & is_rock_V].sum(), tokens),
+                "types": len(ids),
+                "rocks": len(rocks),
+                "token_share": select.token_share(stats, ids),
+                "kl_share": select.coverage(stats, ids),
+                "rock_token_share": select.token_share(stats, rocks),
             }
         )
     return rows
-
-
-def _share(part: float, whole: float) -> float:
-    return float(part / whole) if whole else 0.0

@@ -89,11 +89,6 @@ class Pair:
         assert self.cfg.teacher is not None
         return min(self.cfg.student.max_positions, self.cfg.teacher.max_positions)
 
-    @property
-    def shards(self) -> int:
-        """Parts that a batch is split into: its size is a multiple of this."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-
     def text(self, token_id: int) -> str:
         """Printable text of one id."""
         return tokenizers.token_text(self.tokenizer, token_id)

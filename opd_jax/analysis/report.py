@@ -19,7 +19,7 @@ from typing import Any
 import matplotlib
 
 from opd_jax import records
-from opd_jax.analysis import curve_figures, page_data, rock_figures, run_files, style
+from opd_jax.analysis import curve_figures, markup, page_data, rock_figures, run_files, style
 from opd_jax.analysis.run_files import RunFiles
 
 MARKER = "<!-- a report of opd-jax -->"
@@ -177,7 +177,7 @@ def _page(
     sections = []
     if found:
         plates = [curve_figures.runs(files)]
-        body = _run_table(found) + _plates(plates)
+        body = _run_table(found) + markup.plates(plates)
         sections.append(("training", "Training", body))
     sections.append(("sweep", "Arms and seeds", _sweep(swept, arms)))
     data: dict[str, Any] = {"heat": page_data.HEAT}
@@ -274,12 +274,12 @@ def _run_table(found: Mapping[str, Path]) -> str:
         [name, steps[name], *(" → ".join(_number(side.get(k), k) for side in pair) for k in keys)]
         for name, pair in sides.items()
     ]
-    return _table("Before and after, on held-out prompts", head, rows)
+    return markup.table("Before and after, on held-out prompts", head, rows)
 
 
 def _sweep(sweep: Mapping[str, Any] | None, arms: Mapping[str, Sequence[RunFiles]]) -> str:
     if sweep is None:
-        return _missing(
+        return markup.missing(
             "No sweep was given.", "opd-jax sweep --config=FILE --arms=full,rock --workdir=DIR"
         )
     metrics = [m for m in curve_figures.METRICS if any(m in a["metrics"] for a in sweep["arms"])]
@@ -320,21 +320,21 @@ def _sweep(sweep: Mapping[str, Any] | None, arms: Mapping[str, Sequence[RunFiles
     if any(row["delta"] is not None for row in sweep["comparisons"]):
         plates.append(curve_figures.comparisons(sweep))
     note = f'<p class="note">{html.escape(str(sweep.get("note") or ""))}</p>'
-    return _table(caption, head, rows) + note + _plates(plates)
+    return markup.table(caption, head, rows) + note + markup.plates(plates)
 
 
 def _rocks(folder: Path | None) -> str:
     if folder is None:
-        return _missing("No rocks were given.", "opd-jax rocks --run=RUN --out=DIR")
+        return markup.missing("No rocks were given.", "opd-jax rocks --run=RUN --out=DIR")
     manifest = rock_figures.read(folder, "rocks.json") or {}
     said = ", ".join(f"{k} {manifest[k]}" for k in ("student", "teacher", "writer", "prompts"))
     text = f'<p class="note">Measured with {html.escape(said)}.</p>'
-    text += _plates(rock_figures.plates(folder)) + _context(folder)
+    text += markup.plates(rock_figures.plates(folder)) + _context(folder)
     if not (folder / "selection.json").exists():
-        text += _missing("The selection is not there.", "opd-jax rocks --run=RUN --out=DIR")
+        text += markup.missing("The selection is not there.", "opd-jax rocks --run=RUN --out=DIR")
     for name, question in _ON_REQUEST.items():
         if not (folder / f"{name}.json").exists():
-            text += _missing(
+            text += markup.missing(
                 f"{question} was not computed.", f"opd-jax rocks --run=RUN --out=DIR --with={name}"
             )
     return text
@@ -366,7 +366,7 @@ def _context(folder: Path) -> str:
 
 def _types(folder: Path) -> tuple[str, dict[str, Any] | None]:
     if not (folder / "types.csv").exists():
-        return _missing(
+        return markup.missing(
             "The table of types is not there.", "opd-jax rocks --run=RUN --out=DIR"
         ), None
     data, count = page_data.types(folder / "types.csv")
@@ -389,7 +389,7 @@ def _answers(
 
 def _reader(answers: Sequence[Mapping[str, Any]], has_rocks: bool) -> str:
     if not answers:
-        return _missing(
+        return markup.missing(
             "No answers were kept.",
             "opd-jax rocks --run=RUN --out=DIR, or train with --config.log.samples_every=N",
         )
@@ -411,43 +411,6 @@ def _reader(answers: Sequence[Mapping[str, Any]], has_rocks: bool) -> str:
     return _filled(_resource("reader.html"), parts)
 
 
-def _plates(plates: Sequence[style.Plate]) -> str:
-    return "".join(
-        f'<div class="plate"><figure><figcaption><h3>{html.escape(plate.title)}</h3>'
-        f'<p class="note">{html.escape(plate.note)}</p></figcaption>'
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(plate.title)}">'
-        f"{style.page_svg(plate.figure, plate.name, plate.title)}</div></figure></div>"
-        for plate in plates
-    )
-
-
-def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table whose first column names its rows; a cell is a text, or a text and one below it."""
-    cells = "".join(
-        f'<th scope="col"{" class=text" if not i else ""}>{html.escape(name)}</th>'
-        for i, name in enumerate(head)
-    )
-    lines = "".join(
-        f'<tr><th scope="row">{html.escape(row[0])}</th>'
-        + "".join(f"<td>{_cell(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return (  # the caption stays in sight where the table scrolls
-        f'<p class="note">{html.escape(caption)}</p>'
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(caption)}">'
-        f'<table aria-label="{html.escape(caption)}"><thead><tr>{cells}</tr></thead>'
-        f"<tbody>{lines}</tbody></table></div>"
-    )
-
-
-def _cell(cell: str | tuple[str, str]) -> str:
-    if isinstance(cell, str):
-        return html.escape(cell)
-    text, small = (html.escape(part) for part in cell)
-    return text + (f"<br><small>{small}</small>" if small else "")
-
-
 def _interval(row: Mapping[str, Any] | None, metric: str, middle: str) -> str:
     if row is None or row.get(middle) is None:
         return "–"
@@ -464,9 +427,3 @@ def _number(value: float | None, metric: str) -> str:
     if metric in curve_figures.SHARES:
         return f"{value:.1%}"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
-
-
-def _missing(what: str, command: str) -> str:
-    return (
-        f'<p class="missing">{html.escape(what)} Made by <code>{html.escape(command)}</code>.</p>'
-    )

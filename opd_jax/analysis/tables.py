@@ -57,6 +57,7 @@ def types_csv(
         name: _mean(found, getattr(found, name.removesuffix("_mean")), stats)
         for name in ("log_ratio_mean", "entropy_mean", "teacher_entropy_mean")
     }
+    share_V = stats.share
     metrics = {name: select.metric(stats, name) for name in select.METRICS}
     members = set(np.asarray(rocks_k).tolist())
     text = io.StringIO()
@@ -72,7 +73,7 @@ def types_csv(
             "kl_sum": kl_sum,
             "kl_mean": stats.mean[token_id],
             "kl_std": _std(stats, token_id),
-            "share": _share(kl_sum, stats.kl_sum.sum()),
+            "share": share_V[token_id],
             "rank": rank,
             "member": int(token_id in members),
             "group": kind[token_id],
@@ -89,8 +90,8 @@ def list_entry(
     """An entry of ``lists.json``: how much the ids stand for, and how well they match the rocks."""
     return {
         "types": len(ids),
-        "token_share": _share(stats.count[ids].sum(), stats.count.sum()),
-        "kl_share": _share(stats.kl_sum[ids].sum(), stats.kl_sum.sum()),
+        "token_share": select.token_share(stats, ids),
+        "kl_share": select.coverage(stats, ids),
         "residual": None if residual is None else dict(residual),
     }
 
@@ -183,7 +184,7 @@ def summary(
                 "token_id": int(i),
                 "token": token_text(int(i)),
                 "count": int(stats.count[i]),
-                "share": _share(stats.kl_sum[i], stats.kl_sum.sum()),
+                "share": float(stats.share[i]),
                 "kl_mean": float(stats.mean[i]),
                 "group": kind[int(i)],
             }
@@ -208,10 +209,6 @@ def _std(stats: TypeStats, token_id: int) -> float:
         return float("nan")
     spread = stats.kl_sq[token_id] - count * stats.mean[token_id] ** 2
     return float(np.sqrt(max(spread, 0.0) / (count - 1)))
-
-
-def _share(part: Any, whole: Any) -> float:
-    return float(part / whole) if whole else 0.0
 
 
 def _cell(value: Any) -> Any:
