@@ -34,11 +34,7 @@ def export(workdir: str, out: str, *, step: int | None = None, dtype: str | None
       ValueError: an unknown dtype.
     """
     folder = Path(workdir)
-    record = records.read_run(folder)
-    if record is None:
-        raise records.WorkdirError(
-            f"{folder} has no run.json: expected the --workdir of a run; give that folder"
-        )
+    record = records.require_run(folder)
     try:
         written = None if dtype is None else jnp.dtype(dtype)
     except TypeError as error:

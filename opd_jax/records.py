@@ -79,6 +79,20 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any] | None:
         ) from error
 
 
+def require_run(workdir: str | os.PathLike) -> dict[str, Any]:
+    """Read ``run.json`` of a run that must be there.
+
+    Raises:
+      WorkdirError: there is none, or it is not JSON.
+    """
+    record = read_run(workdir)
+    if record is None:
+        raise WorkdirError(
+            f"{workdir} has no run.json: expected the --workdir of a run; give that folder"
+        )
+    return record
+
+
 def describe(
     config: Mapping[str, Any], *, seed: int, command: Sequence[str] = (), repo: str | None = None
 ) -> dict[str, Any]:

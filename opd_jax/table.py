@@ -55,11 +55,7 @@ def table(workdir: str, out: str, *, step: int | None = None) -> int:
         raise FileExistsError(
             f"{path} exists: expected a file name that is free; move it away or give another --out"
         )
-    record = records.read_run(folder)
-    if record is None:
-        raise records.WorkdirError(
-            f"{folder} has no run.json: expected the --workdir of a run; give that folder"
-        )
+    record = records.require_run(folder)
     source = path_of(record["config"]["student.path"])
     tokenizer = tokenizers.load(source)
     template = jax.eval_shape(lambda: rock.init(hf_config.read_config(source).vocab_size))

@@ -100,3 +100,7 @@ def test_stats_sum_by_predicted_id():
     assert stats.kl_sq.tolist() == [0, 0.3125, 0, 4, 0]
     assert stats.mean.tolist() == [0, 0.25, 0, 2, 0]
     assert stats.kl_sum.sum() == kl.sum()
+    np.testing.assert_allclose(stats.share, np.array([0, 0.75, 0, 2, 0]) / 2.75)
+    np.testing.assert_allclose(stats.std, [np.nan, np.std([0.5, 0.25, 0], ddof=1), *[np.nan] * 3])
+    nothing = TypeStats.of(ids, np.zeros(4), 5)
+    assert nothing.share.tolist() == [0] * 5

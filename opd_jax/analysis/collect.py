@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from opd_jax import data, records, rock, rollout, steps
+from opd_jax import data, evaluate, records, rock, rollout, steps
 from opd_jax import mesh as meshlib
 from opd_jax.analysis import corpus as corpora
 from opd_jax.analysis.corpus import Corpus, CorpusError, Occurrences, TypeStats
@@ -111,15 +111,14 @@ def write(
         max_new=max_new,
         samples=samples,
     )
-    for first in range(done, len(rows), size):
-        part = rows[first : first + size]
+    for filled, real in evaluate.batches(rows[done:], size):
         with jax.set_mesh(pair.mesh):
-            answers = meshlib.to_host(_sample(draw, part, size, pair))
-        found = _rows(answers, part, samples, name)
+            answers = meshlib.to_host(_sample(draw, filled, pair))
+        found = _rows(answers, filled[:real], samples, name)
         if jax.process_index() == 0:
             corpora.write_answers(folder, pieces, found)
-        pieces += 1
-        say(f"{first + len(part)} of {len(rows)} prompts answered")
+        pieces, done = pieces + 1, done + real
+        say(f"{done} of {len(rows)} prompts answered")
     if jax.process_index() == 0:
         corpora.write_manifest(folder, info | {"pieces": pieces})
         (folder / STARTED).unlink(missing_ok=True)
@@ -201,13 +200,10 @@ def _measure(
     return tokens, rock.update(state, ids_BT, tokens.reverse_BT, mask_BT, cfg=_PLAIN)
 
 
-def _sample(
-    draw: Callable[..., Rollout], part: Sequence[Example], size: int, pair: Pair
-) -> Rollout:
-    """Sample a batch, filled up with its first row, each process its own share of the prompts."""
-    filled = [*part, *[part[0]] * (size - len(part))]
-    own = filled[meshlib.own(size)]
-    width = corpora.padded(max(len(row.ids) for row in part))
+def _sample(draw: Callable[..., Rollout], batch: Sequence[Example], pair: Pair) -> Rollout:
+    """Sample a batch, each process its own share of the prompts."""
+    own = batch[meshlib.own(len(batch))]
+    width = corpora.padded(max(len(row.ids) for row in batch))
     prompt = data.pad([row.ids for row in own], width, pair.sampler.pad_id)
     # Drawn by line, so that --limit or a dropped prompt does not change anybody else's answer.
     lines = np.array([row.index for row in own], np.int32)

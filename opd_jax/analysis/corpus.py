@@ -211,6 +211,18 @@ class TypeStats:
         return np.divide(self.kl_sum, self.count, out=np.zeros_like(self.kl_sum), where=self.seen)
 
     @property
+    def squares(self) -> np.ndarray:
+        """Sum of squared deviations of KL from the type's mean."""
+        return np.maximum(self.kl_sq - self.kl_sum * self.mean, 0)
+
+    @property
+    def std(self) -> np.ndarray:
+        """Sample standard deviation of KL by type, NaN where a type was seen less than twice."""
+        several = self.count >= 2
+        out = np.full_like(self.kl_sum, np.nan)
+        return np.sqrt(np.divide(self.squares, self.count - 1, out=out, where=several))
+
+    @property
     def share(self) -> np.ndarray:
         """Share of all KL by type; 0 where there is no KL at all."""
         total = self.kl_sum.sum()

@@ -225,12 +225,7 @@ def _adam(run_dir: str | Path):
       OptimizerError: a run without Adam.
       WorkdirError: no run.
     """
-    found = records.read_run(run_dir)
-    if found is None:
-        raise records.WorkdirError(
-            f"{run_dir} has no run.json: expected the --workdir of a run; give that folder"
-        )
-    record = found["config"]
+    record = records.require_run(run_dir)["config"]
     if record["optim.name"] != "adamw":
         raise OptimizerError(
             f"{run_dir} was trained with optim.name {record['optim.name']!r}, which keeps no "

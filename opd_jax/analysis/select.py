@@ -137,18 +137,13 @@ def metric(stats: TypeStats, name: str, other: TypeStats | None = None) -> np.nd
         return _empirical_bayes(stats, is_bound=name == "eb_lcb")
     low_V = np.full(len(n_V), -np.inf)
     several_V = n_V >= 2
-    n, variance = n_V[several_V], _squares(stats)[several_V] / (n_V[several_V] - 1)
+    n, variance = n_V[several_V], stats.squares[several_V] / (n_V[several_V] - 1)
     low_V[several_V] = mean_V[several_V] - special.stdtrit(n - 1, _CONFIDENCE) * np.sqrt(
         variance / n
     )
     if name == "mean_lcb":
         return low_V
     return np.where(several_V, n_V * np.maximum(low_V, 0), -np.inf)
-
-
-def _squares(stats: TypeStats) -> np.ndarray:
-    """Sum of squared deviations from the type's mean, [V]."""
-    return np.maximum(stats.kl_sq - stats.kl_sum * stats.mean, 0)
 
 
 def _empirical_bayes(stats: TypeStats, *, is_bound: bool) -> np.ndarray:
@@ -164,7 +159,7 @@ def _empirical_bayes(stats: TypeStats, *, is_bound: bool) -> np.ndarray:
         return out_V
     grand = stats.kl_sum.sum() / n.sum()
     degrees = np.sum(np.maximum(n - 1, 0))  # decayed counts may be below 1
-    within = _squares(stats).sum() / degrees if degrees > 0 else 0.0
+    within = stats.squares.sum() / degrees if degrees > 0 else 0.0
     spread = np.var(mean, ddof=1) if len(mean) > 1 else 0.0
     between = max(0.0, float(spread - within / n.mean()))
     if between < _NO_SPREAD:

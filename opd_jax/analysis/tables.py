@@ -57,7 +57,7 @@ def types_csv(
         name: _mean(found, getattr(found, name.removesuffix("_mean")), stats)
         for name in ("log_ratio_mean", "entropy_mean", "teacher_entropy_mean")
     }
-    share_V = stats.share
+    share_V, mean_V, std_V = stats.share, stats.mean, stats.std
     metrics = {name: select.metric(stats, name) for name in select.METRICS}
     members = set(np.asarray(rocks_k).tolist())
     text = io.StringIO()
@@ -71,8 +71,8 @@ def types_csv(
             "count": int(count),
             "token_share": count / len(found),
             "kl_sum": kl_sum,
-            "kl_mean": stats.mean[token_id],
-            "kl_std": _std(stats, token_id),
+            "kl_mean": mean_V[token_id],
+            "kl_std": std_V[token_id],
             "share": share_V[token_id],
             "rank": rank,
             "member": int(token_id in members),
@@ -160,7 +160,7 @@ def summary(
     k = len(rocks_k)
     coverage, halves = at_k(selection["coverage"], k), at_k(selection["split_half"], k)
     density = next(row for row in selection["density"] if row["skip_top"] == rule.skip_top)
-    estimators = selection["estimators"]
+    estimators, share_V, mean_V = selection["estimators"], stats.share, stats.mean
     return {
         "problems": len(np.unique(corpus.problem_A)),
         "answers": len(corpus.answers),
@@ -184,8 +184,8 @@ def summary(
                 "token_id": int(i),
                 "token": token_text(int(i)),
                 "count": int(stats.count[i]),
-                "share": float(stats.share[i]),
-                "kl_mean": float(stats.mean[i]),
+                "share": float(share_V[i]),
+                "kl_mean": float(mean_V[i]),
                 "group": kind[int(i)],
             }
             for i in rocks_k[:20]
@@ -201,14 +201,6 @@ def at_k(rows: Sequence[Mapping[str, Any]], k: int) -> Mapping[str, Any]:
 def _mean(found: Occurrences, values: np.ndarray, stats: TypeStats) -> np.ndarray:
     total_V = np.bincount(found.token_id, values.astype(np.float64), minlength=found.vocab_size)
     return np.divide(total_V, stats.count, out=np.zeros_like(total_V), where=stats.seen)
-
-
-def _std(stats: TypeStats, token_id: int) -> float:
-    count = stats.count[token_id]
-    if count < 2:
-        return float("nan")
-    spread = stats.kl_sq[token_id] - count * stats.mean[token_id] ** 2
-    return float(np.sqrt(max(spread, 0.0) / (count - 1)))
 
 
 def _cell(value: Any) -> Any:
