@@ -11,19 +11,26 @@ inside its layer, already in the compute dtype.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax import attention, mesh
-from opd_jax.attention import Cache, Rope
+from opd_jax import attention, kv_cache, linear, mesh
+from opd_jax.attention import Rope
+from opd_jax.kv_cache import Cache
 from opd_jax.params import ParamSpec, Specs
 from opd_jax.pytrees import Params
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 REMAT = ("none", "full", "dots")
+# Mixes the values of [B, T, ...] queries, keys and values, and says what to keep of them.
+_Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# Of each weight, how many dimensions are inputs.
+_NUM_INPUTS = {"q": 1, "k": 1, "v": 1, "o": 3, "gate": 1, "up": 1, "down": 1}
 INIT_STD = 0.02  # initializer_range of all three families' published configs
 
 
@@ -125,31 +132,24 @@ def specs(cfg: ModelConfig) -> Specs:
     return tree
 
 
-def unstack(params: Params) -> Params:
-    """The same parameters with ``layers`` as a tuple of per-layer dicts.
+def for_decoding(params: Params, *, cfg: ModelConfig) -> Params:
+    """The same parameters for a loop over tokens: ``layers`` as a tuple of per-layer dicts, in the
+    compute dtype, off the ``fsdp`` axis, and turned.
 
-    A loop over tokens should do this once outside: slicing a stacked array inside would copy each
-    layer's weights on every token.
+    Done once before the loop: inside, every token would slice, cast and gather all weights.
     """
     layers = params["layers"]
-    if isinstance(layers, tuple):
-        return params
     num_layers = jax.tree.leaves(layers)[0].shape[0]
-    split = tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(num_layers))
-    return {**params, "layers": split}
+    split = [_gathered(jax.tree.map(lambda w, i=i: w[i], layers), cfg) for i in range(num_layers)]
+    return {**params, "layers": tuple(_turned(layer, cfg) for layer in split)}
 
 
-def gather(params: Params, *, cfg: ModelConfig) -> Params:
-    """Layer weights in the compute dtype and off the ``fsdp`` axis, for loops that reuse them.
-
-    Training leaves this to each layer; decoding does it once, before its token loop.
-    """
+def _turned(layer: Params, cfg: ModelConfig) -> Params:
     declared = specs(cfg)["layers"]
-    layers = params["layers"]
-    if isinstance(layers, tuple):
-        return {**params, "layers": tuple(_gathered(layer, cfg) for layer in layers)}
-    full = {name: _unsharded(w, declared[name].axes, cfg) for name, w in layers.items()}
-    return {**params, "layers": full}
+    return layer | {
+        name: linear.turn(layer[name], num, axes=declared[name].axes[1:])
+        for name, num in _NUM_INPUTS.items()
+    }
 
 
 def _unsharded(w: jax.Array, axes: tuple, cfg: ModelConfig) -> jax.Array:
@@ -159,7 +159,10 @@ def _unsharded(w: jax.Array, axes: tuple, cfg: ModelConfig) -> jax.Array:
 
 def _gathered(layer: Params, cfg: ModelConfig) -> Params:
     declared = specs(cfg)["layers"]
-    return {name: _unsharded(w, declared[name].axes[1:], cfg) for name, w in layer.items()}
+    return {
+        name: w if isinstance(w, linear.Turned) else _unsharded(w, declared[name].axes[1:], cfg)
+        for name, w in layer.items()
+    }
 
 
 def with_vocab_rows(params: Params, rows: int) -> Params:
@@ -190,13 +193,11 @@ def rms_norm(x: Float[Array, "*rows D"], weight_D: Float[Array, " D"], eps: floa
     return (x32 * scale * weight).astype(x.dtype)
 
 
-def _attention(
-    layer: Params, x_RD, rotation, mask_BTS, cache: Cache | None, index, cfg: ModelConfig
-):
-    tokens = mask_BTS.shape[:2]
-    q_BTKGH = _unflat(jnp.einsum("RD,DKGH->RKGH", x_RD, layer["q"]), tokens)
-    k_BTKH = _unflat(jnp.einsum("RD,DKH->RKH", x_RD, layer["k"]), tokens)
-    v_BTKH = _unflat(jnp.einsum("RD,DKH->RKH", x_RD, layer["v"]), tokens)
+def _attention(layer: Params, x_RD, rotation, attend: _Attend, cfg: ModelConfig):
+    tokens = rotation[0].shape[:2]
+    q_BTKGH = _unflat(linear.times(x_RD, layer["q"]), tokens)
+    k_BTKH = _unflat(linear.times(x_RD, layer["k"]), tokens)
+    v_BTKH = _unflat(linear.times(x_RD, layer["v"]), tokens)
     if cfg.qkv_bias:
         q_BTKGH += layer["q_bias"][None, None]
         k_BTKH += layer["k_bias"][None, None]
@@ -206,34 +207,26 @@ def _attention(
         k_BTKH = rms_norm(k_BTKH, layer["k_norm"], cfg.norm_eps)
     q_BTKGH = attention.rotate(q_BTKGH, rotation)
     k_BTKH = attention.rotate(k_BTKH, rotation)
-    if cache is not None:
-        cache = attention.write(cache, index, k_BTKH, v_BTKH)
-        k_BTKH, v_BTKH = attention.read(cache, index)
-    mixed_BTKGH = attention.attend(q_BTKGH, k_BTKH, v_BTKH, mask_BTS)
-    out_RD = jnp.einsum(
-        "RKGH,KGHD->RD",
-        _flat(mixed_BTKGH, "model", None, None),
-        layer["o"],
-        out_sharding=mesh.out(mesh.BATCH, None),
-    )
-    return out_RD, cache
+    mixed_BTKGH, kept = attend(q_BTKGH, k_BTKH, v_BTKH)
+    mixed_RKGH = _flat(mixed_BTKGH, "model", None, None)
+    return linear.times(mixed_RKGH, layer["o"], mesh.out(mesh.BATCH, None)), kept
 
 
 def _ffn(layer: Params, x_RD):
-    gate_RF = jax.nn.silu(jnp.einsum("RD,DF->RF", x_RD, layer["gate"]))
-    up_RF = jnp.einsum("RD,DF->RF", x_RD, layer["up"])
-    return jnp.einsum(
-        "RF,FD->RD", gate_RF * up_RF, layer["down"], out_sharding=mesh.out(mesh.BATCH, None)
-    )
+    gate_RF = jax.nn.silu(linear.times(x_RD, layer["gate"]))
+    up_RF = linear.times(x_RD, layer["up"])
+    return linear.times(gate_RF * up_RF, layer["down"], mesh.out(mesh.BATCH, None))
 
 
-def _layer(h_RD, cache: Cache | None, layer: Params, index, rotation, mask_BTS, cfg: ModelConfig):
+def _layer(
+    h_RD, layer: Params, rotation, attend: _Attend, cfg: ModelConfig
+) -> tuple[jax.Array, Any]:
     layer = _gathered(layer, cfg)
     x_RD = rms_norm(h_RD, layer["attn_norm"], cfg.norm_eps)
-    out_RD, cache = _attention(layer, x_RD, rotation, mask_BTS, cache, index, cfg)
+    out_RD, kept = _attention(layer, x_RD, rotation, attend, cfg)
     h_RD += out_RD
     h_RD += _ffn(layer, rms_norm(h_RD, layer["ffn_norm"], cfg.norm_eps))
-    return h_RD, cache
+    return h_RD, kept
 
 
 def _flat(x_BT: jax.Array, *axes) -> jax.Array:
@@ -281,46 +274,71 @@ def hidden(
     *,
     cfg: ModelConfig,
     cache: Cache | None = None,
+    room: int = 0,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Hidden states after the final norm, in the compute dtype.
 
     Args:
-      params: as declared by :func:`specs`; ``layers`` stacked (scanned) or a tuple (a Python loop).
+      params: as declared by :func:`specs`; with a cache, as :func:`for_decoding` gives them.
       ids_BT: token ids; anything where invalid.
       positions_BT: index among the row's valid tokens, from 0 (:func:`positions`).
       valid_BT: False on padding.
       cfg: static.
       cache: with one, the T tokens are appended at its cursor and read all that came before; there
         must be room for them (the caller sizes the cache).
+      room: static; without a cache, slots of a new one to return with these tokens in it.
+
+    Raises:
+      ValueError: a cache with parameters that are not for decoding, or the other way round.
 
     **Sharding**: batch rows over ``data`` and ``fsdp`` throughout.
     """
+    if (cache is None) == isinstance(params["layers"], tuple):
+        raise ValueError(
+            f"hidden was called {'without' if cache is None else 'with'} a cache and with "
+            f"{'per-layer' if cache is None else 'stacked'} parameters: expected "
+            "model.for_decoding(params) with a cache, params themselves without"
+        )
     positions_BT = mesh.constrain(positions_BT, mesh.BATCH, None)
     valid_BT = mesh.constrain(valid_BT, mesh.BATCH, None)
     h_BTD = embed(params, ids_BT, cfg=cfg)
     rotation = attention.rotations(positions_BT, cfg.rope, cfg.head_dim)
-    if cache is None:
-        mask_BTS = attention.causal_mask(valid_BT, 0, valid_BT.shape[1])
-    else:
-        first = cache.length
-        cache = attention.extend(cache, valid_BT)
-        mask_BTS = attention.causal_mask(cache.valid_BS, first, valid_BT.shape[1])
-
-    def step(carry, xs):
-        (h_RD, cache), (layer, index) = carry, xs
-        return _layer(h_RD, cache, layer, index, rotation, mask_BTS, cfg), None
-
-    step = _rematerialised(step, cfg)
-    layers, carry = params["layers"], (_flat(h_BTD, None), cache)
-    if isinstance(layers, tuple):
-        for index, layer in enumerate(layers):
-            carry, _ = step(carry, (layer, index))
-    else:
-        carry, _ = jax.lax.scan(step, carry, (layers, jnp.arange(cfg.num_layers)))
-    h_RD, cache = carry
+    run = _from_start if cache is None else functools.partial(_continued, cache)
+    h_RD, cache = run(_flat(h_BTD, None), params["layers"], rotation, valid_BT, room, cfg)
     final_D = mesh.constrain(params["final_norm"], None)
     h_BTD = jax.lax.reshape(h_RD, h_BTD.shape, out_sharding=mesh.out(mesh.BATCH, None, None))
     return rms_norm(h_BTD, final_D, cfg.norm_eps), cache
+
+
+def _from_start(h_RD, layers, rotation, valid_BT, room: int, cfg: ModelConfig):
+    """All layers over tokens that have none before them."""
+
+    def attend(q_BTKGH, k_BTKH, v_BTKH):
+        mixed_BTKGH = attention.causal(q_BTKGH, k_BTKH, v_BTKH, valid_BT)
+        kept = (k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)) if room else None
+        return mixed_BTKGH, kept
+
+    step = _rematerialised(lambda h_RD, layer: _layer(h_RD, layer, rotation, attend, cfg), cfg)
+    h_RD, kept = jax.lax.scan(step, h_RD, layers)
+    return h_RD, kv_cache.start(*kept, valid_BT, room) if room else None
+
+
+def _continued(cache: Cache, h_RD, layers, rotation, valid_BT, room: int, cfg: ModelConfig):
+    """All layers over tokens that come after those in the cache."""
+    assert not room  # the cache that is there has its size
+    first = cache.length
+    cache = kv_cache.extend(cache, valid_BT)
+    mask_BTS = attention.causal_mask(cache.valid_BS, first, valid_BT.shape[1])
+    for index, layer in enumerate(layers):
+        attend = functools.partial(_attend_cached, cache, index, mask_BTS)
+        h_RD, cache = _layer(h_RD, layer, rotation, attend, cfg)
+    return h_RD, cache
+
+
+def _attend_cached(cache: Cache, index: int, mask_BTS, q_BTKGH, k_BTKH, v_BTKH):
+    cache = kv_cache.write(cache, index, k_BTKH, v_BTKH)
+    mixed_BTKGH = attention.attend(q_BTKGH, cache.keys[index], cache.values[index], mask_BTS)
+    return mixed_BTKGH, cache
 
 
 def head(params: Params, cfg: ModelConfig) -> Float[Array, "V D"]:

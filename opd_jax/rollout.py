@@ -16,8 +16,8 @@ from flax import struct
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from opd_jax import attention, mesh, model, sampling
-from opd_jax.attention import Cache
+from opd_jax import kv_cache, linear, mesh, model, sampling
+from opd_jax.kv_cache import Cache
 from opd_jax.model import ModelConfig
 from opd_jax.pytrees import Params, Prompt, Rollout
 from opd_jax.sampling import Sampler
@@ -104,7 +104,7 @@ def _sample(params, prompt, key, bias_V, policy_step, rows_B, *, cfg, sampler, m
         rows_B = jnp.arange(num_prompts, dtype=jnp.int32)
     rows_B = mesh.constrain(jnp.asarray(rows_B, jnp.int32), mesh.BATCH)
     h_BD, cache = prefill(params, prompt, cfg=cfg, size=width + max_new)
-    h_BD, cache = _copies(h_BD, samples), attention.repeat(cache, samples)
+    h_BD, cache = _copies(h_BD, samples), kv_cache.repeat(cache, samples)
     ids_BP, start_B = _copies(prompt.ids_BP, samples), _copies(prompt.start_B, samples)
     copy_B = mesh.constrain(jnp.tile(jnp.arange(samples), num_prompts), mesh.BATCH)
     row_B = _copies(rows_B, samples) * samples + copy_B
@@ -144,17 +144,14 @@ def prefill(
 
     **Sharding**: rows over the batch axes.
     """
-    num_prompts, width = prompt.ids_BP.shape
+    width = prompt.ids_BP.shape[1]
     ids_BP = mesh.constrain(prompt.ids_BP, mesh.BATCH, None)
     start_B = mesh.constrain(prompt.start_B, mesh.BATCH)
     valid_BP = jnp.arange(width)[None, :] >= start_B[:, None]
-    empty = attention.init_cache(
-        cfg.num_layers, num_prompts, size, cfg.num_kv_heads, cfg.head_dim, cfg.compute_dtype
-    )
     h_BPD, cache = model.hidden(
-        params, ids_BP, model.positions(valid_BP), valid_BP, cfg=cfg, cache=empty
+        params, ids_BP, model.positions(valid_BP), valid_BP, cfg=cfg, room=size
     )
-    assert cache is not None  # one was passed in
+    assert cache is not None  # there is room
     return h_BPD[:, -1], cache
 
 
@@ -185,19 +182,12 @@ def decode(
 
     **Sharding**: rows over the batch axes; logits leave the projection split over ``model``.
     """
-    # Laid out once here: inside the loop every token would slice, cast and gather all weights.
     w_VD = model.head(params, cfg=cfg)
-    params = model.gather(model.unstack(params), cfg=cfg)
+    params = model.for_decoding(params, cfg=cfg)
 
     def draw(new: Decoded, h_BD: jax.Array) -> tuple[Decoded, jax.Array]:
         step = new.num_steps
-        logits_BV = jnp.einsum(
-            "BD,VD->BV",
-            h_BD,
-            w_VD,
-            preferred_element_type=jnp.float32,
-            out_sharding=mesh.out(mesh.BATCH, "model"),
-        )
+        logits_BV = linear.from_left(w_VD, h_BD, "model", jnp.float32)
         step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
         ids_B, logp_B = sampling.sample(logits_BV, step_keys_B, sampler=sampler, bias_V=bias_V)
         ids_B = jnp.where(new.is_done_B, sampler.pad_id, ids_B)
@@ -311,7 +301,7 @@ def _put(buffer_BN: jax.Array, value_B: jax.Array, step: jax.Array) -> jax.Array
 
 
 def _copies(x: jax.Array, n: int) -> jax.Array:
-    """Each row ``n`` times in a row, as ``attention.repeat`` does, without leaving its shard."""
+    """Each row ``n`` times in a row, as ``kv_cache.repeat`` does, without leaving its shard."""
     spread = jnp.broadcast_to(x[:, None], (x.shape[0], n, *x.shape[1:]))
     rest = [None] * (x.ndim - 1)
     return jax.lax.reshape(

@@ -1,11 +1,12 @@
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import attention, mesh
+from opd_jax import attention
 from opd_jax.attention import Rope
 
 B, T, K, G, H = 4, 5, 2, 3, 4
@@ -30,19 +31,83 @@ def reference(q_BTKGH, k_BSKH, v_BSKH, mask_BTS):
 
 def test_attend_equals_a_float64_loop_and_survives_rows_that_see_nothing():
     q, k, v = draw(0, B, T, K, G, H), draw(1, B, T, K, H), draw(2, B, T, K, H)
-    valid = np.arange(T)[None] >= np.array([0, 1, 3, 5])[:, None]
-    mask = np.asarray(attention.causal_mask(jnp.asarray(valid), 0, T))
-    out = np.asarray(attention.attend(q, k, v, mask))
+    mask = np.asarray(attention.causal_mask(jnp.asarray(padded(T)), 0, T))
+    out = np.asarray(attention.attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask))
     assert np.isfinite(out).all()
     sees = mask.any(-1)
     assert not sees[3].any()
     np.testing.assert_allclose(out[sees], reference(q, k, v, mask)[sees], atol=1e-6)
 
 
+def padded(length):
+    """Rows with no padding, some, much, and nothing but padding."""
+    return np.arange(length)[None] >= np.array([0, 1, length - 2, length])[:, None]
+
+
+@pytest.mark.parametrize("length", [T, 32, 77])  # one block, a whole one, three of which one short
+def test_causal_equals_a_float64_loop(length):
+    q, k, v = draw(0, B, length, K, G, H), draw(1, B, length, K, H), draw(2, B, length, K, H)
+    valid = jnp.asarray(padded(length))
+    mask = np.asarray(attention.causal_mask(valid, 0, length))
+    out = np.asarray(jax.jit(attention.causal)(q, k, v, valid))
+    assert np.isfinite(out).all()
+    sees = mask.any(-1)
+    np.testing.assert_allclose(out[sees], reference(q, k, v, mask)[sees], atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [T, 77])
+def test_gradient_of_causal_is_that_of_the_whole_score_matrix(length):
+    q, k, v = draw(0, B, length, K, G, H), draw(1, B, length, K, H), draw(2, B, length, K, H)
+    valid = jnp.asarray(padded(length))
+    mask = attention.causal_mask(valid, 0, length)
+    weight = draw(3, B, length, K, G, H) * np.asarray(mask.any(-1))[..., None, None, None]
+
+    def plain(q, k, v):
+        score = jnp.einsum("BTKGH,BSKH->BKGTS", q, k) / math.sqrt(H)
+        prob = jax.nn.softmax(jnp.where(mask[:, None, None], score, -1e9), axis=-1)
+        return jnp.einsum("BKGTS,BSKH->BTKGH", prob, v)
+
+    def grads(f):
+        return jax.grad(lambda *a: jnp.sum(f(*a) * weight), argnums=(0, 1, 2))(q, k, v)
+
+    ours = grads(lambda q, k, v: attention.causal(q, k, v, valid))
+    for got, expected in zip(ours, grads(plain), strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-6)
+        assert np.abs(expected).max() > 1e-2
+
+
+def test_causal_keeps_half_precision_and_close_to_f32():
+    q, k, v = draw(0, B, T, K, G, H), draw(1, B, T, K, H), draw(2, B, T, K, H)
+    valid = jnp.ones((B, T), bool)
+    half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    out, back = jax.vjp(lambda *a: attention.causal(*a, valid), *half)
+    assert {x.dtype for x in (out, *back(out))} == {jnp.dtype(jnp.bfloat16)}
+    exact = attention.causal(q, k, v, valid)
+    np.testing.assert_allclose(out.astype(np.float32), exact, atol=0.05)
+
+
+def test_no_score_matrix_is_whole():
+    """Long answers must fit: the largest array has a block of queries, not all of them."""
+    length = 2048
+    q = jax.ShapeDtypeStruct((1, length, 1, 1, H), jnp.float32)
+    kv = jax.ShapeDtypeStruct((1, length, 1, H), jnp.float32)
+    valid = jax.ShapeDtypeStruct((1, length), bool)
+    loss = lambda q, k, v, valid: attention.causal(q, k, v, valid).sum()  # noqa: E731
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, kv, kv, valid).compile().as_text()
+    sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"\w\[([\d,]+)\]", text)]
+    assert max(sizes) == 512 * length
+
+
+def test_blocks_cover_all_queries_once():
+    for length in (1, 31, 32, 33, 127, 512, 3000):
+        parts = attention.blocks(length)
+        assert [i for begin, end in parts for i in range(begin, end)] == list(range(length))
+
+
 def test_scores_far_apart_stay_finite_with_finite_gradients():
     q, k, v = 1e3 * draw(0, 1, T, K, G, H), 1e3 * draw(1, 1, T, K, H), draw(2, 1, T, K, H)
-    mask = attention.causal_mask(jnp.zeros((1, T), bool).at[:, 2:].set(True), 0, T)
-    grads = jax.grad(lambda *a: attention.attend(*a, mask).sum(), argnums=(0, 1, 2))(q, k, v)
+    valid = jnp.zeros((1, T), bool).at[:, 2:].set(True)
+    grads = jax.grad(lambda *a: attention.causal(*a, valid).sum(), argnums=(0, 1, 2))(q, k, v)
     assert all(np.isfinite(g).all() for g in grads)
 
 
@@ -104,42 +169,3 @@ def test_unknown_rope_is_refused():
         Rope(kind="ntk")
     with pytest.raises(ValueError, match="original_max_position_embeddings"):
         Rope(kind="yarn", factor=2.0)
-
-
-def fill(rows):
-    """A cache of six slots after a prefill of three and one decoded token."""
-    cache = attention.init_cache(2, rows, 6, K, H)
-    news = []
-    for num, seed in ((3, 10), (1, 20)):
-        valid = jnp.asarray(np.arange(num)[None] >= (np.arange(rows)[:, None] % num))
-        cache = attention.extend(cache, mesh.constrain(valid, mesh.BATCH, None))
-        for layer in range(2):
-            k, v = draw(seed + layer, rows, num, K, H), draw(seed + 5 + layer, rows, num, K, H)
-            k, v = (mesh.constrain(jnp.asarray(x), mesh.BATCH, None, "model", None) for x in (k, v))
-            cache = attention.write(cache, layer, k, v)
-            news.append((k, v))
-    return cache, news
-
-
-def test_cache_writes_at_the_cursor():
-    cache, news = fill(B)
-    assert int(cache.length) == 4
-    for layer in range(2):
-        k, v = attention.read(cache, layer)
-        np.testing.assert_array_equal(k[:, :3], news[layer][0])
-        np.testing.assert_array_equal(v[:, 3:4], news[2 + layer][1])
-        np.testing.assert_array_equal(k[:, 4:], 0)
-    np.testing.assert_array_equal(cache.valid_BS[2], [0, 0, 1, 1, 0, 0])
-
-
-def test_repeat_puts_copies_side_by_side_and_on_the_same_device():
-    cache, _ = fill(B)
-    thrice = attention.repeat(cache, 3)
-    np.testing.assert_array_equal(thrice.k_LBSKH, np.repeat(cache.k_LBSKH, 3, axis=1))
-    np.testing.assert_array_equal(thrice.valid_BS, np.repeat(cache.valid_BS, 3, axis=0))
-    assert int(thrice.length) == int(cache.length)
-    with jax.set_mesh(mesh.make(data=2, fsdp=2, model=2)):
-        spread = jax.jit(lambda: attention.repeat(fill(B)[0], 3))
-        text = spread.lower().compile().as_text()
-        jax.tree.map(np.testing.assert_array_equal, spread(), thrice)
-    assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))

@@ -11,7 +11,19 @@ PACKAGE = Path(__file__).parent.parent / "opd_jax"
 RANKS = {
     0: ("pytrees", "mesh"),
     0.5: ("divergence",),  # the numerics of kl on a chunk of rows
-    1: ("params", "attention", "kl", "rock", "sampling", "optim", "grading", "metrics", "records"),
+    1: (
+        "params",
+        "attention",
+        "kv_cache",
+        "linear",
+        "kl",
+        "rock",
+        "sampling",
+        "optim",
+        "grading",
+        "metrics",
+        "records",
+    ),
     2: ("model", "tokenizer"),
     2.5: ("hf_config",),  # the config.json half of hf
     3: ("hf", "data", "rollout", "objective"),
@@ -102,7 +114,7 @@ def test_every_spelling_of_an_import_is_read(source, package, wanted):
 @pytest.mark.parametrize(
     ("name", "imports", "count"),
     [
-        ("model", {"attention", "params"}, 0),
+        ("model", {"attention", "kv_cache", "params"}, 0),
         ("kl", {"model"}, 1),  # up
         ("hf", {"data"}, 1),  # sideways
         ("analysis", {"analysis", "hf"}, 0),

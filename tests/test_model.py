@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from opd_jax import attention, mesh, model, params
+from opd_jax import kv_cache, mesh, model, params
 from opd_jax.attention import Rope
 
 CFG = model.ModelConfig(
@@ -100,17 +100,14 @@ def test_positions_count_valid_tokens_from_zero():
 
 
 def cached(tree, ids_BT, valid_BT, *, split=5, copies=1):
-    """Hidden states by one prefill and token-by-token decoding from unstacked weights."""
+    """Hidden states by one prefill and token-by-token decoding."""
     position_BT = model.positions(valid_BT)
     room = ids_BT.shape[1] + 2
-    cache = attention.init_cache(
-        CFG.num_layers, ids_BT.shape[0], room, CFG.num_kv_heads, CFG.head_dim
-    )
     run = functools.partial(model.hidden, cfg=CFG)
     first, rest = np.s_[:, :split], np.s_[:, split:]
-    h_BTD, cache = run(tree, ids_BT[first], position_BT[first], valid_BT[first], cache=cache)
-    cache = attention.repeat(cache, copies)
-    tree = model.unstack(model.gather(tree, cfg=CFG))
+    h_BTD, cache = run(tree, ids_BT[first], position_BT[first], valid_BT[first], room=room)
+    cache = kv_cache.repeat(cache, copies)
+    tree = model.for_decoding(tree, cfg=CFG)
 
     def decode(carry, xs):
         h_B1D, carry = run(tree, *(x[:, None] for x in xs), cache=carry)
@@ -146,26 +143,30 @@ def test_samples_of_one_prompt_share_its_prefill():
 def test_decoding_works_on_a_mesh():
     def run(tree, ids_BT, valid_BT):
         position_BT = model.positions(valid_BT)
-        cache = attention.init_cache(CFG.num_layers, B, T, CFG.num_kv_heads, CFG.head_dim)
-        out = []
+        cache, out = None, []
         for part in (np.s_[:, :6], np.s_[:, 6:7], np.s_[:, 7:]):
-            tree = model.gather(tree, cfg=CFG) if part[1].start else tree
             inputs = (ids_BT[part], position_BT[part], valid_BT[part])
-            h_BTD, cache = model.hidden(tree, *inputs, cfg=CFG, cache=cache)
+            if cache is None:
+                h_BTD, cache = model.hidden(tree, *inputs, cfg=CFG, room=T)
+            else:
+                loose = model.for_decoding(tree, cfg=CFG)
+                h_BTD, cache = model.hidden(loose, *inputs, cfg=CFG, cache=cache)
             out.append(h_BTD)
         return jnp.concatenate(out, axis=1), cache
 
     with jax.set_mesh(mesh.make(**GRID)):
         h_BTD, cache = jax.jit(run)(spread(weights(), CFG), IDS, VALID)
     np.testing.assert_allclose(np.asarray(h_BTD)[VALID], whole()[VALID], atol=2e-5)
-    assert cache.k_LBSKH.sharding.spec == P(None, mesh.BATCH, None, "model", None)
+    assert {x.sharding.spec for x in (*cache.keys, *cache.values)} == {
+        P(mesh.BATCH, "model", None, None)
+    }
 
 
 def test_a_loop_over_tokens_updates_the_cache_in_place():
     """A copy of the cache per token would cost more than the token itself."""
 
     def run(tree, cache):
-        tree = model.unstack(tree)
+        tree = model.for_decoding(tree, cfg=CFG)
 
         def body(state):
             ids_B1, cache = state
@@ -177,19 +178,25 @@ def test_a_loop_over_tokens_updates_the_cache_in_place():
 
         return jax.lax.while_loop(lambda s: s[1].length < 8, body, (IDS[:, :1], cache))
 
-    cache = attention.init_cache(CFG.num_layers, B, 333, CFG.num_kv_heads, CFG.head_dim)
+    shape = (B, CFG.num_kv_heads, CFG.head_dim, 333)
+    keys = jnp.zeros((CFG.num_layers, *shape))
+    cache = kv_cache.start(keys, keys.swapaxes(3, 4), jnp.ones((B, 333), bool), 333)
+    cache = dataclasses.replace(cache, length=jnp.int32(1))
     text = jax.jit(run, donate_argnums=1).lower(weights(), cache).compile().as_text()
-    shape = f"f32[{CFG.num_layers},{B},333,{CFG.num_kv_heads},{CFG.head_dim}]"
-    assert shape in text
-    assert not [line for line in text.splitlines() if f"{shape}{{" in line and " copy(" in line]
+    for sizes in (shape, (*shape[:2], shape[3], shape[2])):
+        array = f"f32[{','.join(map(str, sizes))}]"
+        assert f"{array}{{" in text
+        assert not [line for line in text.splitlines() if f"{array}{{" in line and " copy(" in line]
 
 
-def test_unstacked_layers_equal_scanned_ones():
-    loose = model.unstack(weights())
-    assert len(loose["layers"]) == CFG.num_layers
-    assert model.unstack(loose) is loose
-    out = logits(loose, IDS, cfg=CFG, valid_BT=VALID)
-    np.testing.assert_allclose(np.asarray(out)[VALID], expected()[VALID], atol=1e-5)
+def test_a_cache_needs_parameters_for_decoding():
+    loose = model.for_decoding(weights(), cfg=CFG)
+    inputs = IDS, model.positions(VALID), VALID
+    with pytest.raises(ValueError, match="without a cache and with per-layer"):
+        model.hidden(loose, *inputs, cfg=CFG)
+    _, cache = model.hidden(weights(), *inputs, cfg=CFG, room=T + 1)
+    with pytest.raises(ValueError, match=r"with a cache and with stacked.*for_decoding"):
+        model.hidden(weights(), *inputs, cfg=CFG, cache=cache)
 
 
 @pytest.mark.parametrize("tied", [False, True])
