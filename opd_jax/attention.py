@@ -154,6 +154,7 @@ def attend(
     return out_BKGTH.astype(v_BKSH.dtype).transpose(0, 3, 1, 2, 4)
 
 
+@jax.custom_vjp
 def causal(
     q_BTKGH: Float[Array, "B T K G H"],
     k_BTKH: Float[Array, "B T K H"],
@@ -171,11 +172,6 @@ def causal(
 
     **Sharding**: rows and heads are independent, so nothing is communicated.
     """
-    return _causal(q_BTKGH, k_BTKH, v_BTKH, valid_BT)
-
-
-@jax.custom_vjp
-def _causal(q_BTKGH, k_BTKH, v_BTKH, valid_BT):
     return _causal_forward(q_BTKGH, k_BTKH, v_BTKH, valid_BT)[0]
 
 
@@ -225,7 +221,7 @@ def _causal_backward(residuals, dout_BTKGH):
     return dq_BTKGH, dk_BTKH, dv_BTKH, None
 
 
-_causal.defvjp(_causal_forward, _causal_backward)
+causal.defvjp(_causal_forward, _causal_backward)
 
 
 def blocks(num_tokens: int) -> list[tuple[int, int]]:

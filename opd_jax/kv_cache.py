@@ -62,20 +62,15 @@ def start(
 
 
 def repeat(cache: Cache, n: int) -> Cache:
-    """Each row ``n`` times in a row (b0, b0, b1, b1, ...), for several samples of one prompt.
-
-    **Sharding**: every copy stays on the device of its row.
-    """
+    """Each row ``n`` times in a row, for several samples of one prompt: ``mesh.repeat_rows``."""
 
     def copies(x: jax.Array) -> jax.Array:
-        spread = jnp.broadcast_to(x[:, None], (x.shape[0], n, *x.shape[1:]))
-        axes = AXES[: x.ndim] if x.ndim > 2 else (mesh.BATCH, None)
-        return jax.lax.reshape(spread, (x.shape[0] * n, *x.shape[1:]), out_sharding=mesh.out(*axes))
+        return mesh.repeat_rows(x, n, *AXES[1:])
 
     return Cache(
         keys=jax.tree.map(copies, cache.keys),
         values=jax.tree.map(copies, cache.values),
-        valid_BS=copies(cache.valid_BS),
+        valid_BS=mesh.repeat_rows(cache.valid_BS, n),
         length=cache.length,
     )
 

@@ -11,6 +11,7 @@ import math
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -86,6 +87,19 @@ def constrain(x: jax.Array, *spec) -> jax.Array:
 def replicated(tree):
     """Move every leaf of ``tree`` to all devices (a no-op without a mesh)."""
     return jax.tree.map(lambda x: constrain(x, *([None] * x.ndim)), tree) if is_active() else tree
+
+
+def repeat_rows(x: jax.Array, n: int, *rest) -> jax.Array:
+    """Each row ``n`` times in a row (b0, b0, b1, b1, ...), every copy on the device of its row.
+
+    ``rest`` are the mesh axes of the other dimensions, all None where left out.
+    """
+    rest = rest or (None,) * (x.ndim - 1)
+    spread = jnp.broadcast_to(x[:, None], (x.shape[0], n, *x.shape[1:]))
+    merged = (x.shape[0] * n, *x.shape[1:])
+    return jax.lax.reshape(
+        constrain(spread, BATCH, None, *rest), merged, out_sharding=out(BATCH, *rest)
+    )
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -159,10 +159,7 @@ def _unsharded(w: jax.Array, axes: tuple, cfg: ModelConfig) -> jax.Array:
 
 def _gathered(layer: Params, cfg: ModelConfig) -> Params:
     declared = specs(cfg)["layers"]
-    return {
-        name: w if isinstance(w, linear.Turned) else _unsharded(w, declared[name].axes[1:], cfg)
-        for name, w in layer.items()
-    }
+    return {name: _unsharded(w, declared[name].axes[1:], cfg) for name, w in layer.items()}
 
 
 def with_vocab_rows(params: Params, rows: int) -> Params:
@@ -221,7 +218,6 @@ def _ffn(layer: Params, x_RD):
 def _layer(
     h_RD, layer: Params, rotation, attend: _Attend, cfg: ModelConfig
 ) -> tuple[jax.Array, Any]:
-    layer = _gathered(layer, cfg)
     x_RD = rms_norm(h_RD, layer["attn_norm"], cfg.norm_eps)
     out_RD, kept = _attention(layer, x_RD, rotation, attend, cfg)
     h_RD += out_RD
@@ -303,8 +299,12 @@ def hidden(
     valid_BT = mesh.constrain(valid_BT, mesh.BATCH, None)
     h_BTD = embed(params, ids_BT, cfg=cfg)
     rotation = attention.rotations(positions_BT, cfg.rope, cfg.head_dim)
-    run = _from_start if cache is None else functools.partial(_continued, cache)
-    h_RD, cache = run(_flat(h_BTD, None), params["layers"], rotation, valid_BT, room, cfg)
+    h_RD, layers = _flat(h_BTD, None), params["layers"]
+    if cache is None:
+        h_RD, cache = _from_start(h_RD, layers, rotation, valid_BT, room, cfg)
+    else:
+        assert not room  # the cache that is there has its size
+        h_RD, cache = _continued(h_RD, layers, rotation, valid_BT, cache, cfg)
     final_D = mesh.constrain(params["final_norm"], None)
     h_BTD = jax.lax.reshape(h_RD, h_BTD.shape, out_sharding=mesh.out(mesh.BATCH, None, None))
     return rms_norm(h_BTD, final_D, cfg.norm_eps), cache
@@ -318,14 +318,15 @@ def _from_start(h_RD, layers, rotation, valid_BT, room: int, cfg: ModelConfig):
         kept = (k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)) if room else None
         return mixed_BTKGH, kept
 
-    step = _rematerialised(lambda h_RD, layer: _layer(h_RD, layer, rotation, attend, cfg), cfg)
-    h_RD, kept = jax.lax.scan(step, h_RD, layers)
+    def step(h_RD, layer):
+        return _layer(h_RD, _gathered(layer, cfg), rotation, attend, cfg)
+
+    h_RD, kept = jax.lax.scan(_rematerialised(step, cfg), h_RD, layers)
     return h_RD, kv_cache.start(*kept, valid_BT, room) if room else None
 
 
-def _continued(cache: Cache, h_RD, layers, rotation, valid_BT, room: int, cfg: ModelConfig):
+def _continued(h_RD, layers, rotation, valid_BT, cache: Cache, cfg: ModelConfig):
     """All layers over tokens that come after those in the cache."""
-    assert not room  # the cache that is there has its size
     first = cache.length
     cache = kv_cache.extend(cache, valid_BT)
     mask_BTS = attention.causal_mask(cache.valid_BS, first, valid_BT.shape[1])

@@ -104,10 +104,13 @@ def _sample(params, prompt, key, bias_V, policy_step, rows_B, *, cfg, sampler, m
         rows_B = jnp.arange(num_prompts, dtype=jnp.int32)
     rows_B = mesh.constrain(jnp.asarray(rows_B, jnp.int32), mesh.BATCH)
     h_BD, cache = prefill(params, prompt, cfg=cfg, size=width + max_new)
-    h_BD, cache = _copies(h_BD, samples), kv_cache.repeat(cache, samples)
-    ids_BP, start_B = _copies(prompt.ids_BP, samples), _copies(prompt.start_B, samples)
+    h_BD, cache = mesh.repeat_rows(h_BD, samples), kv_cache.repeat(cache, samples)
+    ids_BP, start_B = (
+        mesh.repeat_rows(prompt.ids_BP, samples),
+        mesh.repeat_rows(prompt.start_B, samples),
+    )
     copy_B = mesh.constrain(jnp.tile(jnp.arange(samples), num_prompts), mesh.BATCH)
-    row_B = _copies(rows_B, samples) * samples + copy_B
+    row_B = mesh.repeat_rows(rows_B, samples) * samples + copy_B
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
     new = decode(
         params,
@@ -298,14 +301,3 @@ def _is_stop(ids_B: jax.Array, sampler: Sampler) -> Bool[Array, " B"]:
 
 def _put(buffer_BN: jax.Array, value_B: jax.Array, step: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(buffer_BN, value_B[:, None], step, axis=1)
-
-
-def _copies(x: jax.Array, n: int) -> jax.Array:
-    """Each row ``n`` times in a row, as ``kv_cache.repeat`` does, without leaving its shard."""
-    spread = jnp.broadcast_to(x[:, None], (x.shape[0], n, *x.shape[1:]))
-    rest = [None] * (x.ndim - 1)
-    return jax.lax.reshape(
-        mesh.constrain(spread, mesh.BATCH, None, *rest),
-        (x.shape[0] * n, *x.shape[1:]),
-        out_sharding=mesh.out(mesh.BATCH, *rest),
-    )
