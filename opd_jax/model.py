@@ -251,15 +251,34 @@ def _rematerialised(step, cfg: ModelConfig):
     return jax.checkpoint(step, policy=policy, prevent_cse=False)
 
 
-def embed(params: Params, ids_BT: Int[Array, "B T"], *, cfg: ModelConfig) -> Float[Array, "B T D"]:
-    """Look up token embeddings, in the compute dtype.
+@jax.custom_vjp
+def _look_up(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows of the table, and the table itself for its other uses.
+
+    Those uses must take what is returned: then their gradient is there first, and that of the rows
+    is added to it in place. Left to autodiff there are two arrays of the table's size and a third
+    for their sum.
+    """
+    return table_VD.at[ids_BT].get(out_sharding=mesh.out("data", None, "fsdp")), table_VD
+
+
+def _look_up_backward(ids_BT, cotangents):
+    drows_BTD, dtable_VD = cotangents
+    placed = mesh.out("model", "fsdp")
+    return dtable_VD.at[ids_BT].add(drows_BTD, out_sharding=placed), None
+
+
+_look_up.defvjp(lambda table_VD, ids_BT: (_look_up(table_VD, ids_BT), ids_BT), _look_up_backward)
+
+
+def _embedded(params: Params, ids_BT: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Token embeddings in the compute dtype, and the table for its other uses.
 
     **Sharding**: rows are looked up where the table lies (width over ``fsdp``) and then exchanged,
     so the table is never gathered; its gradient is summed in the dtype of the table.
     """
-    ids_BT = mesh.constrain(ids_BT, "data", None)
-    x_BTD = params["embed"].at[ids_BT].get(out_sharding=mesh.out("data", None, "fsdp"))
-    return mesh.constrain(x_BTD.astype(cfg.compute_dtype), mesh.BATCH, None, None)
+    x_BTD, table_VD = _look_up(params["embed"], mesh.constrain(ids_BT, "data", None))
+    return mesh.constrain(x_BTD.astype(cfg.compute_dtype), mesh.BATCH, None, None), table_VD
 
 
 def hidden(
@@ -295,9 +314,33 @@ def hidden(
             f"{'per-layer' if cache is None else 'stacked'} parameters: expected "
             "model.for_decoding(params) with a cache, params themselves without"
         )
+    h_BTD, _ = _embedded(params, ids_BT, cfg)
+    return _through_layers(params, h_BTD, positions_BT, valid_BT, cfg, cache, room)
+
+
+def hidden_and_head(
+    params: Params,
+    ids_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    valid_BT: Bool[Array, "B T"],
+    *,
+    cfg: ModelConfig,
+) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:
+    """:func:`hidden` and :func:`head` for a gradient to both: a tied table's is one array.
+
+    **Sharding**: as theirs.
+    """
+    h_BTD, table_VD = _embedded(params, ids_BT, cfg)
+    h_BTD, _ = _through_layers(params, h_BTD, positions_BT, valid_BT, cfg)
+    return h_BTD, head({**params, "embed": table_VD}, cfg)
+
+
+def _through_layers(
+    params: Params, h_BTD, positions_BT, valid_BT, cfg: ModelConfig, cache=None, room=0
+):
+    """All layers and the final norm."""
     positions_BT = mesh.constrain(positions_BT, mesh.BATCH, None)
     valid_BT = mesh.constrain(valid_BT, mesh.BATCH, None)
-    h_BTD = embed(params, ids_BT, cfg=cfg)
     rotation = attention.rotations(positions_BT, cfg.rope, cfg.head_dim)
     h_RD, layers = _flat(h_BTD, None), params["layers"]
     if cache is None:
@@ -365,5 +408,5 @@ def logits(
 ) -> Float[Array, "B T V"]:
     """Next-token logits in f32; builds all of [B, T, V], so for tests and small inputs only."""
     valid_BT = jnp.ones(ids_BT.shape, bool) if valid_BT is None else valid_BT
-    h_BTD, _ = hidden(params, ids_BT, positions(valid_BT), valid_BT, cfg=cfg)
-    return jnp.einsum("BTD,VD->BTV", h_BTD, head(params, cfg), preferred_element_type=jnp.float32)
+    h_BTD, head_VD = hidden_and_head(params, ids_BT, positions(valid_BT), valid_BT, cfg=cfg)
+    return jnp.einsum("BTD,VD->BTV", h_BTD, head_VD, preferred_element_type=jnp.float32)

@@ -132,7 +132,7 @@ def weighted_loss(
     ``per_sequence`` divides each row's weights by their sum first: rows are never split.
     Gradients flow to ``params`` only; ``states_BTE`` are the teacher's from :func:`teacher_states`.
     """
-    hs_BTD, _ = model.hidden(params, *inputs(rollout), cfg=cfg.student)
+    hs_BTD, head_VD = model.hidden_and_head(params, *inputs(rollout), cfg=cfg.student)
     head_VE = None
     if cfg.teacher is not None and teacher is not None and states_BTE is not None:
         head_VE = jax.lax.stop_gradient(model.head(teacher, cfg.teacher))
@@ -141,7 +141,7 @@ def weighted_loss(
         weight_BT /= jnp.maximum(jnp.sum(weight_BT, axis=1, keepdims=True), 1.0)
     return kl.weighted_kl(
         hs_BTD,
-        model.head(params, cfg.student),
+        head_VD,
         states_BTE,
         head_VE,
         weight_BT,

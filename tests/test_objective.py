@@ -74,15 +74,15 @@ def gradient(student, teacher, batch):
     """Gradient of the loss to the student's hidden states, [B, T-1, D]."""
     goal = objective.targets(batch, STATE, jax.random.key(0), cfg=CFG)
     states = jax.jit(functools.partial(objective.teacher_states, cfg=CFG))(teacher, batch)
-    hidden = model.hidden
+    hidden_and_head = model.hidden_and_head
 
     def at(shift):
-        def moved(tree, *args, cfg, **kwargs):
-            h, cache = hidden(tree, *args, cfg=cfg, **kwargs)
-            return (h + shift if cfg is STUDENT else h), cache
+        def moved(tree, *args, cfg):
+            h_BTD, head_VD = hidden_and_head(tree, *args, cfg=cfg)
+            return h_BTD + shift, head_VD
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model, "hidden", moved)
+            patch.setattr(model, "hidden_and_head", moved)
             return objective.weighted_loss(student, teacher, states, batch, goal, cfg=CFG)[0]
 
     rows, length = batch.ids_BT.shape
