@@ -25,7 +25,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
+
+from opd_jax import mesh
 
 DIRECTIONS = ("reverse", "forward", "jsd", "skew_reverse", "skew_forward")
 
@@ -92,6 +95,52 @@ def project(h_CD, w_VD):
     return lax.dot_general(h_CD, w_VD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
+@struct.dataclass
+class _Moments:
+    """Sums over the vocabulary from which normalisers, entropies and reverse KL follow, each [C].
+
+    Lists have an entry per model, the student's first. All is relative to the largest logit so far,
+    so that neither large logits nor an offset between the models costs digits.
+    """
+
+    tops: list[jax.Array]  # largest logit
+    sums: list[jax.Array]  # sum_v e_v with e = exp(z - top)
+    firsts: list[jax.Array]  # sum_v e_v (z_v - top)
+    gap_C: jax.Array  # sum_v e_v ((z_v - top) - the same of the teacher), e of the student
+
+    def relative_to(self, tops) -> _Moments:
+        """The same sums, relative to larger logits."""
+        moved = [old_C - new_C for old_C, new_C in zip(self.tops, tops, strict=True)]
+        factors = [jnp.exp(moved_C) for moved_C in moved]
+        sums = zip(factors, self.sums, self.firsts, moved, strict=True)
+        gap_C = self.gap_C + (moved[0] - moved[-1]) * self.sums[0]
+        return _Moments(
+            tops=list(tops),
+            sums=[f * s for f, s in zip(factors, self.sums, strict=True)],
+            firsts=[f * (first + m * s) for f, s, first, m in sums],
+            gap_C=factors[0] * gap_C,
+        )
+
+    @property
+    def norms(self):
+        """Per model the largest logit and log sum_v exp(z_v - largest).
+
+        Kept apart: their sum would round away what small differences of large logits need.
+        """
+        return tuple((t, jnp.log(s)) for t, s in zip(self.tops, self.sums, strict=True))
+
+    @property
+    def entropies(self):
+        """Entropy of each model."""
+        return [jnp.log(s) - first / s for s, first in zip(self.sums, self.firsts, strict=True)]
+
+    @property
+    def reverse_kl(self):
+        """KL from student to teacher."""
+        student, teacher = self.sums
+        return self.gap_C / student - (jnp.log(student) - jnp.log(teacher))
+
+
 class VocabSweep:
     """Logits of C positions and what follows from them, swept over tiles of W vocabulary columns.
 
@@ -114,13 +163,13 @@ class VocabSweep:
         self.over_vocab = over_vocab
         self.logits = (zs_CV,) if zt_CV is None else (zs_CV, zt_CV)
         self.num_ids = zs_CV.shape[1]
-        self.tile = min(_TILE, self.num_ids)
+        self.tile = min(_TILE, self.num_ids) if mesh.platform() == "cpu" else self.num_ids
         self.labels = [self._at_label(z_CV) for z_CV in self.logits]
-        self.norms = self._normalisers(1.0)
-        self.hot_norms = self.norms
+        moments = self._moments(1.0)
+        self.norms = self.hot_norms = moments.norms
         if spec.temperature != 1.0:
-            self.hot_norms = self._normalisers(spec.temperature)
-        self.stats_C6, self.slope_C = self._stats()
+            self.hot_norms = self._moments(spec.temperature).norms
+        self.stats_C6, self.slope_C = self._stats(moments)
 
     def _sweep(self, body, carry):
         """Fold ``carry = body(carry, start, size)`` over the tiles; the last may be narrower."""
@@ -143,32 +192,35 @@ class VocabSweep:
             tiles = [jnp.where(is_real_1W, z_CW, _MASKED) for z_CW in tiles]
         return tiles if temperature == 1.0 else [z_CW / temperature for z_CW in tiles]
 
-    def _normalisers(self, temperature):
-        """Per model the largest logit and log sum exp(z - largest), [C] each, over all shards.
+    def _moments(self, temperature):
+        """One sweep for all that follows from sums of exp(z): see :class:`_Moments`."""
 
-        Kept apart: their sum would round away what small differences of large logits need.
-        """
-
-        def body(carry, start, size):
-            new = []
-            for (top_C, sum_C), z_CW in zip(
-                carry, self._tile(start, size, temperature), strict=True
-            ):
-                up_C = jnp.maximum(top_C, jnp.max(z_CW, axis=1))
-                tile_C = jnp.sum(jnp.exp(z_CW - up_C[:, None]), axis=1)
-                new.append((up_C, sum_C * jnp.exp(top_C - up_C) + tile_C))
-            return tuple(new)
+        def body(old, start, size):
+            tiles = self._tile(start, size, temperature)
+            tops = [jnp.maximum(t, jnp.max(z, 1)) for t, z in zip(old.tops, tiles, strict=True)]
+            old = old.relative_to(tops)
+            tiles = [z_CW - top_C[:, None] for z_CW, top_C in zip(tiles, tops, strict=True)]
+            exps = [jnp.exp(z_CW) for z_CW in tiles]
+            gap_CW = tiles[0] - tiles[-1]
+            return _Moments(
+                tops=tops,
+                sums=[s + jnp.sum(e, 1) for s, e in zip(old.sums, exps, strict=True)],
+                firsts=[
+                    f + jnp.sum(e * z, 1) for f, e, z in zip(old.firsts, exps, tiles, strict=True)
+                ],
+                gap_C=old.gap_C + jnp.sum(exps[0] * gap_CW, 1),
+            )
 
         # The largest so far starts at the label, so that its logit is read before all sweeps: read
         # after the last, XLA would copy the logits, which the gradient overwrites.
-        start = tuple((z_C / temperature, jnp.zeros_like(z_C)) for z_C in self.labels)
-        norms = []
-        for top_C, sum_C in self._sweep(body, start):
-            if self.over_vocab:
-                local_C, top_C = top_C, lax.pmax(top_C, self.over_vocab)
-                sum_C = lax.psum(sum_C * jnp.exp(local_C - top_C), self.over_vocab)
-            norms.append((top_C, jnp.log(sum_C)))
-        return tuple(norms)
+        tops = [jnp.maximum(z_C / temperature, _MASKED) for z_C in self.labels]
+        zeros = [jnp.zeros_like(z_C) for z_C in tops]
+        moments = self._sweep(body, _Moments(tops, zeros, zeros, zeros[0]))
+        if not self.over_vocab:
+            return moments
+        moments = moments.relative_to(lax.pmax(moments.tops, self.over_vocab))
+        tops, sums = moments.tops, dataclasses.replace(moments, tops=[])
+        return dataclasses.replace(lax.psum(sums, self.over_vocab), tops=tops)
 
     def _log_probs(self, start, size, *, is_hot: bool, logits=None):
         """Log-probabilities of one tile, [C, W], of the student and, where given, the teacher."""
@@ -211,34 +263,27 @@ class VocabSweep:
         sums = self._sweep(body, zeros)
         return lax.psum(sums, self.over_vocab) if self.over_vocab else sums
 
-    def _stats(self):
+    def _stats(self, moments):
         """The six measurements [C, 6], and sum_v of the slopes of :func:`_terms`, [C]."""
         spec = self.spec
         has_teacher = len(self.logits) == 2
+        entropies = moments.entropies
+        zero_C = jnp.zeros_like(entropies[0])
+        reverse_C = moments.reverse_kl if has_teacher else zero_C
+        divergence_C = slope_C = reverse_C
+        if has_teacher and not spec.is_default_divergence:
 
-        def terms(start, size):
-            logp_CW, *teacher = self._log_probs(start, size, is_hot=False)
-            p_CW = jnp.exp(logp_CW)
-            new = {"neg_entropy": p_CW * logp_CW}
-            if has_teacher:
-                logq_CW = teacher[0]
-                new["reverse"] = p_CW * (logp_CW - logq_CW)
-                new["neg_teacher_entropy"] = jnp.exp(logq_CW) * logq_CW
-            if has_teacher and not spec.is_default_divergence:
+            def terms(start, size):
                 hot = self._log_probs(start, size, is_hot=True)
-                new["divergence"], new["slope"] = _terms(hot[0], hot[1], spec)
-            return new
+                return dict(zip(("divergence", "slope"), _terms(hot[0], hot[1], spec), strict=True))
 
-        sums = self._sums(terms)
-        zero_C = jnp.zeros_like(sums["neg_entropy"])
-        reverse_C = sums.get("reverse", zero_C)
-        divergence_C = sums.get("divergence", reverse_C)
-        slope_C = sums.get("slope", reverse_C)
-        teacher_entropy_C = -sums.get("neg_teacher_entropy", zero_C)
+            sums = self._sums(terms)
+            divergence_C, slope_C = sums["divergence"], sums["slope"]
         logp_C, *teacher = self._label_log_probs()
         if spec.ce > 0:
             divergence_C = (1 - spec.ce) * divergence_C - spec.ce * logp_C
-        stats = (divergence_C, reverse_C, -sums["neg_entropy"], teacher_entropy_C)
+        teacher_entropy_C = entropies[1] if has_teacher else zero_C
+        stats = (divergence_C, reverse_C, entropies[0], teacher_entropy_C)
         return jnp.stack((*stats, logp_C, *(teacher or [zero_C])), axis=-1), slope_C
 
     def gradient(self, weight_C, hs_CD=None, dws_VD=None):

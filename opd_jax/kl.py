@@ -23,7 +23,7 @@ from opd_jax.divergence import KLSpec, VocabSweep, project
 from opd_jax.pytrees import TokenKL
 
 # One [C, V] f32 buffer of a chunk stays below this where 256 rows do; see auto_chunk.
-_CHUNK_BYTES = 64 * 2**20
+_CHUNK_BYTES, _CHUNK_BYTES_ON_ACCELERATORS = 64 * 2**20, 320 * 2**20
 
 
 def token_kl(
@@ -222,7 +222,9 @@ def kept_first(keep_R, chunk: int):
 def auto_chunk(num_ids: int) -> int:
     """Largest power of two of rows whose [C, V] f32 buffer fits the budget, within 256 to 1024.
 
-    Below 256 rows a trip spends more on reading the heads than on multiplying by them.
+    Each trip reads both heads and reads and writes the head's gradient. A CPU multiplies by them
+    for longer than that from 256 rows on, an accelerator from about 1024 (LOG.md).
     """
-    rows = max(_CHUNK_BYTES // (4 * num_ids), 1)
+    budget = _CHUNK_BYTES if mesh.platform() == "cpu" else _CHUNK_BYTES_ON_ACCELERATORS
+    rows = max(budget // (4 * num_ids), 1)
     return min(max(1 << (rows.bit_length() - 1), 256), 1024)

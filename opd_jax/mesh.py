@@ -67,6 +67,12 @@ def is_active() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def platform() -> str:
+    """Kind of device that is traced for (``cpu``, ``tpu``, ...): the mesh's, else the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def size(axis: str | tuple[str, ...]) -> int:
     """Number of shards along an axis (or several) of the current mesh, 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape

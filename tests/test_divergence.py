@@ -66,6 +66,33 @@ def test_measurements_and_gradient_of_the_reverse_kl():
     np.testing.assert_allclose(np.asarray(dz).sum(-1), 0, atol=5e-6)
 
 
+@pytest.mark.parametrize("tile", [1024, 50_000])
+@pytest.mark.parametrize("offset", [0.0, 200.0])
+@pytest.mark.parametrize("change", [1e-3, 0.1, 3.0])
+def test_measurements_keep_their_digits(monkeypatch, tile, offset, change):
+    """Nearly equal models, logits far from 0, a label far below the rest; flat and peaked rows."""
+    monkeypatch.setattr(divergence, "_TILE", tile)
+    rng, ids = np.random.default_rng(5), 20_000
+    scale = np.array([0.1, 1.0, 5.0, 20.0])[:, None]
+    zs = (rng.normal(size=(4, ids)) * scale + offset).astype(np.float32)
+    zt = (zs + rng.normal(size=zs.shape) * change - 2 * offset).astype(np.float32)
+    zs[:, 7] -= 90
+    label = jnp.full(4, 7, jnp.int32)
+    rows = jax.jit(lambda s, t, y: VocabSweep(KLSpec(), s, t, y).stats_C6)(zs, zt, label)
+    logp, logq = (
+        z - z.max(-1, keepdims=True) - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1))[:, None]
+        for z in (zs.astype(np.float64), zt.astype(np.float64))
+    )
+    p, q = np.exp(logp), np.exp(logq)
+    expected = (
+        (p * (logp - logq)).sum(-1),
+        -(p * logp).sum(-1),
+        -(q * logq).sum(-1),
+    )
+    for column, want in zip((1, 2, 3), expected, strict=True):
+        np.testing.assert_allclose(rows[:, column], want, rtol=2e-6, atol=1e-6)
+
+
 def test_head_gradient_is_added_to():
     zs, zt = logits()
     hs = jnp.asarray(np.random.default_rng(3).normal(size=(C, D)), jnp.float32)

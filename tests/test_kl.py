@@ -218,12 +218,16 @@ def test_labels_cost_no_copy_of_the_logits():
     assert temporary[1] - temporary[0] < rows * ids  # a quarter of such an array
 
 
-@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 1, 8), (4, 2, 1)])
-def test_mesh_does_not_matter(axes):
+@pytest.mark.parametrize(
+    ("axes", "real"),
+    [((2, 2, 2), 37), ((1, 1, 8), 37), ((1, 1, 8), 34), ((4, 2, 1), 37)],
+    ids=["all", "model", "a shard of padding", "batch"],
+)
+def test_mesh_does_not_matter(axes, real):
     hs, ws, ht, wt, weight = inputs()
     hs, ht, weight = (jnp.concatenate([x, x[::-1]]) for x in (hs, ht, weight))
-    labels = labels_of(weight.shape)
-    spec = KLSpec("jsd", chunk=3, vocab_size=37, ce=0.25)
+    labels = labels_of(weight.shape) % real
+    spec = KLSpec("jsd", chunk=3, vocab_size=real, ce=0.25)
 
     def run(hs, ws, ht, wt, weight, labels):
         (loss, tokens), grads = jax.value_and_grad(
@@ -313,6 +317,23 @@ def test_bf16_inputs_are_summed_in_f32():
         )
     )(ws.astype(jnp.float32))
     np.testing.assert_allclose(dws.astype(jnp.float32), dense, rtol=2e-2, atol=2.0)
+
+
+@pytest.mark.parametrize(
+    ("platform", "ids", "rows"),
+    [
+        ("cpu", 151_936, 256),
+        ("cpu", 49_152, 256),
+        ("cpu", 32_000, 512),
+        ("cpu", 100, 1024),
+        ("tpu", 151_936, 512),
+        ("gpu", 75_968, 1024),
+        ("tpu", 1_000_000, 256),
+    ],
+)
+def test_size_of_a_chunk(monkeypatch, platform, ids, rows):
+    monkeypatch.setattr(mesh, "platform", lambda: platform)
+    assert kl.auto_chunk(ids) == rows
 
 
 def test_bad_shapes():

@@ -61,11 +61,13 @@ def test_without_a_mesh_nothing_is_placed():
     assert mesh.constrain(x, mesh.BATCH) is x
     assert mesh.replicated([x])[0] is x
     assert (mesh.size("model"), mesh.size(mesh.BATCH)) == (1, 1)
+    assert mesh.platform() == "cpu"
 
 
 def test_under_a_mesh_types_carry_the_placement():
     with jax.set_mesh(mesh.make(2, 2, 2)):
         assert mesh.is_active()
+        assert mesh.platform() == "cpu"
         assert mesh.out(mesh.BATCH, None) == P(mesh.BATCH, None)
         assert (mesh.size("model"), mesh.size(mesh.BATCH), mesh.size("absent")) == (2, 4, 1)
         split = mesh.constrain(jnp.arange(8.0), mesh.BATCH)

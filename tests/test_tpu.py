@@ -17,7 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from opd_jax import attention, model, optim, params, rollout, steps
+from opd_jax import attention, kl, model, optim, params, rollout, steps
 from opd_jax import mesh as meshlib
 from opd_jax.kl import KLSpec
 from opd_jax.objective import ObjectiveConfig
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.ci
 TOPOLOGY, AXES = "v5e:2x4", {"data": 2, "fsdp": 2, "model": 2}
 VOCAB, REAL_IDS = 151_936, 151_669  # of Qwen3: padded, and with a token
 LOCAL_VOCAB = VOCAB // AXES["model"]
-ROWS, PROMPT, NEW = 32, 128, 128
+ROWS, PROMPT, NEW = 128, 128, 128
 STUDENT = model.ModelConfig(
     model_type="qwen3",
     vocab_size=VOCAB,
@@ -114,6 +114,7 @@ def uncached():
 def compiled(mesh, uncached):
     """name -> the compiled program."""
     with jax.set_mesh(mesh):
+        assert meshlib.platform() == "tpu"  # the rules for a TPU are the ones compiled
         shapes = Shapes(mesh)
         answers = shapes.rollout()
         states = shapes.rows(jnp.bfloat16, PROMPT + NEW - 1, TEACHER.width)
@@ -173,8 +174,8 @@ def test_what_a_chip_needs_beyond_its_arguments_is_less_than_the_dense_logits(co
     positions = ROWS * (PROMPT + NEW - 1) // (AXES["data"] * AXES["fsdp"])
     dense = 2 * positions * LOCAL_VOCAB * 4  # student and teacher, f32
     temporaries = {n: p.memory_analysis().temp_size_in_bytes for n, p in compiled.items()}
-    assert temporaries["update"] < dense / 2, (temporaries, dense)
-    assert temporaries["teacher"] < dense / 8, (temporaries, dense)
+    assert temporaries["update"] < dense / 4, (temporaries, dense)
+    assert temporaries["teacher"] < dense / 16, (temporaries, dense)
     assert temporaries["sample"] < dense / 8, (temporaries, dense)
 
 
@@ -213,3 +214,37 @@ def test_the_gradient_of_attention_holds_a_block_of_scores_at_a_time(mesh, uncac
     program = grad.lower(q, kv, kv, array(bool, 1, length)).compile()
     block = 4 * heads * groups * 512 * length  # f32, the last and largest
     assert program.memory_analysis().temp_size_in_bytes < 2 * block  # of 8, in f32 and bf16
+
+
+def cycles(text: str) -> int:
+    """What the compiler thinks a piece of its program takes."""
+    return sum(int(n) for n in re.findall(r'"estimated_cycles":"(\d+)"', text))
+
+
+def test_the_kl_of_a_chunk_takes_little_longer_than_its_products(mesh, uncached):
+    one = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=one)
+
+    side, width = 8192, 2048  # a square product, at the peak rate; a Qwen3 1.7B
+    square = array(jnp.bfloat16, side, side)
+    peak = jax.jit(jnp.matmul).lower(square, square).compile().as_text()
+    flops_per_cycle = 2 * side**3 / cycles(peak)
+
+    # The rule for a chunk's size asks the mesh, or else the default device, where it will run.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meshlib, "platform", lambda: "tpu")
+        chunk = kl.auto_chunk(VOCAB)
+
+        def loss(hs, ws, ht, wt, weight):
+            return kl.weighted_kl(hs, ws, ht, wt, weight, spec=KLSpec(vocab_size=REAL_IDS))[0]
+
+        states, head = (array(jnp.bfloat16, *s) for s in ((1, 4096, width), (VOCAB, width)))
+        grad = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        weight = array(jnp.float32, 1, 4096)
+        text = grad.lower(states, head, states, head, weight).compile().as_text()
+    (loop,) = re.findall(r" while\(.*body=%?([\w.\-]+)", text)
+    body = text.split(f"\n%{loop} (")[1].split("\n}")[0]
+    products = 4 * 2 * chunk * VOCAB * width / flops_per_cycle
+    assert products < cycles(body) < 1.8 * products
