@@ -97,48 +97,53 @@ def project(h_CD, w_VD):
 
 @struct.dataclass
 class _Moments:
-    """Sums over the vocabulary from which normalisers, entropies and reverse KL follow, each [C].
+    """Sums over the vocabulary from which normalisers, entropies and reverse KL follow.
 
-    Lists have an entry per model, the student's first. All is relative to the largest logit so far,
-    so that neither large logits nor an offset between the models costs digits.
+    M counts models, the student first. All is relative to the largest logit so far, so that neither
+    large logits nor an offset between the models costs digits.
     """
 
-    tops: list[jax.Array]  # largest logit
-    sums: list[jax.Array]  # sum_v e_v with e = exp(z - top)
-    firsts: list[jax.Array]  # sum_v e_v (z_v - top)
+    tops_MC: jax.Array  # largest logit
+    sums_MC: jax.Array  # sum_v e_v with e = exp(z - top)
+    firsts_MC: jax.Array  # sum_v e_v (z_v - top)
     gap_C: jax.Array  # sum_v e_v ((z_v - top) - the same of the teacher), e of the student
 
-    def relative_to(self, tops) -> _Moments:
+    def relative_to(self, tops_MC) -> _Moments:
         """The same sums, relative to larger logits."""
-        moved = [old_C - new_C for old_C, new_C in zip(self.tops, tops, strict=True)]
-        factors = [jnp.exp(moved_C) for moved_C in moved]
-        sums = zip(factors, self.sums, self.firsts, moved, strict=True)
-        gap_C = self.gap_C + (moved[0] - moved[-1]) * self.sums[0]
+        moved_MC = self.tops_MC - tops_MC
+        factor_MC = jnp.exp(moved_MC)
+        gap_C = self.gap_C + (moved_MC[0] - moved_MC[-1]) * self.sums_MC[0]
         return _Moments(
-            tops=list(tops),
-            sums=[f * s for f, s in zip(factors, self.sums, strict=True)],
-            firsts=[f * (first + m * s) for f, s, first, m in sums],
-            gap_C=factors[0] * gap_C,
+            tops_MC,
+            factor_MC * self.sums_MC,
+            factor_MC * (self.firsts_MC + moved_MC * self.sums_MC),
+            factor_MC[0] * gap_C,
         )
 
     @property
-    def norms(self):
-        """Per model the largest logit and log sum_v exp(z_v - largest).
+    def log_sums_MC(self):
+        """Log sum_v exp(z_v - top).
 
-        Kept apart: their sum would round away what small differences of large logits need.
+        Kept apart from the top: their sum would round away what small differences of large logits
+        need.
         """
-        return tuple((t, jnp.log(s)) for t, s in zip(self.tops, self.sums, strict=True))
+        return jnp.log(self.sums_MC)
 
     @property
-    def entropies(self):
+    def norms(self):
+        """Per model the largest logit and what remains of the log normaliser."""
+        return tuple(zip(self.tops_MC, self.log_sums_MC, strict=True))
+
+    @property
+    def entropies_MC(self):
         """Entropy of each model."""
-        return [jnp.log(s) - first / s for s, first in zip(self.sums, self.firsts, strict=True)]
+        return self.log_sums_MC - self.firsts_MC / self.sums_MC
 
     @property
-    def reverse_kl(self):
+    def reverse_kl_C(self):
         """KL from student to teacher."""
-        student, teacher = self.sums
-        return self.gap_C / student - (jnp.log(student) - jnp.log(teacher))
+        log_sums_MC = self.log_sums_MC
+        return self.gap_C / self.sums_MC[0] - (log_sums_MC[0] - log_sums_MC[1])
 
 
 class VocabSweep:
@@ -197,30 +202,28 @@ class VocabSweep:
 
         def body(old, start, size):
             tiles = self._tile(start, size, temperature)
-            tops = [jnp.maximum(t, jnp.max(z, 1)) for t, z in zip(old.tops, tiles, strict=True)]
-            old = old.relative_to(tops)
-            tiles = [z_CW - top_C[:, None] for z_CW, top_C in zip(tiles, tops, strict=True)]
+            tops_MC = jnp.maximum(old.tops_MC, jnp.stack([jnp.max(z_CW, 1) for z_CW in tiles]))
+            old = old.relative_to(tops_MC)
+            tiles = [z_CW - top_C[:, None] for z_CW, top_C in zip(tiles, tops_MC, strict=True)]
             exps = [jnp.exp(z_CW) for z_CW in tiles]
-            gap_CW = tiles[0] - tiles[-1]
+            firsts = [jnp.sum(e_CW * z_CW, 1) for e_CW, z_CW in zip(exps, tiles, strict=True)]
             return _Moments(
-                tops=tops,
-                sums=[s + jnp.sum(e, 1) for s, e in zip(old.sums, exps, strict=True)],
-                firsts=[
-                    f + jnp.sum(e * z, 1) for f, e, z in zip(old.firsts, exps, tiles, strict=True)
-                ],
-                gap_C=old.gap_C + jnp.sum(exps[0] * gap_CW, 1),
+                tops_MC,
+                old.sums_MC + jnp.stack([jnp.sum(e_CW, 1) for e_CW in exps]),
+                old.firsts_MC + jnp.stack(firsts),
+                old.gap_C + jnp.sum(exps[0] * (tiles[0] - tiles[-1]), 1),
             )
 
         # The largest so far starts at the label, so that its logit is read before all sweeps: read
         # after the last, XLA would copy the logits, which the gradient overwrites.
-        tops = [jnp.maximum(z_C / temperature, _MASKED) for z_C in self.labels]
-        zeros = [jnp.zeros_like(z_C) for z_C in tops]
-        moments = self._sweep(body, _Moments(tops, zeros, zeros, zeros[0]))
+        tops_MC = jnp.maximum(jnp.stack(self.labels) / temperature, _MASKED)
+        zeros_MC = jnp.zeros_like(tops_MC)
+        moments = self._sweep(body, _Moments(tops_MC, zeros_MC, zeros_MC, zeros_MC[0]))
         if not self.over_vocab:
             return moments
-        moments = moments.relative_to(lax.pmax(moments.tops, self.over_vocab))
-        tops, sums = moments.tops, dataclasses.replace(moments, tops=[])
-        return dataclasses.replace(lax.psum(sums, self.over_vocab), tops=tops)
+        moments = moments.relative_to(lax.pmax(moments.tops_MC, self.over_vocab))
+        sums = moments.sums_MC, moments.firsts_MC, moments.gap_C
+        return _Moments(moments.tops_MC, *lax.psum(sums, self.over_vocab))
 
     def _log_probs(self, start, size, *, is_hot: bool, logits=None):
         """Log-probabilities of one tile, [C, W], of the student and, where given, the teacher."""
@@ -267,9 +270,9 @@ class VocabSweep:
         """The six measurements [C, 6], and sum_v of the slopes of :func:`_terms`, [C]."""
         spec = self.spec
         has_teacher = len(self.logits) == 2
-        entropies = moments.entropies
-        zero_C = jnp.zeros_like(entropies[0])
-        reverse_C = moments.reverse_kl if has_teacher else zero_C
+        entropies_MC = moments.entropies_MC
+        zero_C = jnp.zeros_like(entropies_MC[0])
+        reverse_C = moments.reverse_kl_C if has_teacher else zero_C
         divergence_C = slope_C = reverse_C
         if has_teacher and not spec.is_default_divergence:
 
@@ -282,8 +285,8 @@ class VocabSweep:
         logp_C, *teacher = self._label_log_probs()
         if spec.ce > 0:
             divergence_C = (1 - spec.ce) * divergence_C - spec.ce * logp_C
-        teacher_entropy_C = entropies[1] if has_teacher else zero_C
-        stats = (divergence_C, reverse_C, entropies[0], teacher_entropy_C)
+        teacher_entropy_C = entropies_MC[1] if has_teacher else zero_C
+        stats = (divergence_C, reverse_C, entropies_MC[0], teacher_entropy_C)
         return jnp.stack((*stats, logp_C, *(teacher or [zero_C])), axis=-1), slope_C
 
     def gradient(self, weight_C, hs_CD=None, dws_VD=None):

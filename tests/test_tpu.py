@@ -200,13 +200,15 @@ def test_the_cache_is_written_in_place(compiled):
     assert copied == []
 
 
-def test_the_gradient_of_attention_holds_a_block_of_scores_at_a_time(mesh, uncached):
-    heads, groups, width, length = 8, 4, 128, 4096
+@pytest.fixture
+def array(mesh, uncached):
+    """Makes arguments that lie on one chip."""
     one = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
+    return lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=one)
 
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=one)
 
+def test_the_gradient_of_attention_holds_a_block_of_scores_at_a_time(array):
+    heads, groups, width, length = 8, 4, 128, 4096
     q = array(jnp.bfloat16, 1, length, heads, groups, width)
     kv = array(jnp.bfloat16, 1, length, heads, width)
     total = lambda *inputs: jnp.sum(attention.causal(*inputs), dtype=jnp.float32)  # noqa: E731
@@ -221,12 +223,7 @@ def cycles(text: str) -> int:
     return sum(int(n) for n in re.findall(r'"estimated_cycles":"(\d+)"', text))
 
 
-def test_the_kl_of_a_chunk_takes_little_longer_than_its_products(mesh, uncached):
-    one = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
-
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=one)
-
+def test_the_kl_of_a_chunk_takes_little_longer_than_its_products(array):
     side, width = 8192, 2048  # a square product, at the peak rate; a Qwen3 1.7B
     square = array(jnp.bfloat16, side, side)
     peak = jax.jit(jnp.matmul).lower(square, square).compile().as_text()
