@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from opd_jax import data, evaluate, hf, hf_config, model, optim, params, rollout, sampling, steps
 from opd_jax import mesh as meshlib
 from opd_jax import tokenizer as tokenizers
-from opd_jax.config import path_of
 from opd_jax.data import Example
+from opd_jax.files import path_of
 from opd_jax.model import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Params, TrainState
@@ -144,21 +144,27 @@ def state(parts: Assembly) -> TrainState:
     spec = parts.run.student
     dtype = spec.stored_dtype("float32")
     _, tree = hf.load(path_of(spec.path), dtype=jnp.dtype(dtype), mesh=parts.mesh)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state_template(parts))
+    init = jax.jit(_init(parts), donate_argnums=0, out_shardings=placed)
     with jax.set_mesh(parts.mesh):
-        return _init(parts)(tree, jax.random.key(parts.run.seed))
+        return init(tree, jax.random.key(parts.run.seed))
 
 
 def state_template(parts: Assembly) -> TrainState:
-    """Shapes and placements of the train state, for restoring without reading the student."""
+    """Shapes and placements of the train state, for restoring without reading the student.
+
+    A fresh state has the very same, so that a resumed run compiles what a new one does.
+    """
     spec = parts.run.student
     dtype = spec.stored_dtype("float32")
     tree = params.abstract(model.specs(parts.cfg.student), jnp.dtype(dtype), parts.mesh)
     with jax.set_mesh(parts.mesh):
-        return jax.eval_shape(_init(parts), tree, jax.random.key(parts.run.seed))
+        made = jax.eval_shape(_init(parts), tree, jax.random.key(parts.run.seed))
+    return meshlib.placed(made, parts.mesh)
 
 
 def _init(parts: Assembly):
-    return jax.jit(functools.partial(steps.init, cfg=parts.cfg, tx=parts.tx), donate_argnums=0)
+    return functools.partial(steps.init, cfg=parts.cfg, tx=parts.tx)
 
 
 def programs() -> dict[str, int]:

@@ -1,9 +1,9 @@
 """Checkpoints of a run, on orbax.
 
-One call saves the train state, the data iterators' state and a few metrics. A checkpoint is written
-beside its final place, described by ``record.json`` (leaf shapes, metrics, a CRC-32 of every file),
-and renamed into place last; so a folder named by its step is either complete or was damaged later,
-and :meth:`Checkpoints.restore` can tell. orbax is used in this module only.
+One call saves the train state, how far the data has been read and a few metrics. A checkpoint is
+written beside its final place, described by ``record.json`` (leaf shapes, metrics, a CRC-32 of
+every file), and renamed into place last; so a folder named by its step is either complete or was
+damaged later, and :meth:`Checkpoints.restore` can tell. orbax is used in this module only.
 
 The workdir is a folder on a file system that all processes share. Process 0 writes every JSON file.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import json
 import logging
 import math
 import os
@@ -26,13 +27,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from opd_jax import records
+from opd_jax import processes, records
 
 STATE = "state"
+FORMAT = 2  # of record.json; in 1 the data state was a list of texts, one per process
 LEFTOVER = re.compile(r"\d+\.(saving|deleting)(\.|$)")  # what a killed save or deletion leaves
 
 log = logging.getLogger(__name__)
@@ -166,7 +167,9 @@ class Checkpoints:
         Args:
           step: number of finished updates.
           state: pytree of arrays, typed PRNG keys included.
-          data_state: JSON-able state of this process's data iterator.
+          data_state: JSON-able, what else it takes to go on, such as how far the data has been
+            read. It is of the whole run: that of process 0 is kept, and any number of processes
+            reads it.
           metrics: numbers to keep beside it, where ``best`` looks; non-finite counts as absent.
           force: write again even if this run has already saved (or was restored from) this step.
 
@@ -188,10 +191,10 @@ class Checkpoints:
                 f"saving step {step}, but {self.folder} already holds step {later[-1]}; expected a "
                 "restore before; give another --workdir, or remove that folder to start over"
             )
-        data = records.gather(data_state)
+        data = records.plain(data_state)
         leaves = _named_leaves(state)
         record = {
-            "format": 1,
+            "format": FORMAT,
             "step": step,
             "time": time.time(),
             "metrics": {k: _finite(v) for k, v in (metrics or {}).items()},
@@ -260,7 +263,7 @@ class Checkpoints:
           partial: the template may be a part of what was saved, for example ``{"params": ...}``.
 
         Returns:
-          (state, data_state of this process, step).
+          (state, data_state, step).
 
         Raises:
           CheckpointError: there is none, or none without damage.
@@ -281,7 +284,8 @@ class Checkpoints:
         self._own.add(step)
         self._restored = True
         state = jax.tree.unflatten(jax.tree.structure(template), leaves)
-        return state, records.own_share(path, record["data"]), step
+        data = record["data"]
+        return state, json.loads(data[0]) if record["format"] == 1 else data, step
 
     def _choose(self, step: int | None) -> int:
         """Newest step without damage (or the given one), the same on every process."""
@@ -298,8 +302,7 @@ class Checkpoints:
                         f"checkpoint {self.folder / str(candidate)} is damaged: {reason}; trying "
                         "the one before it"
                     )
-        if jax.process_count() > 1:
-            chosen = int(multihost_utils.broadcast_one_to_all(np.int64(chosen)))
+        chosen = processes.agreed(chosen)
         if chosen >= 0:
             return chosen
         if step is not None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "figure": (_figure, "draw a run's training curves and rock tokens"),
     }
     if not argv or argv[0] in ("-h", "--help", "help"):
+        from opd_jax import processes
+
         print("usage: opd-jax COMMAND ...\n")
         for name, (_, purpose) in commands.items():
             print(f"  {name:<10} {purpose}")
-        print("\nopd-jax COMMAND --help says more.")
+        print(f"\nopd-jax COMMAND --help says more. Every command takes\n{processes.HELP}")
         return 0 if argv else 2
     if argv[0] not in commands:
         print(
@@ -49,15 +54,65 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    _prepare_jax()
+    status = _run(argv[0], commands[argv[0]][0], argv[1:])
+    if status:
+        from opd_jax import processes
+
+        sys.stdout.flush()
+        sys.stderr.flush()
+        processes.leave(status)
+    return status
+
+
+def _run(name: str, command: Callable[[list[str]], int], argv: list[str]) -> int:
     try:
-        return commands[argv[0]][0](argv[1:])
-    except _user_errors() as error:
-        if os.environ.get("OPD_JAX_TRACE"):
+        with _sigterm_unwinds():
+            return command(_prepare_jax(argv))
+    except _Terminated:
+        print(f"opd-jax {name}: stopped by SIGTERM", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        print(f"opd-jax {name}: stopped by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        message = _message(error)
+        if message is None or os.environ.get("OPD_JAX_TRACE"):
             raise
-        print(f"opd-jax {argv[0]}: {error}", file=sys.stderr)
+        print(f"opd-jax {name}: {message}", file=sys.stderr)
         print("(OPD_JAX_TRACE=1 shows where it was raised)", file=sys.stderr)
         return 1
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception that no handler of errors takes for its own."""
+
+
+@contextlib.contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Let SIGTERM end a block as an exception does, so that what is half written is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def unwind(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    old = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell a user of an error; None for a defect, which keeps its trace."""
+    import jax
+
+    from opd_jax import processes
+
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return processes.explain(error)
+    return str(error) if isinstance(error, _user_errors()) else None
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
@@ -69,18 +124,20 @@ def _user_errors() -> tuple[type[Exception], ...]:
     return (ValueError, OSError, ImportError, CheckpointError, WorkdirError, NonFiniteError)
 
 
-def _prepare_jax() -> None:
-    """Join the other processes and keep compiled programs between runs."""
+def _prepare_jax(argv: list[str]) -> list[str]:
+    """Join the other processes and keep compiled programs between runs; returns the other flags."""
     import jax
 
-    from opd_jax import mesh
+    from opd_jax import processes
 
-    mesh.start()
+    rest, given = processes.take_flags(argv)
+    processes.join(given)
     config: Any = jax.config  # its options are not declared for type checkers
     if config.jax_compilation_cache_dir is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opd_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return rest
 
 
 def _train(argv: list[str], *, started: float) -> int:
@@ -92,13 +149,15 @@ def _train(argv: list[str], *, started: float) -> int:
     given, flags = config.load(argv, workdir=None)
     if not flags["workdir"]:
         raise config.ConfigError("no --workdir given: expected --workdir=DIR, a new or resumed run")
-    train.train(
+    stop = train.Stop()
+    result = train.train(
         config.resolve(given),
         flags["workdir"],
         command=["opd-jax", "train", *argv],
         started=started,
+        stop=stop,
     )
-    return 0
+    return 0 if result["is_finished"] else stop.status
 
 
 def _export(argv: list[str]) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +17,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from opd_jax import data, sampling
+from opd_jax.files import path_of as path_of  # config files ask here
 from opd_jax.model import REMAT
 from opd_jax.objective import NORMALISERS
 from opd_jax.spec import GROUPS, ConfigError, ModelSpec, RunConfig
 
-EMBEDDED = "embedded:"  # prefix of paths inside the package's own demo pair
 # Fields that follow from others and are therefore not set by hand.
 _DERIVED = {("kl", "vocab_size"), ("kl", "ce"), ("optim", "steps")}
 
@@ -162,17 +161,6 @@ def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[st
 def describe(run: RunConfig) -> dict[str, Any]:
     """The resolved run as a flat dict with dotted keys, for ``run.json``."""
     return flatten(dataclasses.asdict(run))
-
-
-def path_of(name: str) -> str:
-    """A path as given, or that of a part of the embedded demo pair (``embedded:teacher``).
-
-    Whoever opens a file asks; a config and ``run.json`` keep the name, which means the same on
-    every machine.
-    """
-    if not name.startswith(EMBEDDED):
-        return name
-    return str(importlib.resources.files("opd_jax") / "demo_pair" / name.removeprefix(EMBEDDED))
 
 
 def resolve(config: ConfigDict) -> RunConfig:

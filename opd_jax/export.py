@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from opd_jax import checkpoint, hf, hf_config, model, params, records
 from opd_jax import tokenizer as tokenizers
-from opd_jax.config import path_of
+from opd_jax.files import path_of
 from opd_jax.spec import ModelSpec
 
 

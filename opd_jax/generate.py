@@ -8,10 +8,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from opd_jax import data, evaluate, grading, hf, hf_config, records
+from opd_jax import data, evaluate, files, grading, hf, hf_config
 from opd_jax import mesh as meshlib
 from opd_jax import tokenizer as tokenizers
-from opd_jax.config import path_of
+from opd_jax.files import path_of
 from opd_jax.sampling import Sampler
 
 
@@ -118,6 +118,6 @@ def generate(
                 lines.append(json.dumps(line, ensure_ascii=False))
     if jax.process_index() == 0:
         target.parent.mkdir(parents=True, exist_ok=True)
-        records.write_atomic(target, "\n".join(lines) + "\n")
+        files.write_atomic(target, "\n".join(lines) + "\n")
     score = f", accuracy {correct / graded:.1%} of {graded}" if graded else ""
     return f"wrote {len(lines)} answers to {out}{score} ({counts})"

@@ -20,13 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from opd_jax import mesh as meshlib
-from opd_jax import model, params
+from opd_jax import model, params, processes
 from opd_jax.hf_config import config_json, generation_eos, model_folder, read_config, read_json
 from opd_jax.model import ModelConfig
 from opd_jax.params import ParamSpec
@@ -359,8 +358,7 @@ def save(
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    if jax.process_count() > 1:  # nobody goes on to read a folder that is not there yet
-        multihost_utils.sync_global_devices(f"saved {path}")
+    processes.meet(f"saved {path}")  # nobody goes on to read a folder that is not there yet
 
 
 def _save_weights(folder: Path, cfg, tree, dtype, limit: int, writes: bool) -> None:

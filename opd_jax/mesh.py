@@ -1,4 +1,4 @@
-"""Mesh axes, mesh construction, process start-up, and host data to global arrays.
+"""Mesh axes, mesh construction, and host data to global arrays.
 
 All programs run under explicit sharding: an array's type carries its placement, and an operation
 that would silently gather a sharded axis is refused at trace time. Without a mesh the helpers below
@@ -8,7 +8,6 @@ do nothing, so the same functions run on one device with no set-up at all.
 from __future__ import annotations
 
 import math
-import os
 
 import jax
 import jax.numpy as jnp
@@ -44,22 +43,6 @@ def make(data: int = -1, fsdp: int = 1, model: int = 1, devices=None) -> Mesh:
             f"{len(devices)}: change --config.mesh.data / .fsdp / .model to multiply to that"
         )
     return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, devices=devices)
-
-
-def start() -> None:
-    """Join the other processes where this is one of several (a pod, SLURM); else do nothing."""
-    cluster = (
-        "TPU_WORKER_HOSTNAMES",
-        "SLURM_NTASKS",
-        "JAX_COORDINATOR_ADDRESS",
-        "OMPI_COMM_WORLD_SIZE",
-    )
-    several = any(
-        value and value != "1" and ("," in value or not name.startswith("TPU_"))
-        for name, value in ((name, os.environ.get(name)) for name in cluster)
-    )
-    if several and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
 
 
 def is_active() -> bool:
@@ -106,6 +89,20 @@ def repeat_rows(x: jax.Array, n: int, *rest) -> jax.Array:
     return jax.lax.reshape(
         constrain(spread, BATCH, None, *rest), merged, out_sharding=out(BATCH, *rest)
     )
+
+
+def placed(tree, mesh: Mesh):
+    """Abstract leaves with their place on the devices of ``mesh``; one without a place is on all.
+
+    ``jax.eval_shape`` says how a leaf is split, but not over which devices, and nothing at all of
+    scalars.
+    """
+
+    def place(leaf):
+        spec = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, tree)
 
 
 def batch_shards(mesh: Mesh) -> int:

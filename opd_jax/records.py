@@ -16,13 +16,14 @@ import shutil
 import subprocess
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+
+from opd_jax import processes
+from opd_jax.files import write_atomic
 
 PACKAGES = ("opd-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 PACKAGES += ("transformers", "ml-collections", "libtpu")
@@ -156,18 +157,13 @@ def enter_workdir(
     Raises:
       WorkdirError: the folder holds another run, or files but no run.
     """
-    if jax.process_count() == 1:
-        return _enter(Path(workdir), record, ignore)
-    found, refusal = (
-        -1,
-        None,
-    )  # one process looks: a second one would see what the first has written
-    if jax.process_index() == 0:
+    found, refusal = -1, None
+    if jax.process_index() == 0:  # one looks: a second would see what the first has written
         try:
             found = int(_enter(Path(workdir), record, ignore))
         except WorkdirError as error:
             refusal = error
-    found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    found = processes.agreed(found)
     if found < 0:
         raise refusal or WorkdirError(f"process 0 refused {workdir}; its message says why")
     return bool(found)
@@ -237,18 +233,18 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def gather(data_state: Any) -> list[str]:
-    """The data states of all processes as JSON texts, in process order.
+def plain(value: Any) -> Any:
+    """A value as it comes back from JSON.
 
     Raises:
-      TypeError: the state is not JSON, or would come back different.
+      TypeError: it is not JSON, or would come back different.
     """
     try:
-        text = json.dumps(data_state)
-        same = json.loads(text) == data_state
+        text = json.dumps(value)
+        same = json.loads(text) == value
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"data_state {type(data_state).__name__} is not JSON ({error}); expected dicts with "
+            f"data_state {type(value).__name__} is not JSON ({error}); expected dicts with "
             "string keys, lists, strings, numbers; convert the iterator's state first"
         ) from error
     if not same:
@@ -256,26 +252,7 @@ def gather(data_state: Any) -> list[str]:
             f"data_state changes when written as JSON: {text[:200]}; expected string keys, and "
             "lists instead of tuples; convert the iterator's state first"
         )
-    if jax.process_count() == 1:
-        return [text]
-    data = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(data.size))
-    rows = multihost_utils.process_allgather(np.pad(data, (0, int(max(sizes)) - data.size)))
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
-
-
-def own_share(path: Path, data: list[str]) -> Any:
-    """This process's data state out of :func:`gather`'s; any will do if all are equal.
-
-    Raises:
-      ValueError: the number of processes has changed and the states differ.
-    """
-    if len(data) != jax.process_count() and len(set(data)) > 1:
-        raise ValueError(
-            f"{path} was saved by {len(data)} processes whose data iterators stood at different "
-            f"places, now there are {jax.process_count()}; expected, and to be started, as many"
-        )
-    return json.loads(data[jax.process_index() if len(data) == jax.process_count() else 0])
+    return json.loads(text)
 
 
 def set_aside(path: Path) -> Path:
@@ -288,23 +265,6 @@ def set_aside(path: Path) -> Path:
 def remove(path: Path) -> None:
     """Delete a checkpoint, first out of sight, then file by file."""
     shutil.rmtree(set_aside(path), ignore_errors=True)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader, or the next start, sees the old one or the new one."""
-    with replacing(path, "w") as stream:
-        stream.write(text)
-
-
-@contextlib.contextmanager
-def replacing(path: Path, mode: str) -> Iterator[IO[Any]]:
-    """Open a file that takes the place of ``path`` once it is whole and on disk."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open(mode) as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(path)
 
 
 def _git_revision(folder: str) -> str | None:

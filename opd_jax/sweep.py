@@ -17,9 +17,10 @@ from typing import Any
 
 import jax
 
-from opd_jax import config, records, train
+from opd_jax import config, files, processes, records, train
 from opd_jax.analysis import arms as comparison
 from opd_jax.analysis.arms import Job
+from opd_jax.processes import say
 from opd_jax.spec import ConfigError, RunConfig
 
 BASELINE = "full"  # plain distillation, where it is among the arms
@@ -48,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", required=True, help="a new folder, or that of the sweep")
     parser.add_argument("--baseline", default="", help="the arm to compare with; default: full")
     flags, overrides = parser.parse_known_args(list(argv))
+    stop = train.Stop()
     sweep(
         flags.config,
         [arm.strip() for arm in flags.arms.split(",") if arm.strip()],
@@ -56,8 +58,9 @@ def main(argv: Sequence[str]) -> int:
         overrides=overrides,
         baseline=flags.baseline,
         command=["opd-jax", "sweep", *argv],
+        stop=stop,
     )
-    return 0
+    return stop.status
 
 
 def sweep(
@@ -69,6 +72,7 @@ def sweep(
     overrides: Sequence[str] = (),
     baseline: str = "",
     command: Sequence[str] = (),
+    stop: train.Stop | None = None,
 ) -> dict[str, Any] | None:
     """Train what is not finished, write ``WORKDIR/sweep.json`` and print the comparison.
 
@@ -83,6 +87,7 @@ def sweep(
       overrides: ``--config.group.key=value`` flags for every run.
       baseline: the arm that the others are compared with; empty: ``full``, else the first.
       command: goes into every ``run.json``.
+      stop: the wish to stop, where the caller wants to know of it.
 
     Returns:
       The content of ``sweep.json``; None where a signal stopped it (the same call goes on).
@@ -109,27 +114,25 @@ def sweep(
     ]
     todo = [job for job in jobs if not is_finished(job)]
     check_lengths(jobs)
-    train.say(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished, in {workdir}")
-    with train.Stop() as stop:  # one for all runs: a signal also counts where a run is at its end
+    say(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished, in {workdir}")
+    # One for all runs: a signal also counts where a run is at its end.
+    with stop or train.Stop() as stop:
         for number, job in enumerate(todo):
-            train.say(f"== {number + 1}/{len(todo)}: arm {job.arm}, seed {job.run.seed}")
+            say(f"== {number + 1}/{len(todo)}: arm {job.arm}, seed {job.run.seed}")
             done = train.train(job.run, str(job.folder), command=command, stop=stop)
             left = len(todo) - number - done["is_finished"]
             if left and stop.everywhere():
-                train.say(f"stopped by {stop.signal}, {left} runs left; the same command goes on")
+                say(f"stopped by {stop.signal}, {left} runs left; the same command goes on")
                 return None
-    if jax.process_count() > 1:  # what process 0 has written is there before others read it
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("sweep")
+    processes.meet("sweep")  # what process 0 has written is there before others read it
     result = comparison.summarise(jobs, baseline)
     path = Path(workdir) / "sweep.json"
     if jax.process_index() == 0:
         text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
-        records.write_atomic(path, text + "\n")
+        files.write_atomic(path, text + "\n")
     for line in comparison.table(result):
-        train.say(line)
-    train.say(f"more in {path}")
+        say(line)
+    say(f"more in {path}")
     return result
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from opd_jax import checkpoint, hf_config, mesh, records, rock
+from opd_jax import checkpoint, files, hf_config, mesh, records, rock
 from opd_jax import tokenizer as tokenizers
-from opd_jax.config import path_of
+from opd_jax.files import path_of
 from opd_jax.pytrees import RockState
 
 COLUMNS = (
@@ -63,7 +63,7 @@ def table(workdir: str, out: str, *, step: int | None = None) -> int:
         tree, _, found = saves.restore({"rock": template}, step, partial=True)
     names = [tokenizers.token_text(tokenizer, i) for i in range(template.count_V.shape[0])]
     path.parent.mkdir(parents=True, exist_ok=True)
-    records.write_atomic(path, _text(tree["rock"], names))
+    files.write_atomic(path, _text(tree["rock"], names))
     return found
 
 

@@ -6,7 +6,6 @@ the step, the data order by grain. A restored state and iterator therefore conti
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import threading
@@ -25,16 +24,19 @@ from opd_jax import (
     config,
     data,
     evaluate,
+    files,
     journal,
     metrics,
     narrate,
     optim,
+    processes,
     records,
     rollout,
 )
 from opd_jax import mesh as meshlib
 from opd_jax import steps as step_programs
 from opd_jax.assemble import Assembly
+from opd_jax.processes import say
 from opd_jax.pytrees import Params, Rollout, TrainState
 from opd_jax.spec import RunConfig
 
@@ -47,12 +49,6 @@ _MANY_TRUNCATED = 0.5
 
 class NonFiniteError(RuntimeError):
     """Loss or gradients are NaN or infinite; nothing of this step has been saved."""
-
-
-def say(line: str) -> None:
-    """Print on the first process only."""
-    if jax.process_index() == 0:
-        print(line, flush=True)
 
 
 def train(
@@ -70,7 +66,7 @@ def train(
       workdir: a new folder, or that of the run to go on with.
       command: goes into ``run.json``.
       started: ``time.monotonic()`` at which the process began, for ``first_step_s``; default: now.
-      stop: the wish to stop of a caller that has entered it; default: one of this run's own.
+      stop: the wish to stop, where the caller wants to know of it; default: one of this run's own.
 
     Raises:
       ConfigError, ValueError, FileNotFoundError: something does not fit; nothing has been written.
@@ -101,40 +97,54 @@ def train(
     with (
         checkpoint.open(folder, keep=run.checkpoint.keep, best=best, say=say) as saves,
         jax.set_mesh(parts.mesh),
-        contextlib.nullcontext(stop) if stop else Stop() as stop,
+        stop or Stop() as stop,
     ):
         saves.claim()
         return _Loop(parts, folder, saves, stop, started).run()
 
 
 class Stop:
-    """Turns SIGTERM and SIGINT, once entered, into a wish to stop; a second one is obeyed."""
+    """Turns SIGTERM and SIGINT, while entered, into a wish to stop; a second one is obeyed.
+
+    Entered again inside, by one of many runs, it stays the same wish.
+    """
 
     def __init__(self):
-        self.signal: str | None = None
+        self.number = 0  # of the signal that came; 0: none
         self._old: dict[int, Any] = {}
+        self._depth = 0
+
+    @property
+    def signal(self) -> str | None:
+        """Name of the signal that came."""
+        return signal.Signals(self.number).name if self.number else None
+
+    @property
+    def status(self) -> int:
+        """Exit status of a command that the signal stopped, as a shell has it; 0 without one."""
+        return 128 + self.number if self.number else 0
 
     def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():
+        self._depth += 1
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._old[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, old)
+        self._depth -= 1
+        if self._depth == 0:
+            for number, old in self._old.items():
+                signal.signal(number, old)
 
     def _note(self, number: int, frame: Any) -> None:
-        self.signal = signal.Signals(number).name
+        self.number = number
         signal.signal(number, self._old[number])
 
     def everywhere(self) -> bool:
         """Whether any process was told to stop; the same answer on all of them."""
-        if jax.process_count() == 1:
-            return self.signal is not None
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.process_allgather(np.int32(self.signal is not None)).max())
+        self.number = processes.largest(self.number)
+        return self.number > 0
 
 
 class _Loop:
@@ -420,11 +430,12 @@ class _Loop:
             "first_step_s": self.first_step_s,
             **narrate.phase_seconds([*self.took, self.timer.take()]),
             "is_finished": is_finished,
+            "stopped_by": None if is_finished else self.stop.signal,
             "rocks": narrate.rock_table(state.rock, self.parts.tokenizer, self.run_cfg.log.rocks),
         }
         if jax.process_index() == 0:
             text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
-            records.write_atomic(self.folder / "summary.json", text + "\n")
+            files.write_atomic(self.folder / "summary.json", text + "\n")
         if is_finished:
             for line in narrate.conclusion(result):
                 say(line)

@@ -559,14 +559,17 @@ def test_run_json_is_replaced_whole(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run.json").read_text())["seed"] == 0
 
 
-def test_data_states_of_several_processes(tmp_path, monkeypatch):
-    """Each process gets its own back; with another number of processes only equal ones will do."""
-    assert records.own_share(tmp_path, ['{"at": 1}', '{"at": 1}']) == {"at": 1}
-    with pytest.raises(ValueError, match=r"saved by 2 processes .* now there are 1"):
-        records.own_share(tmp_path, ['{"at": 1}', '{"at": 2}'])
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    assert records.own_share(tmp_path, ['{"at": 1}', '{"at": 2}']) == {"at": 2}
+def test_the_data_state_of_older_checkpoints_is_read(tmp_path):
+    """Format 1 kept a text per process; the data has been read equally far on all of them."""
+    with checkpoint.open(tmp_path) as saved:
+        saved.save(4, small(4), {"at": 1})
+    path = tmp_path / "checkpoints" / "4"
+    record = records.read(path)
+    del record["files"]
+    (path / records.RECORD).unlink()
+    records.seal(path, record | {"format": 1, "data": ['{"at": 1}', '{"at": 1}']})
+    with checkpoint.open(tmp_path) as saved:
+        assert saved.restore(small(0))[1] == {"at": 1}
 
 
 def test_goes_on_with_a_grain_pipeline(tmp_path):

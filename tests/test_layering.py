@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "opd_jax"
 
 # A module may import modules of a lower rank, not of its own.
 RANKS = {
-    0: ("pytrees", "mesh"),
+    0: ("pytrees", "mesh", "files", "processes"),
     0.5: ("divergence",),  # the numerics of kl on a chunk of rows
     1: (
         "params",

@@ -8,13 +8,6 @@ from jax.sharding import PartitionSpec as P
 
 from opd_jax import mesh
 
-CLUSTER = (
-    "TPU_WORKER_HOSTNAMES",
-    "SLURM_NTASKS",
-    "JAX_COORDINATOR_ADDRESS",
-    "OMPI_COMM_WORLD_SIZE",
-)
-
 
 @pytest.mark.parametrize(
     ("asked", "sizes"),
@@ -89,37 +82,6 @@ def test_rows_are_split_over_the_batch_shards_and_come_back():
 def test_rows_that_do_not_divide_are_an_error():
     with pytest.raises(ValueError, match=r"6 rows .* 4 batch shards .*--config\.train\.prompts"):
         mesh.to_global(np.zeros((6, 3)), mesh.make(2, 2, 2))
-
-
-@pytest.mark.parametrize(
-    ("variables", "joins"),
-    [
-        ({}, False),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, True),
-        ({"SLURM_NTASKS": "1"}, False),
-        ({"SLURM_NTASKS": "4"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"JAX_COORDINATOR_ADDRESS": "host:1234"}, True),
-    ],
-    ids=str,
-)
-def test_processes_join_where_there_are_several(monkeypatch, variables, joins):
-    for name in CLUSTER:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda: calls.append(1))
-    mesh.start()
-    assert len(calls) == joins
-
-
-def test_processes_join_once(monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda: pytest.fail("joined twice"))
-    mesh.start()
 
 
 def test_processes_share_out_the_rows_of_a_batch(monkeypatch):

@@ -70,11 +70,13 @@ def after_step(monkeypatch, number, act):
         yield
 
 
-def test_sigterm_saves_exits_0_and_resumes_bit_for_bit(tiny, tmp_path, whole, monkeypatch, capsys):
+def test_sigterm_saves_exits_143_and_resumes_bit_for_bit(
+    tiny, tmp_path, whole, monkeypatch, capsys
+):
     workdir = tmp_path / "run"
     handler = signal.getsignal(signal.SIGTERM)
     with after_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM)):
-        assert tiny_run.train(tiny, workdir, **PLAN) == 0
+        assert tiny_run.train(tiny, workdir, **PLAN) == 128 + signal.SIGTERM
     assert "stopped by SIGTERM at step 3, saved" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == handler
     assert tiny_run.saved(tiny, workdir, **PLAN)[2] == 3
@@ -88,7 +90,7 @@ def test_sigterm_in_the_last_step_leaves_its_evaluation_to_the_resume(
 ):
     workdir = tmp_path / "run"
     with after_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM)):
-        assert tiny_run.train(tiny, workdir, **PLAN) == 0
+        assert tiny_run.train(tiny, workdir, **PLAN) == 128 + signal.SIGTERM
     stopped = summary(workdir)
     assert (stopped["steps"], stopped["is_finished"]) == (4, False)
     assert tiny_run.train(tiny, workdir, **PLAN) == 0

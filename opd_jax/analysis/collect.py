@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from opd_jax import data, evaluate, records, rock, rollout, steps
+from opd_jax import data, evaluate, files, processes, rock, rollout, steps
 from opd_jax import mesh as meshlib
 from opd_jax.analysis import corpus as corpora
 from opd_jax.analysis.corpus import Corpus, CorpusError, Occurrences, TypeStats
@@ -90,10 +90,10 @@ def write(
     pieces, done = _resume(folder, rows, samples)
     if done:
         say(f"going on after {done} of {len(rows)} prompts in {folder}")
-    meet("corpus looked at")  # before anybody changes it
+    processes.meet("corpus looked at")  # before anybody changes it
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        records.write_atomic(folder / STARTED, json.dumps(info, indent=2) + "\n")
+        files.write_atomic(folder / STARTED, json.dumps(info, indent=2) + "\n")
         for stale in sorted(folder.glob("answers-*.npz"))[pieces:]:
             stale.unlink()  # what follows a damaged piece would be out of order
     size = meshlib.batch_rows(min(batch, len(rows)), pair.mesh)
@@ -122,7 +122,7 @@ def write(
     if jax.process_index() == 0:
         corpora.write_manifest(folder, info | {"pieces": pieces})
         (folder / STARTED).unlink(missing_ok=True)
-    meet("corpus written")
+    processes.meet("corpus written")
     return _checked(corpora.read(folder), pair, folder)
 
 
@@ -329,11 +329,3 @@ def _checked(corpus: Corpus, pair: Pair, where: str | Path) -> Corpus:
             f"the {pair.vocab_size} ids of {pair.student_name}; collect a corpus with this pair"
         )
     return corpus
-
-
-def meet(what: str) -> None:
-    """Wait for all processes: the others read what process 0 has written."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(what)

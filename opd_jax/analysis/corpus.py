@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax import records
+from opd_jax import files
 from opd_jax.pytrees import RockState, Rollout
 
 MANIFEST = "corpus.json"
@@ -243,7 +243,7 @@ def write_npz(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
     """Write arrays so that a reader sees the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with records.replacing(path, "wb") as stream:
+    with files.replacing(path, "wb") as stream:
         np.savez(stream, **arrays)
 
 
@@ -270,7 +270,7 @@ def piece(folder: Path, number: int) -> Path:
 
 def write_manifest(folder: Path, info: Mapping[str, Any]) -> None:
     """Write ``corpus.json``, the last file of a corpus that is whole."""
-    records.write_atomic(folder / MANIFEST, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+    files.write_atomic(folder / MANIFEST, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
 
 
 def read(folder: str | os.PathLike) -> Corpus:

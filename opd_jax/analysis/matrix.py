@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from opd_jax import checkpoint, records
+from opd_jax import checkpoint, files, processes
 from opd_jax.analysis import collect, models
 from opd_jax.analysis.corpus import Corpus, Occurrences
 from opd_jax.analysis.models import Pair
@@ -135,7 +135,7 @@ def score(
             if jax.process_index() == 0:
                 found.save(row[corpus])
         cells |= {(i, j): path for j, path in enumerate(row.values())}
-    collect.meet("matrix scored")  # the others read what process 0 wrote
+    processes.meet("matrix scored")  # the others read what process 0 wrote
     return Matrix(tuple(students), tuple(corpora), cells)
 
 
@@ -148,10 +148,10 @@ def _enter(folder: Path, owner: Mapping[str, str]) -> None:
             f"{folder} is of {held}, now it is {owner}: expected the same run and teacher to go "
             "on; give another folder"
         )
-    collect.meet("matrix looked at")  # before process 0 changes it
+    processes.meet("matrix looked at")  # before process 0 changes it
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        records.write_atomic(path, json.dumps(owner) + "\n")
+        files.write_atomic(path, json.dumps(owner) + "\n")
 
 
 def _steps(run_dir: str | Path, steps: Sequence[int] | None) -> list[int]:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from opd_jax import checkpoint, hf, hf_config, model, params, records
 from opd_jax import mesh as meshlib
 from opd_jax import tokenizer as tokenizers
-from opd_jax.config import EMBEDDED, path_of
+from opd_jax.files import EMBEDDED, path_of
 from opd_jax.kl import KLSpec
 from opd_jax.model import ModelConfig
 from opd_jax.objective import ObjectiveConfig

@@ -22,7 +22,7 @@ import scipy.stats
 from opd_jax import checkpoint, hf_config, model, optim, params, records
 from opd_jax.analysis import persistence, select, stats
 from opd_jax.analysis.corpus import Occurrences, TypeStats
-from opd_jax.config import path_of
+from opd_jax.files import path_of
 from opd_jax.optim import OptimSpec
 from opd_jax.spec import ModelSpec
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_jax import config, records, tokenizer
+from opd_jax import files, records, tokenizer
 from opd_jax.analysis import run_files
 
 MAX_TYPES = 2000  # rows a browser sorts at once
@@ -120,7 +120,7 @@ def from_samples(run: Path, name: str, rocks: Sequence[Mapping[str, Any]]) -> li
 def _text_of(settings: Mapping[str, Any]) -> Callable[[int], str]:
     for key in ("student.path", "teacher.path"):
         try:
-            loaded = tokenizer.load(config.path_of(settings.get(key, "")))
+            loaded = tokenizer.load(files.path_of(settings.get(key, "")))
         except (OSError, ValueError):  # moved since: the report is about the run, not the model
             continue
         return lambda i: tokenizer.token_text(loaded, i)

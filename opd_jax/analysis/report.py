@@ -21,6 +21,7 @@ import matplotlib
 from opd_jax import records
 from opd_jax.analysis import curve_figures, markup, page_data, rock_figures, run_files, style
 from opd_jax.analysis.run_files import RunFiles
+from opd_jax.files import write_atomic
 
 MARKER = "<!-- a report of opd-jax -->"
 _SCRIPTS = ("page.js", "table.js", "reader.js")
@@ -83,7 +84,7 @@ def report(
         page = _page(found, files, swept, folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     # A half of a surrogate pair, which JSON can hold, has no UTF-8.
-    records.write_atomic(out, page.encode("utf-8", "replace").decode("utf-8"))
+    write_atomic(out, page.encode("utf-8", "replace").decode("utf-8"))
 
 
 def check_comparable(runs: Mapping[str, Path]) -> None:

@@ -14,20 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from opd_jax import processes
 from opd_jax.analysis import collect, followups, groups, select, selection, tables
 from opd_jax.analysis import corpus as corpora
 from opd_jax.analysis.corpus import TypeStats
 from opd_jax.analysis.rocks_flags import Flags, RocksError, parse
 from opd_jax.analysis.workbench import SELECTED, Workbench
+from opd_jax.processes import say
 
 _SUM_RTOL = 1e-3  # f32 sums over a corpus against f64 ones: above rounding, below any real error
 _TOP = 10  # types that are printed
-
-
-def say(line: str) -> None:
-    """Print on the first process only."""
-    if jax.process_index() == 0:
-        print(line, flush=True)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,7 +42,7 @@ def run(flags: Flags, *, say: Callable[[str], None] = say) -> dict[str, Any]:
     bench.enter()
     for name, file, question, stage in _stages(bench):
         is_done = (bench.out / file).exists()
-        collect.meet(f"{name} is looked at")  # nobody may take what another has just written
+        processes.meet(f"{name} is looked at")  # nobody may take what another has just written
         if is_done:
             say(f"{name}: {file} is there")
             continue
@@ -134,7 +130,7 @@ def _write_scores(bench: Workbench) -> None:
         )
     if jax.process_index() == 0:
         found.save(bench.scores_file)
-    collect.meet("scores are written")
+    processes.meet("scores are written")
 
 
 def _write_selection(bench: Workbench) -> None:
@@ -188,7 +184,7 @@ def _draw(bench: Workbench) -> None:
     if jax.process_index() == 0:
         drawn = rock_figures.draw_all(bench.out)
         bench.say(f"figures: {len(drawn)} in {bench.out / 'figures'}")
-    collect.meet("figures are drawn")
+    processes.meet("figures are drawn")
 
 
 def conclusion(result: Mapping[str, Any], chosen: Mapping[str, Any], out: Path) -> list[str]:

@@ -19,15 +19,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from opd_jax import data, records
+from opd_jax import data, files, processes, records
 from opd_jax import mesh as meshlib
 from opd_jax.analysis import collect, models, select
 from opd_jax.analysis import corpus as corpora
 from opd_jax.analysis.corpus import Corpus, Occurrences, TypeStats
 from opd_jax.analysis.models import Pair
 from opd_jax.analysis.rocks_flags import MAX_NEW, Flags, RocksError, flag
-from opd_jax.config import path_of
 from opd_jax.data import Example
+from opd_jax.files import path_of
 from opd_jax.pytrees import Params
 
 MANIFEST = "rocks.json"
@@ -88,7 +88,7 @@ class Workbench:
             )
         versions = {name: importlib.metadata.version(name) for name in ("opd-jax", "jax", "numpy")}
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        collect.meet("the folder is looked at")  # before anybody changes it
+        processes.meet("the folder is looked at")  # before anybody changes it
         self.write(MANIFEST, new | {"versions": versions, "time": stamp})
 
     def _check_same(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -133,8 +133,8 @@ class Workbench:
             value = text + "\n"
         if jax.process_index() == 0:
             (self.out / name).parent.mkdir(parents=True, exist_ok=True)
-            records.write_atomic(self.out / name, value)
-        collect.meet(f"{name} is written")
+            files.write_atomic(self.out / name, value)
+        processes.meet(f"{name} is written")
 
     @property
     def prompts_file(self) -> str:
@@ -248,7 +248,7 @@ class Workbench:
             shutil.rmtree(part, ignore_errors=True)
             shutil.copytree(self.corpus_source, part)
             part.rename(target)
-        collect.meet("the corpus is copied")
+        processes.meet("the corpus is copied")
 
     @functools.cached_property
     def corpus(self) -> Corpus:
@@ -282,7 +282,7 @@ class Workbench:
             found = collect.score(corpus, self.pair, student=student, batch=self.flags.batch)
             if jax.process_index() == 0:
                 found.save(path)
-            collect.meet(f"{path.name} is written")
+            processes.meet(f"{path.name} is written")
         return Occurrences.load(path)
 
     def before(self) -> Occurrences:

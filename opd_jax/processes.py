@@ -1,0 +1,212 @@
+"""The processes of one run: how they find one another, agree and wait, and what a lost one means.
+
+A run is started once on every host, with the same command. On a TPU pod, under SLURM and under Open
+MPI jax finds the others itself; elsewhere three flags (or variables) say where they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+# A process that sends no sign of life for so long counts as lost, and the others end.
+LOST_AFTER_S = 60
+# How long the last process of a run waits for the others to end as well.
+_END_WITHIN_S = 60
+FLAGS = {  # flag -> the variable that says the same
+    "coordinator": "JAX_COORDINATOR_ADDRESS",
+    "num-processes": "JAX_NUM_PROCESSES",
+    "process-index": "JAX_PROCESS_ID",
+}
+AUTO = "auto"
+HELP = """  --coordinator=HOST:PORT --num-processes=N --process-index=I
+             one of N processes of the same command, where no cluster is detected: the address of
+             process 0, and which this is, from 0; or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
+             JAX_PROCESS_ID. --coordinator=auto alone: as jax's own cluster detection says"""
+# Jobs whose processes jax can find: the variable that tells, and when it tells of several.
+_CLUSTERS: dict[str, Callable[[str], bool]] = {
+    "TPU_WORKER_HOSTNAMES": lambda value: "," in value,
+    "TPU_PROCESS_ADDRESSES": lambda value: "," in value,
+    "SLURM_NTASKS": lambda value: value not in ("", "1"),
+    "OMPI_COMM_WORLD_SIZE": lambda value: value not in ("", "1"),
+}
+# What the runtimes say when a collective lost its partner.
+_LOST = (
+    "gloo",
+    "connection reset",
+    "connection closed",
+    "broken pipe",
+    "coordination",
+    "heartbeat",
+    "unavailable",
+    "nccl",
+    "barrier",
+)
+
+
+class ProcessesError(ValueError):
+    """The processes of a run cannot find one another; the message says what to change."""
+
+
+def take_flags(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Split a command line into the rest and the values of ``FLAGS``, variables filled in.
+
+    Raises:
+      ProcessesError: a flag without its value.
+    """
+    given = {flag: os.environ[name] for flag, name in FLAGS.items() if os.environ.get(name)}
+    rest, items = [], list(argv)
+    while items:
+        item = items.pop(0)
+        name, equals, value = item.removeprefix("--").partition("=")
+        if not item.startswith("--") or name not in FLAGS:
+            rest.append(item)
+            continue
+        if not equals:
+            value = items.pop(0) if items else ""
+        if not value or value.startswith("--"):
+            raise ProcessesError(f"--{name} has no value: expected one; give --{name}=...")
+        given[name] = value
+    return rest, given
+
+
+def join(given: Mapping[str, str], environ: Mapping[str, str] | None = None) -> None:
+    """Join the other processes where this is one of several; else do nothing.
+
+    Args:
+      given: values of ``FLAGS``.
+      environ: where a cluster is looked for; default: ``os.environ``.
+
+    Raises:
+      ProcessesError: some flags are missing and no cluster supplies them, a value is out of range,
+        or the others were not found in time.
+    """
+    environ = os.environ if environ is None else environ
+    is_cluster = any(several(environ.get(name, "")) for name, several in _CLUSTERS.items())
+    if jax.distributed.is_initialized() or not (given or is_cluster):
+        return
+    if given.get("coordinator") == AUTO:
+        given, is_cluster = {name: v for name, v in given.items() if name != "coordinator"}, True
+    address, count, index = _checked(given, is_cluster)
+    if count == 1:
+        return
+    try:
+        jax.distributed.initialize(
+            coordinator_address=address,
+            num_processes=count,
+            process_id=index,
+            heartbeat_timeout_seconds=LOST_AFTER_S,
+            shutdown_timeout_seconds=_END_WITHIN_S,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ProcessesError(
+            f"this process could not join the others ({_short(error)}): expected {count or 'all'} "
+            f"processes of the same command that reach {address or 'the coordinator'}; start them "
+            "together, and check --coordinator, --num-processes and --process-index"
+        ) from error
+
+
+def _checked(
+    given: Mapping[str, str], is_cluster: bool
+) -> tuple[str | None, int | None, int | None]:
+    missing = [flag for flag in FLAGS if flag not in given]
+    if missing and not is_cluster:
+        named = ", ".join(f"--{flag} (or {FLAGS[flag]})" for flag in missing)
+        found = ", ".join(f"{flag} {value}" for flag, value in given.items())
+        raise ProcessesError(
+            f"got {found} and no {named}: expected all three, as no cluster was detected that "
+            "supplies the rest; give them, or none for a run of one process"
+        )
+    numbers: dict[str, int | None] = {}
+    for flag in ("num-processes", "process-index"):
+        text = given.get(flag)
+        if text is not None and not text.isdecimal():
+            raise ProcessesError(f"--{flag} is {text!r}: expected a whole number; correct it")
+        numbers[flag] = None if text is None else int(text)
+    count, index = numbers["num-processes"], numbers["process-index"]
+    if count is not None and not (count >= 1 and (index is None or index < count)):
+        raise ProcessesError(
+            f"--process-index is {index} of --num-processes {count}: expected 0 to {count - 1}; "
+            "number the processes from 0"
+        )
+    address = given.get("coordinator")
+    if address is not None and not address.rpartition(":")[2].isdecimal():
+        raise ProcessesError(
+            f"--coordinator is {address!r}: expected HOST:PORT, the address of process 0 and a "
+            "free port there; add the port"
+        )
+    return address, count, index
+
+
+def say(line: str) -> None:
+    """Print on the first process only."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def meet(what: str) -> None:
+    """Wait for all processes: the others read what process 0 has written."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
+def agreed(number: int) -> int:
+    """The number that process 0 has, on every process: one looks, so that all see the same."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int64(number)))
+
+
+def largest(number: int) -> int:
+    """The largest number that any process has, on every process."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.int64(number)).max())
+
+
+def agreed_text(text: str) -> str:
+    """The text that process 0 has, on every process."""
+    if jax.process_count() == 1:
+        return text
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = agreed(data.size)
+    if not size:
+        return ""
+    data = np.resize(data, size) if data.size else np.zeros(size, np.uint8)  # others' is dropped
+    return bytes(multihost_utils.broadcast_one_to_all(data)).decode()
+
+
+def explain(error: BaseException) -> str | None:
+    """What a failed collective means for this process; None for any other error."""
+    text = str(error).lower()
+    if jax.process_count() == 1 or not any(word in text for word in _LOST):
+        return None
+    return (
+        f"process {jax.process_index()} of {jax.process_count()} lost another process "
+        f"({_short(error)}): expected all of them until the end; look there for the cause, then "
+        "start the same command on all again, which goes on from the last checkpoint"
+    )
+
+
+def leave(status: int) -> None:
+    """End this process at once where it is one of several; else do nothing.
+
+    The orderly way out waits for processes that may themselves be waiting for this one.
+    """
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        os._exit(status)
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,110 @@
+"""The real command on several devices and processes, as a user starts it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+
+DEADLINE_S = 300.0  # of one command on a busy machine, compiling included
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Devices and processes that a command is started on, and the mesh it is told to make."""
+
+    name: str
+    devices: int  # of each process
+    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    processes: int = 1
+
+    @property
+    def flags(self) -> list[str]:
+        """The mesh as flags of ``opd-jax train``."""
+        return [f"--config.mesh.{axis}={size}" for axis, size in self.mesh.items()]
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("one", 1),
+        Layout("data4", 4),
+        Layout("fsdp2-model2", 4, {"fsdp": 2, "model": 2}),
+        Layout("2x2x2", 8, {"data": 2, "fsdp": 2, "model": 2}),
+        Layout("two-processes", 2, {"fsdp": 2}, processes=2),
+    )
+}
+
+
+def start(
+    layout: Layout, argv: Sequence[str], code: str = "", variables: dict[str, str] | None = None
+) -> list[subprocess.Popen]:
+    """Start one command on a layout, in as many processes as it has.
+
+    Args:
+      layout: where.
+      argv: command line after ``opd-jax``.
+      code: statements before the command, to patch it.
+      variables: of the environment.
+    """
+    program = f"import sys\n{code}\nfrom opd_jax import cli\nsys.exit(cli.main(sys.argv[1:]))"
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={layout.devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+    found = []
+    address = f"127.0.0.1:{_free_port()}"
+    for index in range(layout.processes):
+        several = [
+            f"--coordinator={address}",
+            f"--num-processes={layout.processes}",
+            f"--process-index={index}",
+        ]
+        found.append(
+            subprocess.Popen(
+                [sys.executable, "-c", program, *argv, *several * (layout.processes > 1)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=env | (variables or {}),
+            )
+        )
+    return found
+
+
+def finish(started: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Exit status and output of every process; kills what does not end in time."""
+    results = []
+    deadline = time.monotonic() + DEADLINE_S
+    for process in started:
+        try:
+            text, _ = process.communicate(timeout=max(deadline - time.monotonic(), 1.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            text = f"{process.communicate()[0]}\nkilled after {DEADLINE_S} s"
+        results.append((process.returncode, text))
+    return results
+
+
+def run(layout: Layout, argv: Sequence[str], status: int = 0, **kwargs) -> str:
+    """Run one command on a layout; the output of process 0."""
+    results = finish(start(layout, argv, **kwargs))
+    assert [code for code, _ in results] == [status] * layout.processes, "\n".join(
+        text[-3000:] for _, text in results
+    )
+    return results[0][1]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
