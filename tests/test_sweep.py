@@ -157,7 +157,7 @@ def test_sigterm_stops_the_sweep_and_the_same_command_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(train._Loop, "_step", stopped)
-        assert sweep.main(argv(file, workdir)) == 0
+        assert sweep.main(argv(file, workdir)) == 128 + signal.SIGTERM
     assert "stopped by SIGTERM, 3 runs left" in capsys.readouterr().out
     assert not (workdir / "sweep.json").exists()
     assert not (workdir / "full" / "seed-1").exists()
