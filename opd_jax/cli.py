@@ -117,9 +117,9 @@ def _message(error: Exception) -> str | None:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """Errors whose message says what to change; anything else is a defect and keeps its trace."""
-    from opd_jax.checkpoint import CheckpointError
-    from opd_jax.records import WorkdirError
-    from opd_jax.train import NonFiniteError
+    from opd_jax.run.train import NonFiniteError
+    from opd_jax.store.checkpoint import CheckpointError
+    from opd_jax.store.workdir import WorkdirError
 
     return (ValueError, OSError, ImportError, CheckpointError, WorkdirError, NonFiniteError)
 
@@ -141,7 +141,7 @@ def _prepare_jax(argv: list[str]) -> list[str]:
 
 
 def _train(argv: list[str], *, started: float) -> int:
-    from opd_jax import config, train
+    from opd_jax import config
 
     if {"-h", "--help"} & set(argv):
         print(_TRAIN_HELP + str(config.defaults()))
@@ -149,6 +149,8 @@ def _train(argv: list[str], *, started: float) -> int:
     given, flags = config.load(argv, workdir=None)
     if not flags["workdir"]:
         raise config.ConfigError("no --workdir given: expected --workdir=DIR, a new or resumed run")
+    from opd_jax.run import train
+
     stop = train.Stop()
     result = train.train(
         config.resolve(given),
@@ -167,7 +169,8 @@ def _export(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--dtype", default=None, help="of the weights; default: as trained")
     flags = parser.parse_args(argv)
-    from opd_jax import export
+
+    from opd_jax.store import export
 
     step = export.export(flags.workdir, flags.out, step=flags.step, dtype=flags.dtype)
     print(f"step {step} of {flags.workdir} is now the Hugging Face folder {flags.out}")
@@ -186,7 +189,8 @@ def _generate(argv: list[str]) -> int:
     parser.add_argument("--batch", type=int, default=16, help="prompts at a time")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(argv)
-    from opd_jax import generate
+
+    from opd_jax.evaluate import generate
 
     result = generate.generate(**vars(flags))
     print(result)
@@ -194,9 +198,10 @@ def _generate(argv: list[str]) -> int:
 
 
 def _rocks(argv: list[str]) -> int:
-    from opd_jax.analysis import rocks
 
-    return rocks.main(argv)
+    from opd_jax.instrument import stages
+
+    return stages.main(argv)
 
 
 def _table(argv: list[str]) -> int:
@@ -205,7 +210,8 @@ def _table(argv: list[str]) -> int:
     parser.add_argument("--step", type=int, default=None, help="default: the newest good one")
     parser.add_argument("--out", required=True, help="a new .csv file")
     flags = parser.parse_args(argv)
-    from opd_jax import table
+
+    from opd_jax.store import table
 
     step = table.table(flags.workdir, flags.out, step=flags.step)
     print(f"wrote the rock state of step {step} to {flags.out}")
@@ -213,7 +219,8 @@ def _table(argv: list[str]) -> int:
 
 
 def _sweep(argv: list[str]) -> int:
-    from opd_jax import sweep
+
+    from opd_jax.run import sweep
 
     return sweep.main(argv)
 
@@ -225,9 +232,10 @@ def _report(argv: list[str]) -> int:
     parser.add_argument("--sweep", help="workdir of opd-jax sweep")
     parser.add_argument("--out", required=True, help="the .html file; replaces an older report")
     flags = parser.parse_args(argv)
-    from opd_jax.analysis import report
 
-    report.report(flags.runs, flags.out, rocks=flags.rocks, sweep=flags.sweep)
+    from opd_jax.report import build
+
+    build.report(flags.runs, flags.out, rocks=flags.rocks, sweep=flags.sweep)
     print(f"wrote {flags.out}")
     return 0
 
@@ -237,8 +245,9 @@ def _figure(argv: list[str]) -> int:
     parser.add_argument("--workdir", required=True, help="folder of the run")
     parser.add_argument("--out", required=True, help="a .png, .svg or .pdf file")
     flags = parser.parse_args(argv)
-    from opd_jax.analysis import figures
 
-    figures.training(flags.workdir, flags.out)
+    from opd_jax.report import run_figure
+
+    run_figure.training(flags.workdir, flags.out)
     print(f"wrote {flags.out}")
     return 0

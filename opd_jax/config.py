@@ -16,10 +16,11 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from opd_jax import data, sampling
+from opd_jax.data import prompts as prompt_files
 from opd_jax.files import path_of as path_of  # config files ask here
-from opd_jax.model import REMAT
+from opd_jax.models.transformer import REMAT
 from opd_jax.objective import NORMALISERS
+from opd_jax.rollout import sampling
 from opd_jax.spec import GROUPS, ConfigError, ModelSpec, RunConfig
 
 # Fields that follow from others and are therefore not set by hand.
@@ -256,7 +257,11 @@ def _check(run: RunConfig) -> None:
     rule(0 <= run.seed < 2**32, "seed", "from 0 to 2^32 - 1")
     rule(bool(run.data.prompts), "data.prompts", "a JSONL file of prompts")
     rule(run.data.epochs >= 0, "data.epochs", "at least 0 (0: as many as the steps need)")
-    rule(run.data.too_long in data.TOO_LONG, "data.too_long", f"one of {data.TOO_LONG}")
+    rule(
+        run.data.too_long in prompt_files.TOO_LONG,
+        "data.too_long",
+        f"one of {prompt_files.TOO_LONG}",
+    )
     for key in ("rollout.samples", "rollout.max_new", "train.prompts", "train.microbatches"):
         group, _, name = key.partition(".")
         rule(getattr(getattr(run, group), name) >= 1, key, "at least 1")

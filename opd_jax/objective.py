@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax import kl, mesh, model, rock
+from opd_jax import kl, mesh, rock
 from opd_jax.kl import KLSpec
-from opd_jax.model import ModelConfig
+from opd_jax.models import transformer
+from opd_jax.models.transformer import ModelConfig
 from opd_jax.pytrees import Mean, Params, RockState, Rollout, TokenKL
 from opd_jax.rock import RockConfig
 
@@ -78,7 +79,7 @@ def inputs(
     """Model inputs of the predicting positions: ids, positions and validity, each [B, T-1]."""
     ids_BT = rollout.ids_BT[:, :-1]
     valid_BT = jnp.arange(ids_BT.shape[1])[None, :] >= rollout.start_B[:, None]
-    return ids_BT, model.positions(valid_BT), valid_BT
+    return ids_BT, transformer.positions(valid_BT), valid_BT
 
 
 def targets(rollout: Rollout, state: RockState, key: jax.Array, *, cfg: ObjectiveConfig) -> Targets:
@@ -104,7 +105,7 @@ def teacher_states(
     **Sharding**: batch rows over ``data`` and ``fsdp``.
     """
     assert cfg.teacher is not None
-    states_BTE, _ = model.hidden(teacher, *inputs(rollout), cfg=cfg.teacher)
+    states_BTE, _ = transformer.hidden(teacher, *inputs(rollout), cfg=cfg.teacher)
     return jax.lax.stop_gradient(states_BTE)
 
 
@@ -132,10 +133,10 @@ def weighted_loss(
     ``per_sequence`` divides each row's weights by their sum first: rows are never split.
     Gradients flow to ``params`` only; ``states_BTE`` are the teacher's from :func:`teacher_states`.
     """
-    hs_BTD, head_VD = model.hidden_and_head(params, *inputs(rollout), cfg=cfg.student)
+    hs_BTD, head_VD = transformer.hidden_and_head(params, *inputs(rollout), cfg=cfg.student)
     head_VE = None
     if cfg.teacher is not None and teacher is not None and states_BTE is not None:
-        head_VE = jax.lax.stop_gradient(model.head(teacher, cfg.teacher))
+        head_VE = jax.lax.stop_gradient(transformer.head(teacher, cfg.teacher))
     weight_BT = goal.weight_BT
     if cfg.normaliser == "per_sequence":
         weight_BT /= jnp.maximum(jnp.sum(weight_BT, axis=1, keepdims=True), 1.0)

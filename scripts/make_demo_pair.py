@@ -29,14 +29,19 @@ from demo_problems import Problem
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from opd_jax import data, grading, hf, model, optim, params, rollout, steps
-from opd_jax import tokenizer as tokenizers
+from opd_jax import optim, steps
+from opd_jax.data import batches as batching
+from opd_jax.data import prompts as prompt_files
+from opd_jax.data import tokenizer as tokenizers
+from opd_jax.evaluate import grading
 from opd_jax.kl import KLSpec
-from opd_jax.model import ModelConfig
+from opd_jax.models import hf, params, transformer
+from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.optim import OptimSpec
 from opd_jax.pytrees import Params, Rollout
-from opd_jax.sampling import Sampler
+from opd_jax.rollout import decode
+from opd_jax.rollout.sampling import Sampler
 
 VOCAB = 640  # 256 bytes, 3 special ids, and the words of the stories
 PROMPT_WIDTHS, COMPLETION_WIDTHS = (40, 56), (40, 56)  # ids; a longer text would be refused
@@ -162,21 +167,21 @@ def write_prompts(path: Path, rows: Sequence[Problem]) -> None:
 
 def encode(
     problems: Sequence[Problem], texts: Sequence[str], tokenizer: PreTrainedTokenizerFast
-) -> list[data.Example]:
+) -> list[prompt_files.Example]:
     """Tokenise questions, in the chat template, and solutions, EOS appended."""
     chats = [[{"role": "user", "content": p.question}] for p in problems]
     questions = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
     solutions = tokenizer(list(texts))["input_ids"]
     (end,) = tokenizers.stop_ids(tokenizer, None)
     return [
-        data.Example(tuple(cast(list[int], q)), p.answer, p.question, i, (*s, end))
+        prompt_files.Example(tuple(cast(list[int], q)), p.answer, p.question, i, (*s, end))
         for i, (p, q, s) in enumerate(zip(problems, questions, solutions, strict=True))
     ]
 
 
 def lessons(
     recipe: Recipe, seed: int, without: frozenset[str], tokenizer: PreTrainedTokenizerFast
-) -> list[data.Example]:
+) -> list[prompt_files.Example]:
     """Solved problems for one model, in its mixture of styles."""
     rng = random.Random(seed)
     problems = list(itertools.islice(demo_problems.problems(seed, without), recipe.problems))
@@ -189,21 +194,24 @@ def lessons(
     return encode(problems, texts, tokenizer)
 
 
-def batches(rows: Sequence[data.Example], batch: int, pad_id: int) -> Iterator[Rollout]:
+def batches(rows: Sequence[prompt_files.Example], batch: int, pad_id: int) -> Iterator[Rollout]:
     """One pass over the rows, in a few padded shapes (each is compiled once)."""
-    groups: dict[tuple[int, int], list[data.Example]] = {}
+    groups: dict[tuple[int, int], list[prompt_files.Example]] = {}
     for row in rows:
-        width = data.bucket(len(row.ids), PROMPT_WIDTHS)
-        room = data.bucket(len(row.completion), COMPLETION_WIDTHS)
+        width = batching.bucket(len(row.ids), PROMPT_WIDTHS)
+        room = batching.bucket(len(row.completion), COMPLETION_WIDTHS)
         group = groups.setdefault((width, room), [])
         group.append(row)
         if len(group) == batch:
-            yield data.pad_completions(group, width, room, pad_id)
+            yield batching.pad_completions(group, width, room, pad_id)
             group.clear()
 
 
 def train(
-    recipe: Recipe, rows: Sequence[data.Example], tokenizer: PreTrainedTokenizerFast, seed: int
+    recipe: Recipe,
+    rows: Sequence[prompt_files.Example],
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
 ) -> Params:
     """Supervised training from random parameters, one pass, with the library's off-policy step."""
     spec = OptimSpec(
@@ -212,7 +220,7 @@ def train(
     tx = optim.make(spec)
     cfg = ObjectiveConfig(recipe.model, None, KLSpec(ce=1.0, vocab_size=len(tokenizer)))
     key = jax.random.key(seed)
-    state = steps.init(params.init(model.specs(recipe.model), key), key, cfg=cfg, tx=tx)
+    state = steps.init(params.init(transformer.specs(recipe.model), key), key, cfg=cfg, tx=tx)
     start = time.monotonic()
     supply = batches(rows, recipe.batch, tokenizers.pad_id(tokenizer))
     for i, batch in enumerate(itertools.islice(supply, recipe.stop), 1):
@@ -238,8 +246,8 @@ def accuracy(
         stop_ids=tokenizers.stop_ids(tokenizer, None),
         pad_id=pad_id,
     )
-    prompt = data.pad([row.ids for row in rows], PROMPT_WIDTHS[-1], pad_id)
-    out = rollout.sample(
+    prompt = batching.pad([row.ids for row in rows], PROMPT_WIDTHS[-1], pad_id)
+    out = decode.sample(
         tree, prompt, jax.random.key(0), cfg=cfg, sampler=sampler, max_new=COMPLETION_WIDTHS[-1]
     )
     texts = tokenizer.batch_decode(

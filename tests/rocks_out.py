@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opd_jax.analysis import corpus
+from opd_jax.instrument import corpus
 
 TOKENS = ["␣the", "⏎", ",", "␣$", "=", "1", "2", "␣so", "Wait", "␣a", "</script>", "␣x_1$", "中"]
 ARMS = ("full", "rock", "share_matched")
@@ -292,6 +292,9 @@ def _write_corpus(folder, rng, count, rocks) -> None:
     (folder / "corpus").mkdir(parents=True, exist_ok=True)
     corpus.write_answers(folder / "corpus", 0, rows)
     corpus.write_manifest(folder / "corpus", {"pieces": 1})
+    path = folder / "selection.json"
+    shares = [float(np.isin(answer, rocks).mean()) for answer in ids]
+    write(path, json.loads(path.read_text()) | {"answer_shares": shares})
 
 
 def _write_reader(folder, rng, rows, answers: int = 3, length: int = 90) -> None:

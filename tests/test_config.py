@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from opd_jax import config, hf_config, model, params
+from opd_jax import config
+from opd_jax.models import hf_config, params, transformer
 from opd_jax.spec import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -44,7 +45,7 @@ def test_every_config_resolves(path):
         if not (Path(spec.path) / "config.json").is_file():
             assert "demo_pair" not in spec.path
             continue
-        tree = params.abstract(model.specs(hf_config.read_config(spec.path)), jnp.float32)
+        tree = params.abstract(transformer.specs(hf_config.read_config(spec.path)), jnp.float32)
         assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
 
 

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import pytest
 
 import opd_jax
-from opd_jax import data, hf, tokenizer
+from opd_jax.data import prompts as prompt_files
+from opd_jax.data import tokenizer
+from opd_jax.models import hf
 
 ROOT = Path(__file__).parents[1]
 PAIR = Path(opd_jax.__file__).parent / "demo_pair"
@@ -85,7 +87,7 @@ def test_the_committed_prompts_are_disjoint_and_those_of_the_generator(script):
     made = dict(zip(("train", "heldout"), script.prompts(), strict=True))
     questions = {}
     for name, wanted in made.items():
-        records = data.read(PAIR / "prompts" / f"{name}.jsonl")
+        records = prompt_files.read(PAIR / "prompts" / f"{name}.jsonl")
         questions[name] = [record.prompt[0]["content"] for record in records]
         assert questions[name] == [problem.question for problem in wanted]
         assert [record.answer for record in records] == [problem.answer for problem in wanted]

@@ -1,4 +1,4 @@
-"""Imports go one way: a module of opd_jax imports modules of lower rank only."""
+"""Imports go one way: down one ordered list of rooms, and inside a room down its own list."""
 
 import ast
 from pathlib import Path
@@ -7,38 +7,107 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "opd_jax"
 
-# A module may import modules of a lower rank, not of its own.
-RANKS = {
-    0: ("pytrees", "mesh", "files", "processes"),
-    0.5: ("divergence",),  # the numerics of kl on a chunk of rows
-    1: (
-        "params",
-        "attention",
-        "kv_cache",
-        "linear",
-        "kl",
-        "rock",
-        "sampling",
-        "optim",
-        "grading",
-        "metrics",
-        "records",
+# A module may import what stands before it. A room is a folder with its own list.
+ORDER: list[str | tuple[str, list]] = [
+    # the ground
+    "files",
+    "processes",
+    "mesh",
+    "pytrees",
+    "stats",
+    # the algorithm, its models and its data
+    "divergence",
+    "kl",
+    "rock",
+    "optim",
+    (
+        "models",
+        [
+            "params",
+            "linear",
+            "rope",
+            "attention",
+            "kv_cache",
+            "transformer",
+            "hf_config",
+            "hf",
+        ],
     ),
-    2: ("model", "tokenizer"),
-    2.5: ("hf_config",),  # the config.json half of hf
-    3: ("hf", "data", "rollout", "objective"),
-    4: ("steps", "checkpoint"),
-    4.5: ("spec",),  # the groups of a configuration
-    5: ("config", "evaluate"),
-    5.25: ("assemble",),  # what a run needs, built from its config
-    5.5: ("narrate",),  # what a run says
-    5.75: ("journal",),  # what a run writes
-    6: ("table", "train", "export", "generate", "plan", "analysis"),
-    6.5: ("sweep",),  # many runs, and how they compare
-    7: ("cli",),
-}
-RANK = {name: rank for rank, names in RANKS.items() for name in names}
-FREE_INSIDE = {"analysis"}  # a package whose own modules may import each other
+    ("data", ["tokenizer", "prompts", "batches"]),
+    "objective",
+    ("rollout", ["sampling", "decode", "answers"]),
+    "steps",
+    # what a run is, and what it leaves on disk
+    "spec",
+    "config",
+    (
+        "store",
+        ["workdir", "checkpoint_record", "checkpoint", "pair", "run_files", "export", "table"],
+    ),
+    # what is done with it
+    ("evaluate", ["grading", "heldout", "generate"]),
+    (
+        "report",
+        [
+            "style",
+            "curve_figures",
+            "study_figures",
+            "rock_figures",
+            "run_figure",
+            "markup",
+            "page_data",
+            "build",
+        ],
+    ),
+    ("run", ["assemble", "narrate", "writers", "progress", "journal", "train", "arms", "sweep"]),
+    (
+        "instrument",
+        [
+            "corpus",
+            "collect",
+            "select",
+            "null",
+            "groups",
+            "selection",
+            "outputs",
+            "flags",
+            "workbench",
+            (
+                "studies",
+                [
+                    "context",
+                    "logit_gradients",
+                    "gradient_sums",
+                    "gradients",
+                    "matrix",
+                    "pooled",
+                    "persistence",
+                    "second_moments",
+                ],
+            ),
+            "followups",
+            "stages",
+        ],
+    ),
+    "cli",
+]
+# Neighbours that do not know each other, whatever their order.
+STRANGERS = [("run", "instrument"), ("evaluate", "report")]
+
+
+def flat(order, room: str = "") -> list[str]:
+    """Dotted names of all modules, in order."""
+    names = []
+    for entry in order:
+        if isinstance(entry, str):
+            names.append(room + entry)
+        else:
+            names += flat(entry[1], f"{room}{entry[0]}.")
+    return names
+
+
+MODULES = flat(ORDER)
+RANK = {name: rank for rank, name in enumerate(MODULES)}
 
 
 def imported(source: str, package: str) -> set[str]:
@@ -57,40 +126,60 @@ def imported(source: str, package: str) -> set[str]:
             parts = package.split(".")[: len(package.split(".")) - node.level + 1]
             prefix = ".".join(parts) if node.level else ""
             module = ".".join(part for part in (prefix, node.module) if part)
-            # `from opd_jax import kl` names a module, `from opd_jax.kl import token_kl` does not.
-            names = [f"{module}.{a.name}" if module == "opd_jax" else module for a in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith("opd_jax.")}
+            # `from opd_jax.models import hf` names a module, `from ...hf import load` does not.
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            names = [n if _is_module(n) else module for n in names]
+        found |= {name.partition(".")[2] for name in names if name.startswith("opd_jax.")}
     return found
 
 
+def _is_module(name: str) -> bool:
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or path.is_dir()
+
+
 def violations(name: str, imports: set[str]) -> list[str]:
-    """List what a module (or package) of this name may not import."""
-    return [
-        f"{name} (rank {RANK[name]}) imports {other} (rank {RANK.get(other, 'not in the table')})"
+    """List what a module of this name may not import."""
+    bad = [
+        f"{name} imports {other}, which stands {'after' if other in RANK else 'not in'} it"
         for other in sorted(imports)
-        if not (name == other and name in FREE_INSIDE)
-        and not (other in RANK and RANK[other] < RANK[name])
+        if RANK.get(other, len(RANK)) >= RANK[name]
     ]
+    room = name.partition(".")[0]
+    for pair in STRANGERS:
+        if room in pair:
+            stranger = pair[1 - pair.index(room)]
+            bad += [
+                f"{name} imports {other}: {room} and {stranger} do not know each other"
+                for other in sorted(imports)
+                if other.partition(".")[0] == stranger
+            ]
+    return bad
 
 
 def modules() -> dict[Path, str]:
-    """Map every file of the package to the name its rank stands under (``__init__`` has none)."""
+    """Map every file of the package to its dotted name inside it."""
     paths = sorted(PACKAGE.rglob("*.py"))
-    return {path: path.relative_to(PACKAGE).with_suffix("").parts[0] for path in paths}
+    return {path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in paths}
 
 
-def test_imports_go_down_the_ranks():
+def test_imports_go_down_the_list():
     bad = []
     for path, name in modules().items():
         package = ".".join(("opd_jax", *path.relative_to(PACKAGE).parent.parts))
         imports = imported(path.read_text(encoding="utf-8"), package)
-        if name not in RANK and name != "__init__":
-            bad.append(f"{path.name} has no rank: add it to RANKS")
-        elif name == "__init__":
-            bad += [f"opd_jax/__init__.py imports {other}" for other in sorted(imports)]
+        if path.name == "__init__.py":
+            bad += [f"{name} imports {other}" for other in sorted(imports)]
+        elif name not in RANK:
+            bad.append(f"{name} has no place: add it to ORDER")
         else:
-            bad += [f"{path.name}: {text}" for text in violations(name, imports)]
+            bad += violations(name, imports)
     assert bad == []
+
+
+def test_the_list_names_what_is_there():
+    there = {name for path, name in modules().items() if path.name != "__init__.py"}
+    assert sorted(there) == sorted(MODULES)
 
 
 @pytest.mark.parametrize(
@@ -98,12 +187,14 @@ def test_imports_go_down_the_ranks():
     [
         ("from opd_jax import kl, rock", "opd_jax", {"kl", "rock"}),
         ("from opd_jax.kl import token_kl", "opd_jax", {"kl"}),
-        ("import opd_jax.hf as hf", "opd_jax", {"hf"}),
+        ("from opd_jax.models import hf", "opd_jax", {"models.hf"}),
+        ("from opd_jax.models.hf import load", "opd_jax", {"models.hf"}),
+        ("import opd_jax.models.hf as hf", "opd_jax", {"models.hf"}),
         ("def f():\n    from opd_jax.cli import main", "opd_jax", {"cli"}),
         ("from . import kl", "opd_jax", {"kl"}),
         ("from .kl import token_kl", "opd_jax", {"kl"}),
-        ("from .. import train", "opd_jax.analysis", {"train"}),
-        ("from .stats import mean", "opd_jax.analysis", {"analysis"}),
+        ("from ..run import train", "opd_jax.report", {"run.train"}),
+        ("from .style import plain", "opd_jax.report", {"report.style"}),
         ("import jax\nfrom optax import adamw", "opd_jax", set()),
     ],
 )
@@ -114,13 +205,14 @@ def test_every_spelling_of_an_import_is_read(source, package, wanted):
 @pytest.mark.parametrize(
     ("name", "imports", "count"),
     [
-        ("model", {"attention", "kv_cache", "params"}, 0),
-        ("kl", {"model"}, 1),  # up
-        ("hf", {"data"}, 1),  # sideways
-        ("analysis", {"analysis", "hf"}, 0),
-        ("train", {"analysis"}, 1),
-        ("cli", {"helpers"}, 1),  # not in the table
+        ("models.transformer", {"models.attention", "models.kv_cache", "mesh"}, 0),
+        ("kl", {"models.transformer"}, 1),  # up
+        ("models.attention", {"models.transformer"}, 1),  # up inside a room
+        ("models.hf", {"models.hf"}, 1),  # itself
+        ("instrument.stages", {"run.train"}, 1),  # a stranger before it
+        ("run.train", {"instrument.corpus"}, 2),  # up, and a stranger
+        ("cli", {"helpers"}, 1),  # not in the list
     ],
 )
-def test_only_lower_ranks_are_allowed(name, imports, count):
+def test_only_what_stands_before_is_allowed(name, imports, count):
     assert len(violations(name, imports)) == count

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import mesh, model, objective, rock
+from opd_jax import mesh, objective, rock
 from opd_jax.kl import KLSpec
-from opd_jax.model import ModelConfig
+from opd_jax.models import transformer
+from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Rollout
 from opd_jax.rock import RockConfig
@@ -55,7 +56,7 @@ def draw(cfg, seed):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda spec: jnp.asarray(spec.mean + rng.normal(0, 0.4, spec.shape), jnp.float32),
-        model.specs(cfg),
+        transformer.specs(cfg),
     )
 
 
@@ -74,7 +75,7 @@ def gradient(student, teacher, batch):
     """Gradient of the loss to the student's hidden states, [B, T-1, D]."""
     goal = objective.targets(batch, STATE, jax.random.key(0), cfg=CFG)
     states = jax.jit(functools.partial(objective.teacher_states, cfg=CFG))(teacher, batch)
-    hidden_and_head = model.hidden_and_head
+    hidden_and_head = transformer.hidden_and_head
 
     def at(shift):
         def moved(tree, *args, cfg):
@@ -82,7 +83,7 @@ def gradient(student, teacher, batch):
             return h_BTD + shift, head_VD
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model, "hidden_and_head", moved)
+            patch.setattr(transformer, "hidden_and_head", moved)
             return objective.weighted_loss(student, teacher, states, batch, goal, cfg=CFG)[0]
 
     rows, length = batch.ids_BT.shape
@@ -97,7 +98,7 @@ def log_softmax(z):
 
 def test_the_loss_is_the_aligned_sum_over_sampled_ids(models):
     valid = np.arange(IDS.shape[1]) >= START[:, None]
-    logits = jax.jit(model.logits, static_argnames="cfg")
+    logits = jax.jit(transformer.logits, static_argnames="cfg")
     logp, logq = (
         log_softmax(logits(tree, IDS, cfg=cfg, valid_BT=valid))
         for tree, cfg in zip(models, (STUDENT, TEACHER), strict=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from opd_jax.analysis import stats
+from opd_jax import stats
 
 
 def test_paired_bootstrap_of_a_constant_shift_is_exact():

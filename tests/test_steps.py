@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import mesh, model, objective, optim, params, rock, steps
+from opd_jax import mesh, objective, optim, rock, steps
 from opd_jax.kl import KLSpec
-from opd_jax.model import ModelConfig
+from opd_jax.models import params, transformer
+from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Rollout
 from opd_jax.rock import RockConfig
@@ -30,7 +31,7 @@ def draw(cfg, seed):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda spec: (spec.mean + rng.normal(0, 0.4, spec.shape)).astype(np.float32),
-        model.specs(cfg),
+        transformer.specs(cfg),
     )
 
 
@@ -96,7 +97,7 @@ def log_softmax(z):
     return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
-logits = jax.jit(model.logits, static_argnames="cfg")
+logits = jax.jit(transformer.logits, static_argnames="cfg")
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +193,7 @@ def test_eight_devices_micro_batches_and_given_teacher_states_do_not_matter(plai
     devices = mesh.make(**GRID)
     with jax.set_mesh(devices):
         student, teacher = (
-            jax.device_put(tree, params.shardings(model.specs(c), devices))
+            jax.device_put(tree, params.shardings(transformer.specs(c), devices))
             for tree, c in ((STUDENT_0, STUDENT), (TEACHER_0, TEACHER))
         )
         state = jax.jit(functools.partial(steps.init, cfg=cfg, tx=TX))(student, jax.random.key(KEY))
@@ -317,7 +318,7 @@ def test_no_gate_or_normaliser_depends_on_pieces_or_devices(teacher, gate, norma
     devices = mesh.make(**GRID)
     with jax.set_mesh(devices):
         student, other = (
-            jax.device_put(tree, params.shardings(model.specs(c), devices))
+            jax.device_put(tree, params.shardings(transformer.specs(c), devices))
             for tree, c in ((STUDENT_0, STUDENT), (TEACHER_0, TEACHER))
         )
         state = jax.jit(functools.partial(steps.init, cfg=cfg, tx=TX))(student, jax.random.key(KEY))

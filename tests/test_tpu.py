@@ -17,13 +17,15 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from opd_jax import attention, kl, model, optim, params, rollout, steps
+from opd_jax import kl, optim, steps
 from opd_jax import mesh as meshlib
 from opd_jax.kl import KLSpec
+from opd_jax.models import attention, params, transformer
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Prompt, Rollout
 from opd_jax.rock import RockConfig
-from opd_jax.sampling import Sampler
+from opd_jax.rollout import decode
+from opd_jax.rollout.sampling import Sampler
 
 pytestmark = pytest.mark.ci
 
@@ -31,7 +33,7 @@ TOPOLOGY, AXES = "v5e:2x4", {"data": 2, "fsdp": 2, "model": 2}
 VOCAB, REAL_IDS = 151_936, 151_669  # of Qwen3: padded, and with a token
 LOCAL_VOCAB = VOCAB // AXES["model"]
 ROWS, PROMPT, NEW = 128, 128, 128
-STUDENT = model.ModelConfig(
+STUDENT = transformer.ModelConfig(
     model_type="qwen3",
     vocab_size=VOCAB,
     width=256,
@@ -73,8 +75,8 @@ class Shapes:
             rock=RockConfig(mode="ema"),
         )
         self.tx = optim.make(optim.OptimSpec())
-        student = params.abstract(model.specs(STUDENT), jnp.float32, mesh)
-        self.teacher = params.abstract(model.specs(TEACHER), jnp.bfloat16, mesh)
+        student = params.abstract(transformer.specs(STUDENT), jnp.float32, mesh)
+        self.teacher = params.abstract(transformer.specs(TEACHER), jnp.bfloat16, mesh)
         self.key = jax.eval_shape(lambda: jax.random.key(0))
         self.state = jax.eval_shape(
             functools.partial(steps.init, cfg=self.cfg, tx=self.tx), student, self.key
@@ -129,7 +131,7 @@ def compiled(mesh, uncached):
                 tx=shapes.tx,
                 states_BTE=states,
             ),
-            "sample": rollout._sample.lower(
+            "sample": decode._sample.lower(
                 shapes.state.params,
                 prompt,
                 shapes.key,

@@ -12,9 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import assemble, checkpoint, cli, config, hf, mesh, model, params
-from opd_jax import tokenizer as tokenizers
+from opd_jax import cli, config, mesh
+from opd_jax.data import tokenizer as tokenizers
+from opd_jax.models import hf, params, transformer
+from opd_jax.run import assemble
 from opd_jax.spec import RunConfig
+from opd_jax.store import checkpoint
 
 CONFIG = """
 from opd_jax import config
@@ -42,7 +45,8 @@ import time
 
 import jax
 
-from opd_jax import cli, mesh, train
+from opd_jax import cli, mesh
+from opd_jax.run import train
 
 make, step = mesh.make, train._Loop._step
 
@@ -59,7 +63,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 EMBED_SCALE = 20.0  # a fresh model is uniform over the vocabulary; this one has preferences
 PLAN = {"train__steps": 4, "checkpoint__every": 2}  # of the run that `workdir` holds
-MODEL = model.ModelConfig(
+MODEL = transformer.ModelConfig(
     model_type="qwen3",
     vocab_size=640,
     width=16,
@@ -78,7 +82,7 @@ def make_folder(folder: Path) -> Path:
     """Write ``student``, ``teacher``, ``prompts.jsonl`` and ``config.py``."""
     tokenizer = tokenizers.load(config.path_of("embedded:student"))
     for name, seed in (("student", 1), ("teacher", 2)):
-        tree = params.init(model.specs(MODEL), jax.random.key(seed))
+        tree = params.init(transformer.specs(MODEL), jax.random.key(seed))
         tree["embed"] = tree["embed"] * EMBED_SCALE
         hf.save(folder / name, MODEL, tree, tokenizer=tokenizer)
     rows = [{"prompt": f"{i} + {i + 2} = ?", "answer": str(2 * i + 2)} for i in range(12)]

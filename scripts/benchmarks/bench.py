@@ -32,6 +32,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from opd_jax.models import hf
+from opd_jax.models.params import init
+from opd_jax.models.rope import Rope
+from opd_jax.models.transformer import ModelConfig, specs
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 KINDS = ("step", "update", "rollout")
@@ -193,10 +198,7 @@ def write_model(folder: str, shape: Shape, seed: int, sharper: float, max_positi
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from opd_jax import hf, model, params
-    from opd_jax.attention import Rope
-
-    cfg = model.ModelConfig(
+    cfg = ModelConfig(
         model_type="llama",
         vocab_size=shape.vocab,
         width=shape.width,
@@ -219,7 +221,7 @@ def write_model(folder: str, shape: Shape, seed: int, sharper: float, max_positi
         eos_token=word(EOS),
         unk_token=word(UNKNOWN),
     )
-    tree = params.init(model.specs(cfg), jax.random.key(seed), jnp.float32)
+    tree = init(specs(cfg), jax.random.key(seed), jnp.float32)
     # With the usual initial values both models would copy the last id, or be uniform, and every
     # direction of KL would be one number. Depth must count, and the teacher be the surer one.
     tree["embed"] = tree["embed"] * sharper

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from kl import arguments, draw, fused_loss, gradient, interleaved, shapes, whole, write
 
-from opd_jax import model, optim, params, steps
+from opd_jax import optim, steps
 from opd_jax.kl import KLSpec
-from opd_jax.model import ModelConfig
+from opd_jax.models import params, transformer
+from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Rollout
 from opd_jax.rock import RockConfig
@@ -46,7 +47,7 @@ def body_flops(cfg: ModelConfig, length: int) -> int:
 
     Two per weight, and two products with all positions of the row per attention head.
     """
-    weights = 2 * params.count(model.specs(cfg)["layers"])
+    weights = 2 * params.count(transformer.specs(cfg)["layers"])
     return weights + cfg.num_layers * 4 * length * cfg.num_heads * cfg.head_dim
 
 
@@ -94,8 +95,8 @@ class Step:
     def __init__(self, cfg: ObjectiveConfig, batch: Rollout):
         assert cfg.teacher is not None
         self.cfg, self.batch, self.tx = cfg, batch, optim.make(optim.OptimSpec())
-        student = params.init(model.specs(cfg.student), jax.random.key(0))
-        self.teacher = params.init(model.specs(cfg.teacher), jax.random.key(1))
+        student = params.init(transformer.specs(cfg.student), jax.random.key(0))
+        self.teacher = params.init(transformer.specs(cfg.teacher), jax.random.key(1))
         self.state = steps.init(student, jax.random.key(2), cfg=cfg, tx=self.tx)
 
     def __call__(self):

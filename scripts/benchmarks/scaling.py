@@ -19,7 +19,7 @@ import numpy as np
 from gate import Step, half_frozen
 from kl import arguments, draw, fused_loss, gradient, interleaved, shapes, write
 
-from opd_jax.model import ModelConfig
+from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 
 KL_WIDTH = 256

@@ -1,4 +1,4 @@
-"""Worker of the benchmark for this library: the calls that ``opd_jax.train`` makes, one by one."""
+"""Worker of the benchmark for this library: the calls that a training step makes, one by one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from bench import Job
 
-from opd_jax import hf, objective, optim, rock, rollout, steps
 from opd_jax import mesh as meshlib
+from opd_jax import objective, optim, rock, steps
 from opd_jax.kl import KLSpec
+from opd_jax.models import hf
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.optim import OptimSpec
 from opd_jax.pytrees import Prompt, Rollout
-from opd_jax.sampling import Sampler
+from opd_jax.rollout import decode
+from opd_jax.rollout.sampling import Sampler
 
 
 def best_seconds(call, *arguments, repeats: int = 7) -> float:
@@ -84,7 +86,7 @@ def _run(job: Job, mesh) -> dict[str, Any]:
         mesh,
     )
     sample = functools.partial(
-        rollout.sample,
+        decode.sample,
         prompt=prompt,
         cfg=student,
         sampler=Sampler(vocab_size=student.vocab_size, pad_id=bench.PAD),

@@ -1,0 +1,1 @@
+"""How good a model is: graded answers, and KL on held-out prompts."""

@@ -1,0 +1,121 @@
+"""Answers of one model to a file of prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax import files
+from opd_jax import mesh as meshlib
+from opd_jax.data import prompts as prompt_files
+from opd_jax.data import tokenizer as tokenizers
+from opd_jax.evaluate import grading
+from opd_jax.files import path_of
+from opd_jax.models import hf, hf_config
+from opd_jax.rollout import answers as drawing
+from opd_jax.rollout.sampling import Sampler
+
+
+def generate(
+    model: str,
+    prompts: str,
+    out: str,
+    *,
+    max_new: int = 256,
+    samples: int = 1,
+    temperature: float = 0.0,
+    limit: int = 0,
+    batch: int = 16,
+    seed: int = 0,
+) -> str:
+    """Sample answers and write one JSON object per answer: prompt, answer, tokens, truncated, ...
+
+    Args:
+      model: Hugging Face folder, or ``embedded:teacher`` / ``embedded:student``.
+      prompts: JSONL with ``messages`` or ``prompt``, and ``answer`` to be graded against.
+      out: JSONL file that does not exist yet; it appears whole or not at all.
+      max_new: most tokens of an answer.
+      samples: answers per prompt.
+      temperature: 0 is greedy.
+      limit: only the first prompts; 0: all.
+      batch: prompts at a time.
+      seed: of the draws.
+
+    Returns:
+      One line that says how many answers were written, and the accuracy where answers are given.
+
+    Raises:
+      FileExistsError: ``out`` exists.
+      ValueError, FileNotFoundError: the model or the prompts cannot be used.
+    """
+    target = Path(out)
+    if target.exists():
+        raise FileExistsError(f"{out} exists: expected a new file; give another --out or remove it")
+    for name, value, least in (
+        ("max-new", max_new, 1),
+        ("samples", samples, 1),
+        ("batch", batch, 1),
+        ("limit", limit, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}: expected at least {least}; set --{name}")
+    folder, prompts = path_of(model), path_of(prompts)
+    tokenizer = tokenizers.load(folder)
+    stop_ids = tokenizers.stop_ids(tokenizer, hf_config.generation_eos(folder))
+    cfg = hf_config.read_config(folder)
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    if max_new >= cfg.max_positions:
+        raise ValueError(
+            f"max-new is {max_new}: expected below the {cfg.max_positions} positions of {model}, "
+            "which hold prompt and answer; lower --max-new"
+        )
+    spec = prompt_files.PromptSpec(prompts, max_prompt=cfg.max_positions - max_new)
+    rows, counts = prompt_files.examples(spec, tokenizer)
+    rows = rows[:limit] if limit else rows
+    mesh = meshlib.make()
+    cfg, params = hf.load(folder, dtype=dtype, mesh=mesh)
+    sampler = Sampler(
+        vocab_size=min(len(tokenizer), cfg.vocab_size),
+        temperature=temperature,
+        stop_ids=stop_ids,
+        pad_id=tokenizers.pad_id(tokenizer),
+    )
+    lines, correct, graded = [], 0, 0
+    with jax.set_mesh(mesh):
+        drawn = drawing.sample(
+            params,
+            rows,
+            jax.random.key(seed),
+            mesh,
+            cfg=cfg,
+            sampler=sampler,
+            max_new=max_new,
+            width=max(len(row.ids) for row in rows),
+            size=meshlib.batch_rows(min(batch, len(rows)), mesh),
+            samples=samples,
+        )
+        for rollouts, real in drawn:
+            answers = drawing.texts(rollouts, real, tokenizer)
+            host = meshlib.to_host(rollouts)
+            for index, text in enumerate(answers):
+                row = rows[len(lines) // samples]
+                line = {
+                    "index": row.index,
+                    "prompt": row.text,
+                    "answer": text,
+                    "tokens": int(host.mask_BT[index].sum()),
+                    "truncated": bool(host.truncated_B[index]),
+                }
+                if row.answer is not None:
+                    line |= {"gold": row.answer, "correct": grading.is_correct(text, row.answer)}
+                    graded += 1
+                    correct += line["correct"]
+                lines.append(json.dumps(line, ensure_ascii=False))
+    if jax.process_index() == 0:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(target, "\n".join(lines) + "\n")
+    score = f", accuracy {correct / graded:.1%} of {graded}" if graded else ""
+    return f"wrote {len(lines)} answers to {out}{score} ({counts})"

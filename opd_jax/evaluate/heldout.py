@@ -1,0 +1,204 @@
+"""Evaluation of a student on held-out prompts: accuracy against answers, and KL to the teacher.
+
+KL is the reverse KL at temperature 1 on *fresh* samples of the policy itself, over all scored
+positions and split by the gate: a run that gates more tokens lowers its weighted loss without
+learning anything, and cannot lower these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from opd_jax import mesh as meshlib
+from opd_jax import pytrees, steps
+from opd_jax.data.prompts import Example
+from opd_jax.evaluate import grading
+from opd_jax.objective import ObjectiveConfig
+from opd_jax.pytrees import Mean, Params, RockState, Rollout
+from opd_jax.rollout import answers as drawing
+from opd_jax.rollout.sampling import Sampler
+
+FIELDS = ("accuracy", "kl_nats", "kl_gated", "kl_ungated", "mean_length", "truncated_share")
+EMPTY: dict[str, float | None] = dict.fromkeys(FIELDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """Which answers to graded prompts are right.
+
+    Attributes:
+      index: ``Example.index`` of every graded prompt: the same prompt in every run on that file.
+      correct: prompt by prompt, whether each of its sampled answers is right.
+    """
+
+    index: tuple[int, ...] = ()
+    correct: tuple[tuple[bool, ...], ...] = ()
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right answers; None without any."""
+        answers = [is_right for row in self.correct for is_right in row]
+        return sum(answers) / len(answers) if answers else None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalPlan:
+    """How a student is evaluated.
+
+    Attributes:
+      policy: the sampler of training; KL is measured on its samples.
+      max_new: most ids of an answer.
+      width: padded prompt width.
+      size: prompts at a time, over all processes.
+      num_graded: prompts whose answers are graded; 0: none.
+      num_kl: prompts for KL; 0: none.
+      temperature: of graded answers; 0 is greedy.
+      samples: graded answers per prompt.
+      bias_V: logit bias of the policy, also in evaluation.
+    """
+
+    policy: Sampler
+    max_new: int
+    width: int
+    size: int
+    num_graded: int
+    num_kl: int
+    temperature: float = 0.0
+    samples: int = 1
+    bias_V: jax.Array | None = None
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """What ``answers.sample`` is told of both."""
+        return {
+            "max_new": self.max_new,
+            "width": self.width,
+            "size": self.size,
+            "bias_V": self.bias_V,
+        }
+
+    @property
+    def grader(self) -> Sampler:
+        """The sampler of graded answers: the policy's ids at the plan's temperature, unfiltered."""
+        return dataclasses.replace(
+            self.policy, temperature=self.temperature, top_k=0, top_p=1.0, min_p=0.0
+        )
+
+
+def grade(rows: Sequence[Example], answers: Sequence[str], samples: int) -> Graded:
+    """Grade ``samples`` answers per row; rows without an answer of their own are left out."""
+    index, correct = [], []
+    for number, row in enumerate(rows):
+        if row.answer is None:
+            continue
+        own = answers[number * samples : (number + 1) * samples]
+        index.append(row.index)
+        correct.append(tuple(grading.is_correct(text, row.answer) for text in own))
+    return Graded(tuple(index), tuple(correct))
+
+
+def heldout_kl(
+    params: Params,
+    teacher: Params,
+    state: RockState,
+    rollouts: Iterator[tuple[Rollout, int]],
+    *,
+    cfg: ObjectiveConfig,
+) -> dict[str, Mean]:
+    """Pool the measurements of ``steps.measure`` over rollouts, real rows only."""
+    pooled = []
+    for answers, real in rollouts:
+        measured, _ = steps.eval_step(params, teacher, _only(answers, real), state, cfg=cfg)
+        pooled.append(measured)
+    return pytrees.pool(pooled)
+
+
+@functools.partial(jax.jit, static_argnames=("real",))
+def _only(answers: Rollout, real: int) -> Rollout:
+    """Unscore the rows that only fill a batch up."""
+    is_real_B = np.arange(answers.mask_BT.shape[0]) < real
+    return answers.replace(
+        mask_BT=answers.mask_BT & is_real_B[:, None],
+        truncated_B=answers.truncated_B & is_real_B,
+    )
+
+
+def evaluate(
+    params: Params,
+    teacher: Params,
+    state: RockState,
+    rows: Sequence[Example],
+    tokenizer: Any,
+    key: jax.Array,
+    mesh: Mesh,
+    *,
+    cfg: ObjectiveConfig,
+    plan: EvalPlan,
+) -> tuple[dict[str, float | None], Graded]:
+    """Measure a student on held-out prompts; None where nothing was measured.
+
+    Args:
+      params, teacher: the models.
+      state: rock state whose members split the KL.
+      rows: held-out prompts; the first ``plan.num_graded`` with an answer are graded, and KL is
+        measured on the first ``plan.num_kl``.
+      tokenizer: decodes answers.
+      key: the same key gives the same draws, so that before and after meet on equal terms.
+      mesh: devices.
+      cfg, plan: static.
+
+    Returns:
+      ``FIELDS``: accuracy, kl_nats, kl_gated, kl_ungated (nats per token), mean_length (tokens) and
+      truncated_share, the last two of the samples that KL was measured on (of the graded answers
+      where there are none); and which answers were right.
+    """
+    result, graded = dict(EMPTY), Graded()
+    graded_key, kl_key = jax.random.split(key)
+    graded_rows = [row for row in rows if row.answer is not None][: plan.num_graded]
+    if graded_rows:
+        answers: list[str] = []
+        num_tokens = num_truncated = 0
+        for rollouts, real in drawing.sample(
+            params,
+            graded_rows,
+            graded_key,
+            mesh,
+            cfg=cfg.student,
+            sampler=plan.grader,
+            samples=plan.samples,
+            **plan.drawing,
+        ):
+            answers += drawing.texts(rollouts, real, tokenizer)
+            host = meshlib.to_host(rollouts)
+            num_tokens += int(host.mask_BT[:real].sum())
+            num_truncated += int(host.truncated_B[:real].sum())
+        graded = grade(graded_rows, answers, plan.samples)
+        result["accuracy"] = graded.accuracy
+        result["mean_length"] = num_tokens / len(answers)
+        result["truncated_share"] = num_truncated / len(answers)
+    if plan.num_kl:
+        drawn = drawing.sample(
+            params,
+            rows[: plan.num_kl],
+            kl_key,
+            mesh,
+            cfg=cfg.student,
+            sampler=plan.policy,
+            **plan.drawing,
+        )
+        measured = heldout_kl(params, teacher, state, drawn, cfg=cfg)
+        for name, value in pytrees.reduce(measured).items():
+            if name in result:
+                result[name] = None if math.isnan(value) else value
+        num_rows = min(plan.num_kl, len(rows))
+        result["mean_length"] = float(measured["length_tokens"].total) / num_rows
+        result["truncated_share"] = float(measured["truncated_share"].total) / num_rows
+    return result, graded

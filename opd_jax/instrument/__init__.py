@@ -1,0 +1,1 @@
+"""The instrument: which tokens carry the KL, on corpora instead of runs."""

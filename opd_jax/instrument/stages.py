@@ -1,0 +1,221 @@
+"""``opd-jax rocks``: which tokens carry the KL of a student to its teacher, and how sure is it.
+
+Stage by stage into one folder; a stage whose file is there is not done again, so that the same
+command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from opd_jax import processes
+from opd_jax.instrument import collect, followups, groups, outputs, select, selection
+from opd_jax.instrument import corpus as corpora
+from opd_jax.instrument.corpus import TypeStats
+from opd_jax.instrument.flags import Flags, RocksError, parse
+from opd_jax.instrument.workbench import SELECTED, Workbench
+from opd_jax.processes import say
+
+_SUM_RTOL = 1e-3  # f32 sums over a corpus against f64 ones: above rounding, below any real error
+_TOP = 10  # types that are printed
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command: parse, run, say where the results are."""
+    run(parse(argv))
+    return 0
+
+
+def run(flags: Flags, *, say: Callable[[str], None] = say) -> dict[str, Any]:
+    """Do what is asked for, or what is left of it, and return what ``summary.json`` holds.
+
+    Raises:
+      RocksError, CorpusError, ModelError, SelectError: what does not fit, with the flag to change.
+    """
+    bench = Workbench(flags, say)
+    bench.enter()
+    for name, file, question, stage in _stages(bench):
+        is_done = (bench.out / file).exists()
+        processes.meet(f"{name} is looked at")  # nobody may take what another has just written
+        if is_done:
+            say(f"{name}: {file} is there")
+            continue
+        say(f"{name}: {question}")
+        begun = time.monotonic()
+        stage()
+        say(f"{name}: {file} ({time.monotonic() - begun:.0f}s)")
+    _draw(bench)
+    result, chosen = bench.read(SELECTED), bench.read("selection.json")
+    for line in conclusion(result, chosen, bench.out):
+        say(line)
+    return result
+
+
+def _stages(bench: Workbench) -> Iterator[tuple[str, str, str, Callable[[], None]]]:
+    """Name, last file, what it does in words, and function of each stage, in order."""
+    answers = "taking over" if bench.flags.corpus else f"{bench.writer_name} answers the prompts"
+    source = f" {bench.flags.corpus}" if bench.flags.corpus else ""
+    yield (
+        "corpus",
+        f"corpus/{corpora.MANIFEST}",
+        answers + source,
+        lambda: _write_corpus(bench),
+    )
+    yield (
+        "scores",
+        str(bench.scores_file.relative_to(bench.out)),
+        f"KL of every token, {bench.student.name} against {bench.teacher.name}",
+        lambda: _write_scores(bench),
+    )
+    yield (
+        "selection",
+        SELECTED,
+        f"the {bench.flags.k} rocks, with intervals, controls and the null of shuffled KL",
+        lambda: _write_selection(bench),
+    )
+    for name in bench.flags.extras:
+        if name in followups.NEED_RUN and bench.student.run is None:
+            bench.say(
+                f"{name}: left out, it looks back at the student before training and "
+                f"{bench.student.name} is no trained step of a run; give --run"
+            )
+            continue
+        stage = followups.STAGES[name]
+        question = str(stage.__doc__).partition("\n")[0]
+        yield (
+            name,
+            f"{name}.json",
+            question,
+            lambda n=name, s=stage: bench.write(f"{n}.json", s(bench)),
+        )
+
+
+def _write_corpus(bench: Workbench) -> None:
+    if bench.flags.corpus:
+        bench.copy_corpus()
+        return
+    writer = bench.writer(bench.flags.writer or "student")
+    collect.write(
+        bench.out / "corpus",
+        bench.pair,
+        bench.rows,
+        **writer,
+        **bench.writing,
+        say=lambda line: bench.say(f"  {line}"),
+    )
+
+
+def _write_scores(bench: Workbench) -> None:
+    found, on_device = collect.score_types(bench.corpus, bench.pair, batch=bench.flags.batch)
+    if not np.isfinite(found.kl).all():  # before the sums, which would differ by it too
+        at = int(np.flatnonzero(~np.isfinite(found.kl))[0])
+        raise RocksError(
+            f"the KL at position {found.position[at]} of answer {found.answer[at]} is "
+            f"{found.kl[at]}: expected finite values; check the weights of both models, or give "
+            "another --step"
+        )
+    on_host = TypeStats.of_occurrences(found)
+    if not np.allclose(on_device.kl_sum, on_host.kl_sum, rtol=_SUM_RTOL, atol=_SUM_RTOL):
+        worst = int(np.argmax(np.abs(on_device.kl_sum - on_host.kl_sum)))
+        raise RocksError(
+            f"the KL of id {worst} adds up to {on_device.kl_sum[worst]} on the devices and to "
+            f"{on_host.kl_sum[worst]} on the host: expected the same sum; the devices compute "
+            "wrongly, run it on others"
+        )
+    if jax.process_index() == 0:
+        found.save(bench.scores_file)
+    processes.meet("scores are written")
+
+
+def _write_selection(bench: Workbench) -> None:
+    """Everything about which types are selected; ``summary.json`` comes last."""
+    flags, rule, text = bench.flags, bench.rule, bench.pair.text
+    rocks_k, sums = bench.rocks, bench.sums  # refuses a K above the types seen
+    chosen = selection.selection(
+        bench.found,
+        flags.k,
+        token_text=text,
+        skip_top=rule.skip_top,
+        min_count=rule.min_count,
+        score=rule.score,
+        seed=flags.seed,
+    )
+    bench.write("selection.json", chosen)
+    kind = groups.of_types(bench.found, text)
+    table = outputs.types_csv(bench.found, rocks_k, kind, score=rule.score, token_text=text)
+    bench.write("types.csv", table)
+    entries = {"rock": followups.write_list(bench, "rock", rocks_k)}
+    for how in select.CONTROLS:
+        ids = select.controls(sums, rocks_k, how, rule=rule, seed=flags.seed)
+        residual = select.residual(sums, rocks_k, ids)
+        entries[how] = followups.write_list(bench, how, ids, residual)
+    bench.write("lists/lists.json", entries)
+    answers = outputs.reader(
+        bench.corpus,
+        bench.found,
+        rocks_k,
+        score=rule.score,
+        tokenizer=bench.pair.tokenizer,
+        token_text=text,
+    )
+    bench.write("reader.json", answers)
+    told = outputs.summary(
+        bench.corpus,
+        bench.found,
+        chosen,
+        rocks_k,
+        kind,
+        token_text=text,
+        rule=rule,
+    )
+    bench.write(SELECTED, told)
+
+
+def _draw(bench: Workbench) -> None:
+    """Figures follow from the other files: they are drawn each time."""
+    from opd_jax.report import rock_figures  # matplotlib takes its time to import
+
+    if jax.process_index() == 0:
+        drawn = rock_figures.draw_all(bench.out)
+        bench.say(f"figures: {len(drawn)} in {bench.out / 'figures'}")
+    processes.meet("figures are drawn")
+
+
+def conclusion(result: Mapping[str, Any], chosen: Mapping[str, Any], out: Path) -> list[str]:
+    """The results in words, each beside its null, and where the rest is."""
+    k = result["k"]
+    coverage, halves = outputs.at_k(chosen["coverage"], k), outputs.at_k(chosen["split_half"], k)
+    lines = [
+        f"{result['tokens']:,} tokens in {result['answers']:,} answers to {result['problems']:,} "
+        f"problems: mean KL {result['kl_nats']:.4f} nats",
+        f"{k} of {result['types_seen']:,} types seen carry {coverage['value']:.1%} "
+        f"({coverage['low']:.1%} to {coverage['high']:.1%}) of the KL; with KL shuffled among "
+        f"tokens the top {k} would carry {coverage['null']:.1%}",
+        f"selected on one half of the problems and on the other, they overlap by Jaccard "
+        f"{halves['value']:.2f} (random halvings {halves['low']:.2f} to {halves['high']:.2f}); "
+        f"shuffled {halves['null']:.2f}",
+        f"{result['density_median']:.1%} of the tokens of the median answer are rocks, "
+        f"{result['density_corpus']:.1%} of all tokens",
+        f"{'id':>9}  {'token':<16} {'of KL':>7} {'count':>7} {'mean KL':>8}  group",
+    ]
+    for row in result["rocks"][:_TOP]:
+        token = repr(row["token"])
+        lines.append(
+            f"{row['token_id']:>9}  {token:<16} {row['share']:>7.1%} {row['count']:>7,} "
+            f"{row['kl_mean']:>8.3f}  {row['group']}"
+        )
+    named = {
+        "every type": "types.csv",
+        "ids to gate, and controls": "lists/",
+        "statistics": "selection.json",
+        "answers, token by token": "reader.json",
+        "figures": "figures/",
+    }
+    named |= {name: f"{name}.json" for name in followups.STAGES if (out / f"{name}.json").exists()}
+    return [*lines, *(f"{name:<26} {out / file}" for name, file in named.items())]

@@ -1,0 +1,1 @@
+"""Further questions to a corpus, one module each."""

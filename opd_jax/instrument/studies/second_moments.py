@@ -1,0 +1,283 @@
+r"""Does Adam's second moment hold the rocks back?
+
+The conjecture (arXiv 2605.09253, sec. 2; left untested there): frequent types inflate the second
+moment :math:`\hat\nu` of their rows, so that their effective step
+:math:`|\hat\mu| / (\sqrt{\hat\nu} + \epsilon)` shrinks and their KL stays. Frequency alone moves
+both, so groups are compared with types of like count, and whether a high second moment goes with
+less decrease of KL is asked with the count partialled out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+
+from opd_jax import optim, stats
+from opd_jax.files import path_of
+from opd_jax.instrument import select
+from opd_jax.instrument.corpus import Occurrences, TypeStats
+from opd_jax.instrument.studies import persistence
+from opd_jax.models import hf_config, params, transformer
+from opd_jax.optim import OptimSpec
+from opd_jax.spec import ModelSpec
+from opd_jax.store import checkpoint
+from opd_jax.store import workdir as workdirs
+
+GROUPS = ("rock", "control", "high_kl", "rest", "unseen")
+MEASURES = ("second_moment", "effective_step")
+_MIN_TYPES = 10  # below, a rank correlation with covariates says nothing
+NOTE = (
+    "second_moment: bias-corrected, mean over the row of a type in the output head{tied}; "
+    "effective_step: mean over the row of |first moment| / (sqrt(second moment) + eps), in units "
+    "of the learning rate, without weight decay; both of the clipped gradient (a group's value is "
+    "its median over types). rest: types seen and in no other group. The moments forget with "
+    "b1={b1} and b2={b2} a step, so a checkpoint tells of its last steps. Every other parameter "
+    "has moments too, which are not read. Tests are rank correlations over types; decrease is "
+    "log(mean KL before / after) on one half of the problems, count and KL that are partialled "
+    "out come from the other half, so a chance high value cannot appear as a decrease. With "
+    "decrease the conjecture expects rho below 0 for second_moment and above 0 for "
+    "effective_step; with count the opposite. Moments are read after the decrease that they are "
+    "to explain: a type whose KL has fallen has smaller gradients since, which alone gives "
+    "second_moment a rho below 0, so the first checkpoints say most. p is from permutations, "
+    "p_adjusted Benjamini-Hochberg over all tests."
+)
+
+
+class OptimizerError(ValueError):
+    """A run's optimizer state cannot be analysed; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Adam's state of the rows of the vocabulary at a checkpoint; [V] f64 each.
+
+    Attributes:
+      second_moment: mean of the bias-corrected second moment over the row.
+      effective_step: mean of \\|first\\| / (sqrt(second) + eps) over the row.
+    """
+
+    second_moment: np.ndarray
+    effective_step: np.ndarray
+
+
+def run(
+    run_dir: str | Path,
+    before: Occurrences,
+    after: Occurrences,
+    *,
+    k: int,
+    vocab_size: int,
+    steps: Sequence[int] | None = None,
+    min_count: float = 2,
+    score: str = "rock",
+    skip_top: int = 0,
+    seed: int = 0,
+    permutations: int = 2000,
+) -> dict[str, Any]:
+    """Compare the optimizer's treatment of rocks with that of other types.
+
+    Args:
+      run_dir: workdir of an AdamW run.
+      before: a corpus scored by the student before training; rocks are selected on it.
+      after: the same corpus scored by the trained student.
+      k: number of rocks.
+      min_count, score, skip_top: how rocks are ranked, see :class:`select.Rule`; a type needs
+        ``min_count`` positions in either half of the problems to be tested.
+      vocab_size: real ids; rows of padding are left out.
+      steps: checkpoints; default all.
+      seed: of the split and of the permutations.
+      permutations: per test.
+
+    Returns:
+      The content of ``optimizer.json``.
+
+    Raises:
+      OptimizerError: no Adam, no checkpoint, or scores of two corpora.
+      WorkdirError: ``run_dir`` is no run.
+      CheckpointError: a damaged checkpoint.
+    """
+    if not np.array_equal(before.token_id, after.token_id):
+        raise OptimizerError(
+            f"{len(before)} positions before and {len(after)} after training, of different ids: "
+            "expected one corpus scored twice; score the same corpus with both students"
+        )
+    cfg, spec, record = _adam(run_dir)
+    with checkpoint.open(run_dir) as saves:
+        kept = saves.steps()
+    steps = kept if steps is None else sorted(steps)
+    if not steps or {*steps} - {*kept}:
+        raise OptimizerError(
+            f"{run_dir} has checkpoints of steps {kept}, not of {sorted({*steps} - {*kept})}: "
+            "expected at least one; give other steps, or train until one is saved"
+        )
+    seen = TypeStats.of_occurrences(before)
+    chosen = persistence.select_groups(seen, k, min_count=min_count, score=score, skip_top=skip_top)
+    groups = _groups(seen, chosen, vocab_size)
+    outcome = _outcome(before, after, min_count, seed)
+    measured: dict[str, list[list[float | None]]] = {name: [] for name in MEASURES}
+    tests: list[dict[str, Any]] = []
+    for step in steps:
+        found = moments(run_dir, step)
+        for measure in MEASURES:
+            value_V = getattr(found, measure)
+            measured[measure].append([_median(value_V[ids]) for ids in groups.values()])
+            tests += [
+                {"step": step, "measure": measure} | row
+                for row in _tests(value_V, *outcome, permutations, seed)
+            ]
+    for row, p in zip(tests, stats.bh_adjusted([row["p"] for row in tests]), strict=True):
+        row["p_adjusted"] = float(p)
+    tied = " (tied: it is the embedding, and as an input has gradient too)" if cfg.tied else ""
+    return {
+        "steps": list(steps),
+        "control_residual": select.residual(seen, chosen["rock"], chosen["control"]),
+        "optimizer": {n: record[f"optim.{n}"] for n in ("name", "lr", "b1", "b2", "eps", "clip")},
+        "groups": [
+            {
+                "group": name,
+                "types": len(ids),
+                "token_share": float(seen.count[ids].sum() / seen.count.sum()),
+                "count_median": _median(seen.count[ids]),
+                **{measure: [row[g] for row in measured[measure]] for measure in MEASURES},
+            }
+            for g, (name, ids) in enumerate(groups.items())
+        ],
+        "tests": tests,
+        "note": NOTE.format(tied=tied, b1=spec.b1, b2=spec.b2),
+    }
+
+
+def moments(run_dir: str | Path, step: int) -> Moments:
+    """Read Adam's state of the head's rows at a checkpoint, and nothing else of it.
+
+    Where embedding and head are tied these are the embedding's rows. Both moments of the table lie
+    on one device: for a model larger than an accelerator's memory set ``JAX_PLATFORMS=cpu``.
+
+    Raises:
+      OptimizerError: a run without Adam.
+      WorkdirError: ``run_dir`` is no run.
+      CheckpointError: no such checkpoint, or a damaged one.
+    """
+    cfg, spec, record = _adam(run_dir)
+    stored = ModelSpec(param_dtype=record["student.param_dtype"]).stored_dtype("float32")
+    weights = params.abstract(transformer.specs(cfg), jnp.dtype(stored))
+    state = jax.eval_shape(optim.make(spec).init, weights)
+    table = "embed" if cfg.tied else "head"
+    template, named = {}, {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        parts = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        kind = next((kind for kind in ("mu", "nu") if kind in parts and parts[-1] == table), None)
+        if parts[-1] == "count" and "count" not in named:  # Adam's; the schedule's comes later
+            kind = "count"
+        if kind is not None:
+            named[kind] = ".".join(["opt", *parts])
+            template[named[kind]] = leaf
+    with checkpoint.open(run_dir) as saves:
+        found = saves.restore(template, step, partial=True)[0]
+    first, second, count = (found[named[kind]] for kind in ("mu", "nu", "count"))
+    rows = _rows(first, second, count, spec=spec)
+    return Moments(*(np.asarray(x, np.float64) for x in rows))
+
+
+@jax.jit(static_argnames="spec")
+def _rows(first_VD, second_VD, count, *, spec: OptimSpec):
+    count = count.astype(jnp.float32)
+    first_VD = first_VD.astype(jnp.float32) / (1 - spec.b1**count)
+    second_VD = second_VD.astype(jnp.float32) / (1 - spec.b2**count)
+    step_VD = jnp.abs(first_VD) / (jnp.sqrt(second_VD) + spec.eps)
+    return jnp.mean(second_VD, axis=1), jnp.mean(step_VD, axis=1)
+
+
+def partial_spearman(
+    x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = (), *, permutations: int, seed: int
+) -> tuple[float | None, float]:
+    """Rank correlation of ``x`` and ``y`` with others partialled out, and its permutation p.
+
+    Ranks are regressed on the ranks of ``given``; what is left of one side is permuted against the
+    other.
+
+    Returns:
+      (rho, two-sided p). (None, 1) where one side is constant or explained by ``given``.
+    """
+    ranks = [scipy.stats.rankdata(values) for values in (x, y, *given)]
+    design = np.column_stack([np.ones(len(x)), *ranks[2:]])
+    left = []
+    for rank in ranks[:2]:
+        rest = rank - design @ np.linalg.lstsq(design, rank, rcond=None)[0]
+        size = np.linalg.norm(rest)
+        if size <= 1e-9 * np.linalg.norm(rank):
+            return None, 1.0
+        left.append(rest / size)
+    rho = float(left[0] @ left[1])
+    rng = np.random.default_rng(seed)
+    drawn = np.array([rng.permutation(left[0]) @ left[1] for _ in range(permutations)])
+    reached = np.sum(np.abs(drawn) >= abs(rho) * (1 - 1e-12))
+    return rho, float((1 + reached) / (permutations + 1))
+
+
+def _adam(run_dir: str | Path):
+    """(student's config, optimizer spec, flat config of the run).
+
+    Raises:
+      OptimizerError: a run without Adam.
+      WorkdirError: no run.
+    """
+    record = workdirs.require_run(run_dir)["config"]
+    if record["optim.name"] != "adamw":
+        raise OptimizerError(
+            f"{run_dir} was trained with optim.name {record['optim.name']!r}, which keeps no "
+            "second moment: expected 'adamw'; give another run, or leave the optimizer stage out"
+        )
+    spec = OptimSpec(**{f.name: record[f"optim.{f.name}"] for f in dataclasses.fields(OptimSpec)})
+    return hf_config.read_config(path_of(record["student.path"])), spec, record
+
+
+def _groups(
+    seen: TypeStats, chosen: dict[str, np.ndarray], vocab_size: int
+) -> dict[str, np.ndarray]:
+    rest = seen.seen.copy()
+    for ids in chosen.values():
+        rest[ids] = False
+    unseen = np.flatnonzero(~seen.seen[:vocab_size])
+    groups = chosen | {"rest": np.flatnonzero(rest), "unseen": unseen}
+    return {name: groups[name] for name in GROUPS}
+
+
+def _outcome(before: Occurrences, after: Occurrences, min_count: float, seed: int):
+    """(types, decrease of log KL on half B, their count and KL before training on half A)."""
+    half_a, half_b = persistence.split(before.problem, seed)
+    on_a, on_b = np.isin(before.problem, half_a), np.isin(before.problem, half_b)
+    known = TypeStats.of_occurrences(before.where(on_a))
+    old, new = (TypeStats.of_occurrences(found.where(on_b)) for found in (before, after))
+    enough = (known.count >= min_count) & (old.count >= min_count)
+    ids = np.flatnonzero(enough & (known.kl_sum > 0) & (old.kl_sum > 0) & (new.kl_sum > 0))
+    decrease = np.log(old.mean[ids] / new.mean[ids])
+    return ids, decrease, known.count[ids], known.mean[ids]
+
+
+def _tests(value_V, ids, decrease, count, kl, permutations: int, seed: int) -> list[dict[str, Any]]:
+    value = value_V[ids]
+    asked = (
+        ("with_count", count, ()),
+        ("with_decrease", decrease, ()),
+        ("with_decrease_given_count", decrease, (count,)),
+        ("with_decrease_given_count_and_kl", decrease, (count, kl)),
+    )
+    rows = []
+    for name, other, given in asked:
+        rho, p = None, 1.0
+        if len(ids) >= _MIN_TYPES:
+            rho, p = partial_spearman(value, other, given, permutations=permutations, seed=seed)
+        rows.append({"test": name, "rho": rho, "p": p, "types": len(ids)})
+    return rows
+
+
+def _median(values: np.ndarray) -> float | None:
+    return float(np.median(values)) if len(values) else None

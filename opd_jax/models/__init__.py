@@ -1,0 +1,1 @@
+"""Models: the transformer, its families, and Hugging Face folders to and from parameters."""

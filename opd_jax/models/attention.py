@@ -1,0 +1,167 @@
+"""Attention masks and the attention products, with a cache and without.
+
+Queries stay grouped by the key/value head they read (``q_BTKGH``, G queries per head), so the head
+axis that a mesh splits is never reshaped.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+# Large and negative, not -inf: a row with no visible key gets a uniform distribution, not NaN.
+MASKED = -0.7 * float(np.finfo(np.float32).max)
+_LARGEST_BLOCK = 512  # queries whose scores are held at a time
+
+
+def causal_mask(valid_BS: Bool[Array, "B S"], first: jax.Array | int, num_queries: int):
+    """Which slot each query may read, [B, T, S] bool: a valid one, not after the query's own slot.
+
+    Args:
+      valid_BS: slots that hold a real token.
+      first: slot of the first query.
+      num_queries: T.
+    """
+    slot_S = jnp.arange(valid_BS.shape[1])
+    query_T = first + jnp.arange(num_queries)
+    return valid_BS[:, None, :] & (slot_S[None, :] <= query_T[:, None])[None]
+
+
+def attend(
+    q_BTKGH: Float[Array, "B T K G H"],
+    k_BKHS: Float[Array, "B K H S"],
+    v_BKSH: Float[Array, "B K S H"],
+    mask_BTS: Bool[Array, "B T S"],
+) -> Float[Array, "B T K G H"]:
+    r"""Grouped-query attention over a cache, ``softmax(q k^T / sqrt(H)) v``, the softmax in f32.
+
+    A query that may read nothing gets the mean of all values: finite, and to be ignored.
+
+    **Sharding**: rows and heads are independent, so nothing is communicated.
+    """
+    q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
+    scores_BKGTS = _product(q_BKGTH, k_BKHS, (4, 2))
+    probs_BKGTS = jax.nn.softmax(_masked(scores_BKGTS, mask_BTS, q_BKGTH.shape[-1]), axis=-1)
+    out_BKGTH = _product(probs_BKGTS.astype(v_BKSH.dtype), v_BKSH, (4, 2))
+    return out_BKGTH.astype(v_BKSH.dtype).transpose(0, 3, 1, 2, 4)
+
+
+@jax.custom_vjp
+def causal(
+    q_BTKGH: Float[Array, "B T K G H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    valid_BT: Bool[Array, "B T"],
+) -> Float[Array, "B T K G H"]:
+    r"""Grouped-query attention of T tokens over themselves, in blocks of queries.
+
+    Each block reads the keys up to its own end only, which skips most of the masked half, and its
+    scores are the largest array there is: [B, K, G, block, T], never [.., T, T]. The gradient
+    computes them again from the log normaliser of each query (as FlashAttention does, arXiv
+    2205.14135), so nothing of that size is kept either.
+
+    A query that may read nothing gets the mean of the values before it: finite, and to be ignored.
+
+    **Sharding**: rows and heads are independent, so nothing is communicated.
+    """
+    return _causal_forward(q_BTKGH, k_BTKH, v_BTKH, valid_BT)[0]
+
+
+def _causal_forward(q_BTKGH, k_BTKH, v_BTKH, valid_BT):
+    q_BKGTH, k_BKTH, v_BKTH = _heads_first(q_BTKGH, k_BTKH, v_BTKH)
+    outs, norms = [], []
+    for begin, end in blocks(valid_BT.shape[1]):
+        scores_BKGQS = _block_scores(q_BKGTH, k_BKTH, valid_BT, begin, end)
+        top_BKGQ = jnp.max(scores_BKGQS, axis=-1)
+        exp_BKGQS = jnp.exp(scores_BKGQS - top_BKGQ[..., None])
+        sum_BKGQ = jnp.sum(exp_BKGQS, axis=-1)
+        probs_BKGQS = (exp_BKGQS / sum_BKGQ[..., None]).astype(v_BKTH.dtype)
+        outs.append(_product(probs_BKGQS, v_BKTH[:, :, :end], (4, 2)).astype(v_BKTH.dtype))
+        norms.append(top_BKGQ + jnp.log(sum_BKGQ))
+        k_BKTH = _after(outs[-1], k_BKTH, end - begin)
+    out_BTKGH = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
+    norm_BKGT = jnp.concatenate(norms, axis=3)
+    return out_BTKGH, (q_BTKGH, k_BTKH, v_BTKH, valid_BT, out_BTKGH, norm_BKGT)
+
+
+def _causal_backward(residuals, dout_BTKGH):
+    q_BTKGH, k_BTKH, v_BTKH, valid_BT, out_BTKGH, norm_BKGT = residuals
+    num_tokens, dtype = valid_BT.shape[1], q_BTKGH.dtype
+    q_BKGTH, k_BKTH, v_BKTH = _heads_first(q_BTKGH, k_BTKH, v_BTKH)
+    dout_BKGTH = dout_BTKGH.transpose(0, 2, 3, 1, 4)
+    # sum_s p_s dp_s, which the softmax takes off each dp, is also out . dout.
+    dot_BTKG = jnp.sum(out_BTKGH.astype(jnp.float32) * dout_BTKGH.astype(jnp.float32), axis=-1)
+    dot_BKGT = dot_BTKG.transpose(0, 2, 3, 1)
+    scale = q_BTKGH.shape[-1] ** -0.5
+    dqs, dk_BKTH, dv_BKTH = [], *(jnp.zeros_like(x, jnp.float32) for x in (k_BKTH, v_BKTH))
+    for begin, end in blocks(num_tokens):
+        scores_BKGQS = _block_scores(q_BKGTH, k_BKTH, valid_BT, begin, end)
+        probs_BKGQS = jnp.exp(scores_BKGQS - norm_BKGT[..., begin:end, None])
+        dout_BKGQH = dout_BKGTH[..., begin:end, :]
+        dprobs_BKGQS = _product(dout_BKGQH, v_BKTH[:, :, :end], (4, 3))
+        dscores_BKGQS = probs_BKGQS * (dprobs_BKGQS - dot_BKGT[..., begin:end, None]) * scale
+        dscores_BKGQS = dscores_BKGQS.astype(dtype)
+        dqs.append(_product(dscores_BKGQS, k_BKTH[:, :, :end], (4, 2)))
+        after = ((0, 0), (0, 0), (0, num_tokens - end), (0, 0))
+        dk_BKTH += jnp.pad(_sum_queries(dscores_BKGQS, q_BKGTH[..., begin:end, :]), after)
+        dv_BKTH += jnp.pad(_sum_queries(probs_BKGQS.astype(dtype), dout_BKGQH), after)
+        k_BKTH, v_BKTH, dk_BKTH, dv_BKTH = _after(
+            dqs[-1], (k_BKTH, v_BKTH, dk_BKTH, dv_BKTH), end - begin
+        )
+    dq_BTKGH = jnp.concatenate(dqs, axis=3).astype(dtype).transpose(0, 3, 1, 2, 4)
+    dk_BTKH, dv_BTKH = (x.astype(dtype).transpose(0, 2, 1, 3) for x in (dk_BKTH, dv_BKTH))
+    return dq_BTKGH, dk_BTKH, dv_BTKH, None
+
+
+causal.defvjp(_causal_forward, _causal_backward)
+
+
+def blocks(num_tokens: int) -> list[tuple[int, int]]:
+    """Begin and end of each block of queries.
+
+    Four blocks leave 5/8 of the scores to compute and many 1/2; small products are slow, and the
+    scores of a block have to fit, hence between 32 and 512 queries a block.
+    """
+    size = min(max(-(-num_tokens // (4 * 32)) * 32, 32), _LARGEST_BLOCK)
+    return [(begin, min(begin + size, num_tokens)) for begin in range(0, num_tokens, size)]
+
+
+def _after(done, inputs, size: int):
+    """The inputs of the next block, not to be used before this one is done where both are large.
+
+    Else XLA may run the blocks side by side and hold the scores of all.
+    """
+    return jax.lax.optimization_barrier((done, inputs))[1] if size == _LARGEST_BLOCK else inputs
+
+
+def _heads_first(q_BTKGH, k_BTKH, v_BTKH):
+    return (
+        q_BTKGH.transpose(0, 2, 3, 1, 4),
+        k_BTKH.transpose(0, 2, 1, 3),
+        v_BTKH.transpose(0, 2, 1, 3),
+    )
+
+
+def _block_scores(q_BKGTH, k_BKTH, valid_BT, begin: int, end: int):
+    """Masked scores of queries ``begin:end`` over keys ``:end``, f32 [B, K, G, Q, S]."""
+    scores_BKGQS = _product(q_BKGTH[..., begin:end, :], k_BKTH[:, :, :end], (4, 3))
+    mask_BQS = causal_mask(valid_BT[:, :end], begin, end - begin)
+    return _masked(scores_BKGQS, mask_BQS, q_BKGTH.shape[-1])
+
+
+def _masked(scores_BKGTS, mask_BTS, head_dim: int):
+    return jnp.where(mask_BTS[:, None, None], scores_BKGTS * head_dim**-0.5, MASKED)
+
+
+def _product(x_BKGTn, y_BK, contract: tuple[int, int]):
+    """Batched over rows and heads, contracting one dimension of each, summed in f32."""
+    numbers = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(x_BKGTn, y_BK, numbers, preferred_element_type=jnp.float32)
+
+
+def _sum_queries(x_BKGQS, y_BKGQH):
+    """x^T y over the queries of a group, f32 [B, K, S, H]."""
+    numbers = (((2, 3), (2, 3)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(x_BKGQS, y_BKGQH, numbers, preferred_element_type=jnp.float32)

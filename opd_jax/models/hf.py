@@ -1,0 +1,415 @@
+"""Hugging Face folders to and from (config, parameters).
+
+One table per family names every tensor and says how its axes are made of ours; it is used in both
+directions. Nothing is guessed: a tensor that is unknown, missing, duplicated or of the wrong shape
+is an error that names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from opd_jax import mesh as meshlib
+from opd_jax import processes
+from opd_jax.models import params, transformer
+from opd_jax.models.hf_config import (
+    config_json,
+    generation_eos,
+    model_folder,
+    read_config,
+    read_json,
+)
+from opd_jax.models.params import ParamSpec
+from opd_jax.models.transformer import ModelConfig
+from opd_jax.pytrees import Params
+
+__all__ = ["generation_eos", "load", "read_config", "save"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """How one Hugging Face tensor is made of one of our leaves.
+
+    Attributes:
+      name: tensor name, with ``{}`` for the layer number.
+      leaf: path in our parameters.
+      groups: per axis of the Hugging Face tensor, which of our per-layer axes it merges, major
+        first.
+    """
+
+    name: str
+    leaf: tuple[str, ...]
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether our leaf holds all layers."""
+        return self.leaf[0] == "layers"
+
+    def shape(self, spec: ParamSpec) -> tuple[int, ...]:
+        """Shape of the Hugging Face tensor."""
+        sizes = spec.shape[1:] if self.is_stacked else spec.shape
+        return tuple(math.prod(sizes[axis] for axis in group) for group in self.groups)
+
+    def names(self, num_layers: int) -> list[str]:
+        """All tensor names of this row, in layer order."""
+        return [self.name.format(i) for i in range(num_layers)] if self.is_stacked else [self.name]
+
+
+def _layer(name: str, leaf: str, *groups: tuple[int, ...]) -> Row:
+    return Row("model.layers.{}." + name, ("layers", leaf), groups)
+
+
+_DENSE = (
+    Row("model.embed_tokens.weight", ("embed",), ((0,), (1,))),
+    _layer("input_layernorm.weight", "attn_norm", (0,)),
+    _layer("self_attn.q_proj.weight", "q", (1, 2, 3), (0,)),
+    _layer("self_attn.k_proj.weight", "k", (1, 2), (0,)),
+    _layer("self_attn.v_proj.weight", "v", (1, 2), (0,)),
+    _layer("self_attn.o_proj.weight", "o", (3,), (0, 1, 2)),
+    _layer("post_attention_layernorm.weight", "ffn_norm", (0,)),
+    _layer("mlp.gate_proj.weight", "gate", (1,), (0,)),
+    _layer("mlp.up_proj.weight", "up", (1,), (0,)),
+    _layer("mlp.down_proj.weight", "down", (1,), (0,)),
+    Row("model.norm.weight", ("final_norm",), ((0,),)),
+)
+_HEAD = Row("lm_head.weight", ("head",), ((0,), (1,)))
+TABLES: dict[str, tuple[Row, ...]] = {
+    "llama": _DENSE,
+    "qwen2": (
+        *_DENSE,
+        _layer("self_attn.q_proj.bias", "q_bias", (0, 1, 2)),
+        _layer("self_attn.k_proj.bias", "k_bias", (0, 1)),
+        _layer("self_attn.v_proj.bias", "v_bias", (0, 1)),
+    ),
+    "qwen3": (
+        *_DENSE,
+        _layer("self_attn.q_norm.weight", "q_norm", (0,)),
+        _layer("self_attn.k_norm.weight", "k_norm", (0,)),
+    ),
+}
+
+
+def table(cfg: ModelConfig) -> tuple[Row, ...]:
+    """The rows of a model's family, with the head where it is not tied."""
+    return TABLES[cfg.model_type] if cfg.tied else (*TABLES[cfg.model_type], _HEAD)
+
+
+# --- reading the weights --------------------------------------------------------------------------
+
+
+class _Weights:
+    """All tensors of a folder by name, read lazily; every open file is a memory map."""
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack):
+        self.folder = folder
+        self.handles: dict[str, Any] = {}
+        for file in self._files():
+            try:
+                handle = stack.enter_context(safe_open(file, framework="numpy"))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{file} cannot be read as safetensors ({error}): expected an intact file; it "
+                    "is damaged or cut short, so fetch it again"
+                ) from error
+            twice = sorted(self.handles.keys() & set(handle.keys()))
+            if twice:
+                raise ValueError(
+                    f"{file} repeats tensors of another file: {_some(twice)}; expected each tensor "
+                    "once; remove the stale file or save the model again"
+                )
+            self.handles |= dict.fromkeys(handle.keys(), handle)
+
+    def _files(self) -> list[Path]:
+        single, index = self.folder / SINGLE, self.folder / INDEX
+        if single.exists() and index.exists():
+            raise ValueError(
+                f"{self.folder} holds both {SINGLE} and {INDEX}: expected one of them, since they "
+                "may be different weights; remove the stale one"
+            )
+        if single.exists():
+            return [single]
+        if not index.exists():
+            raise FileNotFoundError(
+                f"no {SINGLE} or {INDEX} in {self.folder}: expected safetensors weights; download "
+                "them, or convert a *.bin checkpoint with transformers' save_pretrained"
+            )
+        listed = set(read_json(index).get("weight_map", {}).values())
+        files = [self.folder / name for name in sorted(listed)]
+        absent = [file.name for file in files if not file.exists()]
+        if absent or not files:
+            raise FileNotFoundError(
+                f"{index} lists {len(files)} files, missing are: {_some(absent)}; expected every "
+                "listed file; finish the download"
+            )
+        return files
+
+    def slice(self, name: str):
+        return self.handles[name].get_slice(name)
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Raise unless exactly the expected tensors are there, in their shapes, as floats."""
+        # A buffer that old exports wrote out; it follows from the config.
+        found = {name for name in self.handles if not name.endswith(".rotary_emb.inv_freq")}
+        unknown, missing = sorted(found - expected.keys()), sorted(expected.keys() - found)
+        if unknown or missing:
+            raise ValueError(
+                f"{self.folder}: unknown tensors: {_some(unknown)}; missing tensors: "
+                f"{_some(missing)}; "
+                "expected exactly those of its config.json; check that config and weights belong "
+                "together and that the model is a plain one (no adapter, no quantization)"
+            )
+        for name, shape in expected.items():
+            view = self.slice(name)
+            if tuple(view.get_shape()) != shape or view.get_dtype() not in FLOATS:
+                raise ValueError(
+                    f"{self.folder}: tensor {name} is {view.get_dtype()} "
+                    f"{tuple(view.get_shape())}: "
+                    f"expected shape {shape} and one of {FLOATS} by its config.json; check that "
+                    "config and weights belong together"
+                )
+
+
+def _some(names: Sequence[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more if names else "none"
+
+
+def _reader(weights: _Weights, row: Row, spec: ParamSpec, dtype) -> Callable[[Any], np.ndarray]:
+    """A function from an index into our leaf to its values, reading no more than that from disk."""
+    order = [axis for group in row.groups for axis in group]
+    names = row.names(spec.shape[0])
+    seen: dict[tuple, np.ndarray] = {}  # replicas on other local devices ask for the same block
+
+    def read(index) -> np.ndarray:
+        spans = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
+        if spans in seen:
+            return seen[spans]
+        per = spans[1:] if row.is_stacked else spans
+        full = spec.shape[1:] if row.is_stacked else spec.shape
+        sizes = [stop - start for start, stop in per]
+        cut = []
+        for first, *rest in row.groups:  # a mesh only ever splits the major axis of a group
+            inner = math.prod(full[axis] for axis in rest)
+            cut.append(slice(per[first][0] * inner, per[first][1] * inner))
+        layers = names[slice(*spans[0])] if row.is_stacked else names
+        block = np.empty((len(layers), *sizes), dtype)
+        for i, name in enumerate(layers):
+            part = weights.slice(name)[tuple(cut)].reshape([sizes[axis] for axis in order])
+            block[i] = part.transpose(np.argsort(order))
+        seen[spans] = block if row.is_stacked else block[0]
+        return seen[spans]
+
+    return read
+
+
+def _drop_equal_head(weights: _Weights, source: Path) -> None:
+    """Accept a written-out head of a tied model if it is the embedding; raise if it is not."""
+    if _HEAD.name not in weights.handles or "model.embed_tokens.weight" not in weights.handles:
+        return
+    head, embed = weights.slice(_HEAD.name), weights.slice("model.embed_tokens.weight")
+    same, num_rows = head.get_shape() == embed.get_shape(), head.get_shape()[0]
+    for start in range(0, num_rows if same else 0, 16_384):
+        rows = slice(start, min(start + 16_384, num_rows))
+        same = same and np.array_equal(head[rows, :], embed[rows, :])
+    if not same:
+        raise ValueError(
+            f"{source}: config.json ties the head to the embedding, but lm_head.weight "
+            f"{tuple(head.get_shape())} differs from model.embed_tokens.weight "
+            f"{tuple(embed.get_shape())}: expected equal values; set tie_word_embeddings to "
+            "false or remove lm_head.weight"
+        )
+    del weights.handles[_HEAD.name]
+
+
+def load(path, *, dtype=jnp.float32, mesh: Mesh | None = None) -> tuple[ModelConfig, Params]:
+    """Read a Hugging Face folder into (config, parameters), both in ``dtype``.
+
+    Args:
+      path: the folder.
+      dtype: of the parameters, and the compute dtype of the config.
+      mesh: where given, each device reads its own part of each tensor.
+
+    Raises:
+      FileNotFoundError: no folder, no config.json, no weights, or a listed shard is missing.
+      ValueError: a damaged file; an unsupported model; an unknown, missing, duplicate or mis-shaped
+        tensor; a mesh that does not divide a dimension.
+    """
+    path = model_folder(path)
+    cfg = read_config(path, dtype=dtype)
+    declared = transformer.specs(cfg)
+    placed = None if mesh is None else params.shardings(declared, mesh)
+    tree: Params = {"layers": {}}
+    with contextlib.ExitStack() as stack:
+        weights = _Weights(path, stack)
+        if cfg.tied:
+            _drop_equal_head(weights, path)
+        rows = [(row, _at(declared, row.leaf)) for row in table(cfg)]
+        weights.check(
+            {name: row.shape(spec) for row, spec in rows for name in row.names(cfg.num_layers)}
+        )
+        for row, spec in rows:
+            read = _reader(weights, row, spec, jnp.dtype(dtype))
+            if placed is None:
+                leaf = jax.device_put(read((slice(None),) * len(spec.shape)))
+            else:
+                leaf = jax.make_array_from_callback(spec.shape, _at(placed, row.leaf), read)
+            _at(tree, row.leaf[:-1])[row.leaf[-1]] = leaf
+    return cfg, tree
+
+
+def _at(tree, path: Sequence[str]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def _tensors(cfg: ModelConfig) -> list[tuple[str, Row, int, tuple[int, ...]]]:
+    """(name, row, layer, shape) of every tensor to write, one layer after the other."""
+    declared = transformer.specs(cfg)
+    entries = [
+        (name, row, i, row.shape(_at(declared, row.leaf)))
+        for row in table(cfg)
+        for i, name in enumerate(row.names(cfg.num_layers))
+    ]
+    # Rows come grouped by leaf; a stable sort by layer puts each layer's tensors into one shard.
+    return sorted(entries, key=lambda entry: entry[2] if entry[1].is_stacked else -1)
+
+
+def _to_hf(leaf: jax.Array, row: Row, layer: int, shape: tuple[int, ...], dtype) -> np.ndarray:
+    value = meshlib.to_host(leaf[layer] if row.is_stacked else leaf)
+    order = [axis for group in row.groups for axis in group]
+    return np.ascontiguousarray(value.transpose(order).reshape(shape).astype(dtype))
+
+
+def _shards(entries, itemsize: int, limit: int) -> Iterator[list]:
+    shard, size = [], 0
+    for entry in entries:
+        num_bytes = math.prod(entry[3]) * itemsize
+        if shard and size + num_bytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(entry)
+        size += num_bytes
+    yield shard
+
+
+def save(
+    path,
+    cfg: ModelConfig,
+    tree: Params,
+    *,
+    tokenizer=None,
+    dtype=None,
+    eos_ids: Sequence[int] = (),
+    max_shard_bytes: int = 4 * 2**30,
+) -> None:
+    """Write a Hugging Face folder that transformers (and :func:`load`) read.
+
+    The folder appears whole or not at all. In a multi-process run every process must call this; the
+    first one writes.
+
+    Args:
+      path: a folder that does not exist yet, or is empty.
+      cfg: the model.
+      tree: its parameters, stacked by layer.
+      tokenizer: a transformers tokenizer to put beside the weights; gives the special ids.
+      dtype: of the written weights; None keeps that of the parameters.
+      eos_ids: ids that end generation, where they are more than the tokenizer's one.
+      max_shard_bytes: a larger model is split into several files.
+
+    Raises:
+      FileExistsError: the folder holds something.
+      OSError: it cannot be written; nothing is left behind.
+    """
+    path = Path(path).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(
+            f"{path} exists and is not an empty folder: expected a new one; choose another path or "
+            "remove it"
+        )
+    dtype = jnp.dtype(tree["embed"].dtype if dtype is None else dtype)
+    writes = jax.process_index() == 0
+    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _save_config(partial, cfg, dtype, tokenizer, eos_ids)
+        _save_weights(partial, cfg, tree, dtype, max_shard_bytes, writes)
+        if writes:
+            os.replace(partial, path)
+    except BaseException:
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    processes.meet(f"saved {path}")  # nobody goes on to read a folder that is not there yet
+
+
+def _save_weights(folder: Path, cfg, tree, dtype, limit: int, writes: bool) -> None:
+    shards = list(_shards(_tensors(cfg), dtype.itemsize, limit))
+    weight_map, total = {}, 0
+    for i, shard in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        values = {
+            name: _to_hf(_at(tree, row.leaf), row, layer, shape, dtype)
+            for name, row, layer, shape in shard
+        }
+        total += sum(value.nbytes for value in values.values())
+        weight_map |= dict.fromkeys(values, file)
+        if writes:
+            _write_shard(folder / file, values)
+    if writes and len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_shard(file: Path, values: dict[str, np.ndarray]) -> None:
+    try:
+        save_file(values, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        num_bytes = sum(value.nbytes for value in values.values())
+        raise OSError(
+            f"writing {num_bytes} bytes to {file} failed ({error}): expected a writable disk with "
+            "room; free space or choose another folder"
+        ) from error
+    # The library makes files that only their owner can read; give them the folder's usual mode.
+    shutil.copymode(file.parent / "config.json", file)
+
+
+def _save_config(folder: Path, cfg, dtype, tokenizer, eos_ids: Sequence[int]) -> None:
+    ids: dict[str, Any] = {}
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ids = {name: getattr(tokenizer, name, None) for name in names}
+        ids = {name: value for name, value in ids.items() if value is not None}
+    if eos_ids:
+        ids["eos_token_id"] = list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]
+    _write_json(folder / "config.json", {**config_json(cfg, dtype), **ids})
+    _write_json(folder / "generation_config.json", ids)
+
+
+def _write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

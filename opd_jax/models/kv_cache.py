@@ -1,0 +1,99 @@
+"""Keys and values of earlier tokens, an array per layer, laid out as the decode loop reads them.
+
+Keys lie with slots last and values with slots second to last, so that both products of
+``attention.attend`` take them as they are: a layer's slice of one stacked array, or slots before
+heads, would be copied for every token (LOG.md has what that cost).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from opd_jax import mesh
+
+AXES = (mesh.BATCH, "model", None, None)
+
+
+@struct.dataclass
+class Cache:
+    """What a decode loop carries; one cursor serves all rows (prompts are left-padded).
+
+    **Sharding**: rows over the batch axes, heads over ``model``.
+    """
+
+    keys: tuple[jax.Array, ...]  # per layer [B, K, H, S]
+    values: tuple[jax.Array, ...]  # per layer [B, K, S, H]
+    valid_BS: jax.Array  # [B, S] bool, slots that hold a real token
+    length: jax.Array  # [] i32, slots written so far
+
+
+def start(
+    k_LBKHT: Float[Array, "L B K H T"],
+    v_LBKTH: Float[Array, "L B K T H"],
+    valid_BT: Bool[Array, "B T"],
+    size: int,
+) -> Cache:
+    """A cache of ``size`` slots whose first T hold what a prefill computed.
+
+    Raises:
+      ValueError: fewer slots than tokens.
+    """
+    num_layers, rest = k_LBKHT.shape[0], size - valid_BT.shape[1]
+    if rest < 0:
+        raise ValueError(
+            f"a cache of {size} slots for {valid_BT.shape[1]} tokens: expected at least as many"
+        )
+
+    def grown(x: jax.Array, axis: int, *axes) -> jax.Array:
+        widths = [(0, rest if a == axis else 0) for a in range(x.ndim)]
+        return mesh.constrain(jnp.pad(x, widths), *axes)
+
+    return Cache(
+        keys=tuple(grown(k_LBKHT[i], 3, *AXES) for i in range(num_layers)),
+        values=tuple(grown(v_LBKTH[i], 2, *AXES) for i in range(num_layers)),
+        valid_BS=grown(valid_BT, 1, mesh.BATCH, None),
+        length=jnp.asarray(valid_BT.shape[1], jnp.int32),
+    )
+
+
+def repeat(cache: Cache, n: int) -> Cache:
+    """Each row ``n`` times in a row, for several samples of one prompt: ``mesh.repeat_rows``."""
+
+    def copies(x: jax.Array) -> jax.Array:
+        return mesh.repeat_rows(x, n, *AXES[1:])
+
+    return Cache(
+        keys=jax.tree.map(copies, cache.keys),
+        values=jax.tree.map(copies, cache.values),
+        valid_BS=mesh.repeat_rows(cache.valid_BS, n),
+        length=cache.length,
+    )
+
+
+def extend(cache: Cache, valid_BT: Bool[Array, "B T"]) -> Cache:
+    """Move the cursor over ``T`` more slots; each layer then fills them with :func:`write`."""
+    valid_BS = jax.lax.dynamic_update_slice_in_dim(cache.valid_BS, valid_BT, cache.length, axis=1)
+    return dataclasses.replace(cache, valid_BS=valid_BS, length=cache.length + valid_BT.shape[1])
+
+
+def write(
+    cache: Cache, layer: int, k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"]
+) -> Cache:
+    """Put one layer's keys and values into the last ``T`` slots (in place once compiled)."""
+    first = cache.length - k_BTKH.shape[1]
+
+    def put(old: tuple[jax.Array, ...], new: jax.Array, axis: int) -> tuple[jax.Array, ...]:
+        new = new.astype(old[layer].dtype)
+        written = jax.lax.dynamic_update_slice_in_dim(old[layer], new, first, axis=axis)
+        return (*old[:layer], written, *old[layer + 1 :])
+
+    return dataclasses.replace(
+        cache,
+        keys=put(cache.keys, k_BTKH.transpose(0, 2, 3, 1), 3),
+        values=put(cache.values, v_BTKH.transpose(0, 2, 1, 3), 2),
+    )

@@ -1,0 +1,413 @@
+"""A decoder-only transformer as functions over a nested dict of arrays stacked by layer.
+
+Covers the dense Llama 3, Qwen2 and Qwen3 families: RMSNorm, rotary positions, grouped-query
+attention with optional biases and query/key norms, SwiGLU, tied or untied head.
+
+**Sharding**: the width dimension of every weight over ``fsdp``, key/value heads, feed-forward and
+vocabulary over ``model``, batch rows over ``data`` and ``fsdp``. A weight is gathered over ``fsdp``
+inside its layer, already in the compute dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from opd_jax import mesh
+from opd_jax.models import attention, kv_cache, linear
+from opd_jax.models.kv_cache import Cache
+from opd_jax.models.params import ParamSpec, Specs
+from opd_jax.models.rope import Rope, rotate, rotations
+from opd_jax.pytrees import Params
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+REMAT = ("none", "full", "dots")
+# Mixes the values of [B, T, ...] queries, keys and values, and says what to keep of them.
+_Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# Of each weight, how many dimensions are inputs.
+_NUM_INPUTS = {"q": 1, "k": 1, "v": 1, "o": 3, "gate": 1, "up": 1, "down": 1}
+INIT_STD = 0.02  # initializer_range of all three families' published configs
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the function computed by a set of parameters.
+
+    Attributes:
+      model_type: ``llama``, ``qwen2`` or ``qwen3``; names the weights on export, no more.
+      dtype: compute dtype, kept by name so that the config hashes; a dtype object is accepted.
+      remat: what the backward pass keeps: ``dots`` the results of weight multiplications, and it
+        recomputes what is cheap, at half the memory of ``none``, which keeps everything, and in no
+        more time (LOG.md); ``full`` keeps layer inputs only.
+
+    Raises:
+      ValueError: an unknown name, or query heads that do not divide over key/value heads.
+    """
+
+    model_type: str
+    vocab_size: int
+    width: int
+    ffn: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float = 1e-6
+    rope: Rope = Rope()  # noqa: RUF009 (Rope is frozen)
+    tied: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    max_positions: int = 2048
+    dtype: str = "float32"
+    remat: Literal["none", "full", "dots"] = "dots"
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+        if self.model_type not in FAMILIES:
+            raise ValueError(
+                f"model_type {self.model_type!r} is not supported: expected one of {FAMILIES}"
+            )
+        if self.remat not in REMAT:
+            raise ValueError(f"remat {self.remat!r} is not known: expected one of {REMAT}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.num_heads} query heads do not divide over {self.num_kv_heads} key/value "
+                "heads: expected a multiple; fix num_heads / num_kv_heads"
+            )
+
+    @property
+    def compute_dtype(self):
+        """The compute dtype as a dtype object."""
+        return jnp.dtype(self.dtype)
+
+    @property
+    def num_groups(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+
+def specs(cfg: ModelConfig) -> Specs:
+    """Declare the parameters: embed [V, D], layers [L, ...], final_norm [D], head [V, D]."""
+    D, F, V, L = cfg.width, cfg.ffn, cfg.vocab_size, cfg.num_layers
+    K, G, H = cfg.num_kv_heads, cfg.num_groups, cfg.head_dim
+    # Residual writers are drawn smaller, so that the stream's variance does not grow with depth.
+    out_std = INIT_STD / (2 * L) ** 0.5
+
+    def matrix(shape, axes, std=INIT_STD):
+        return ParamSpec((L, *shape), (None, *axes), std)
+
+    def vector(shape, axes, mean=0.0):
+        return ParamSpec((L, *shape), (None, *axes), mean=mean)
+
+    layers = {
+        "attn_norm": vector((D,), ("fsdp",), mean=1.0),
+        "q": matrix((D, K, G, H), ("fsdp", "model", None, None)),
+        "k": matrix((D, K, H), ("fsdp", "model", None)),
+        "v": matrix((D, K, H), ("fsdp", "model", None)),
+        "o": matrix((K, G, H, D), ("model", None, None, "fsdp"), out_std),
+        "ffn_norm": vector((D,), ("fsdp",), mean=1.0),
+        "gate": matrix((D, F), ("fsdp", "model")),
+        "up": matrix((D, F), ("fsdp", "model")),
+        "down": matrix((F, D), ("model", "fsdp"), out_std),
+    }
+    if cfg.qkv_bias:
+        layers["q_bias"] = vector((K, G, H), ("model", None, None))
+        layers["k_bias"] = vector((K, H), ("model", None))
+        layers["v_bias"] = vector((K, H), ("model", None))
+    if cfg.qk_norm:
+        layers["q_norm"] = vector((H,), (None,), mean=1.0)
+        layers["k_norm"] = vector((H,), (None,), mean=1.0)
+    tree = {
+        "embed": ParamSpec((V, D), ("model", "fsdp"), INIT_STD),
+        "layers": layers,
+        "final_norm": ParamSpec((D,), ("fsdp",), mean=1.0),
+    }
+    if not cfg.tied:
+        tree["head"] = ParamSpec((V, D), ("model", "fsdp"), INIT_STD)
+    return tree
+
+
+def for_decoding(params: Params, *, cfg: ModelConfig) -> Params:
+    """The same parameters for a loop over tokens: ``layers`` as a tuple of per-layer dicts, in the
+    compute dtype, off the ``fsdp`` axis, and turned.
+
+    Done once before the loop: inside, every token would slice, cast and gather all weights.
+    """
+    layers = params["layers"]
+    num_layers = jax.tree.leaves(layers)[0].shape[0]
+    split = [_gathered(jax.tree.map(lambda w, i=i: w[i], layers), cfg) for i in range(num_layers)]
+    return {**params, "layers": tuple(_turned(layer, cfg) for layer in split)}
+
+
+def _turned(layer: Params, cfg: ModelConfig) -> Params:
+    declared = specs(cfg)["layers"]
+    return layer | {
+        name: linear.turn(layer[name], num, axes=declared[name].axes[1:])
+        for name, num in _NUM_INPUTS.items()
+    }
+
+
+def _unsharded(w: jax.Array, axes: tuple, cfg: ModelConfig) -> jax.Array:
+    kept = (None if axis == "fsdp" else axis for axis in axes)
+    return mesh.constrain(w.astype(cfg.compute_dtype), *kept)
+
+
+def _gathered(layer: Params, cfg: ModelConfig) -> Params:
+    declared = specs(cfg)["layers"]
+    return {name: _unsharded(w, declared[name].axes[1:], cfg) for name, w in layer.items()}
+
+
+def with_vocab_rows(params: Params, rows: int) -> Params:
+    """The same parameters with ``rows`` vocabulary rows: padding cut off, or zero rows added.
+
+    For a teacher whose table is padded to another size than the student's; the caller masks the
+    padded ids, and has checked that no real id is cut.
+
+    Sharding: as in :func:`specs`.
+    """
+
+    def fit(w_VD):
+        extra = max(rows - w_VD.shape[0], 0)
+        whole_VD = mesh.constrain(w_VD, None, "fsdp")
+        return mesh.constrain(jnp.pad(whole_VD[:rows], ((0, extra), (0, 0))), "model", "fsdp")
+
+    if params["embed"].shape[0] == rows:
+        return params
+    tables = {name: fit(params[name]) for name in ("embed", "head") if name in params}
+    return {**params, **tables}
+
+
+def rms_norm(x: Float[Array, "*rows D"], weight_D: Float[Array, " D"], eps: float):
+    r"""``x / sqrt(mean(x^2) + eps) * weight`` in f32; keeps the dtype of ``x``."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    weight = jnp.expand_dims(weight_D.astype(jnp.float32), tuple(range(x.ndim - 1)))
+    return (x32 * scale * weight).astype(x.dtype)
+
+
+def _attention(layer: Params, x_RD, rotation, attend: _Attend, cfg: ModelConfig):
+    tokens = rotation[0].shape[:2]
+    q_BTKGH = _unflat(linear.times(x_RD, layer["q"]), tokens)
+    k_BTKH = _unflat(linear.times(x_RD, layer["k"]), tokens)
+    v_BTKH = _unflat(linear.times(x_RD, layer["v"]), tokens)
+    if cfg.qkv_bias:
+        q_BTKGH += layer["q_bias"][None, None]
+        k_BTKH += layer["k_bias"][None, None]
+        v_BTKH += layer["v_bias"][None, None]
+    if cfg.qk_norm:
+        q_BTKGH = rms_norm(q_BTKGH, layer["q_norm"], cfg.norm_eps)
+        k_BTKH = rms_norm(k_BTKH, layer["k_norm"], cfg.norm_eps)
+    q_BTKGH = rotate(q_BTKGH, rotation)
+    k_BTKH = rotate(k_BTKH, rotation)
+    mixed_BTKGH, kept = attend(q_BTKGH, k_BTKH, v_BTKH)
+    mixed_RKGH = _flat(mixed_BTKGH, "model", None, None)
+    return linear.times(mixed_RKGH, layer["o"], mesh.out(mesh.BATCH, None)), kept
+
+
+def _ffn(layer: Params, x_RD):
+    gate_RF = jax.nn.silu(linear.times(x_RD, layer["gate"]))
+    up_RF = linear.times(x_RD, layer["up"])
+    return linear.times(gate_RF * up_RF, layer["down"], mesh.out(mesh.BATCH, None))
+
+
+def _layer(
+    h_RD, layer: Params, rotation, attend: _Attend, cfg: ModelConfig
+) -> tuple[jax.Array, Any]:
+    x_RD = rms_norm(h_RD, layer["attn_norm"], cfg.norm_eps)
+    out_RD, kept = _attention(layer, x_RD, rotation, attend, cfg)
+    h_RD += out_RD
+    h_RD += _ffn(layer, rms_norm(h_RD, layer["ffn_norm"], cfg.norm_eps))
+    return h_RD, kept
+
+
+def _flat(x_BT: jax.Array, *axes) -> jax.Array:
+    """Merge batch and time into rows, ``axes`` being the mesh axes of the rest.
+
+    XLA multiplies [R, D] faster than [B, T, D] on a CPU, in the backward pass above all.
+    """
+    shape = (x_BT.shape[0] * x_BT.shape[1], *x_BT.shape[2:])
+    return jax.lax.reshape(x_BT, shape, out_sharding=mesh.out(mesh.BATCH, *axes))
+
+
+def _unflat(x_R: jax.Array, tokens: tuple[int, ...]) -> jax.Array:
+    """Undo :func:`_flat` on what heads were projected to: [R, K, ...] to [B, T, K, ...]."""
+    rest = [None] * (x_R.ndim - 2)
+    return jax.lax.reshape(
+        x_R, (*tokens, *x_R.shape[1:]), out_sharding=mesh.out(mesh.BATCH, None, "model", *rest)
+    )
+
+
+def _rematerialised(step, cfg: ModelConfig):
+    if cfg.remat == "none":
+        return step
+    policy = None
+    if cfg.remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(step, policy=policy, prevent_cse=False)
+
+
+@jax.custom_vjp
+def _look_up(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows of the table, and the table itself for its other uses.
+
+    Those uses must take what is returned: then their gradient is there first, and that of the rows
+    is added to it in place. Left to autodiff there are two arrays of the table's size and a third
+    for their sum.
+    """
+    return table_VD.at[ids_BT].get(out_sharding=mesh.out("data", None, "fsdp")), table_VD
+
+
+def _look_up_backward(ids_BT, cotangents):
+    drows_BTD, dtable_VD = cotangents
+    placed = mesh.out("model", "fsdp")
+    return dtable_VD.at[ids_BT].add(drows_BTD, out_sharding=placed), None
+
+
+_look_up.defvjp(lambda table_VD, ids_BT: (_look_up(table_VD, ids_BT), ids_BT), _look_up_backward)
+
+
+def _embedded(params: Params, ids_BT: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Token embeddings in the compute dtype, and the table for its other uses.
+
+    **Sharding**: rows are looked up where the table lies (width over ``fsdp``) and then exchanged,
+    so the table is never gathered; its gradient is summed in the dtype of the table.
+    """
+    x_BTD, table_VD = _look_up(params["embed"], mesh.constrain(ids_BT, "data", None))
+    return mesh.constrain(x_BTD.astype(cfg.compute_dtype), mesh.BATCH, None, None), table_VD
+
+
+def hidden(
+    params: Params,
+    ids_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    valid_BT: Bool[Array, "B T"],
+    *,
+    cfg: ModelConfig,
+    cache: Cache | None = None,
+    room: int = 0,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """Hidden states after the final norm, in the compute dtype.
+
+    Args:
+      params: as declared by :func:`specs`; with a cache, as :func:`for_decoding` gives them.
+      ids_BT: token ids; anything where invalid.
+      positions_BT: index among the row's valid tokens, from 0 (:func:`positions`).
+      valid_BT: False on padding.
+      cfg: static.
+      cache: with one, the T tokens are appended at its cursor and read all that came before; there
+        must be room for them (the caller sizes the cache).
+      room: static; without a cache, slots of a new one to return with these tokens in it.
+
+    Raises:
+      ValueError: a cache with parameters that are not for decoding, or the other way round.
+
+    **Sharding**: batch rows over ``data`` and ``fsdp`` throughout.
+    """
+    if (cache is None) == isinstance(params["layers"], tuple):
+        raise ValueError(
+            f"hidden was called {'without' if cache is None else 'with'} a cache and with "
+            f"{'per-layer' if cache is None else 'stacked'} parameters: expected "
+            "model.for_decoding(params) with a cache, params themselves without"
+        )
+    h_BTD, _ = _embedded(params, ids_BT, cfg)
+    return _through_layers(params, h_BTD, positions_BT, valid_BT, cfg, cache, room)
+
+
+def hidden_and_head(
+    params: Params,
+    ids_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    valid_BT: Bool[Array, "B T"],
+    *,
+    cfg: ModelConfig,
+) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:
+    """:func:`hidden` and :func:`head` for a gradient to both: a tied table's is one array.
+
+    **Sharding**: as theirs.
+    """
+    h_BTD, table_VD = _embedded(params, ids_BT, cfg)
+    h_BTD, _ = _through_layers(params, h_BTD, positions_BT, valid_BT, cfg)
+    return h_BTD, head({**params, "embed": table_VD}, cfg)
+
+
+def _through_layers(
+    params: Params, h_BTD, positions_BT, valid_BT, cfg: ModelConfig, cache=None, room=0
+):
+    """All layers and the final norm."""
+    positions_BT = mesh.constrain(positions_BT, mesh.BATCH, None)
+    valid_BT = mesh.constrain(valid_BT, mesh.BATCH, None)
+    rotation = rotations(positions_BT, cfg.rope, cfg.head_dim)
+    h_RD, layers = _flat(h_BTD, None), params["layers"]
+    if cache is None:
+        h_RD, cache = _from_start(h_RD, layers, rotation, valid_BT, room, cfg)
+    else:
+        assert not room  # the cache that is there has its size
+        h_RD, cache = _continued(h_RD, layers, rotation, valid_BT, cache, cfg)
+    final_D = mesh.constrain(params["final_norm"], None)
+    h_BTD = jax.lax.reshape(h_RD, h_BTD.shape, out_sharding=mesh.out(mesh.BATCH, None, None))
+    return rms_norm(h_BTD, final_D, cfg.norm_eps), cache
+
+
+def _from_start(h_RD, layers, rotation, valid_BT, room: int, cfg: ModelConfig):
+    """All layers over tokens that have none before them."""
+
+    def attend(q_BTKGH, k_BTKH, v_BTKH):
+        mixed_BTKGH = attention.causal(q_BTKGH, k_BTKH, v_BTKH, valid_BT)
+        kept = (k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)) if room else None
+        return mixed_BTKGH, kept
+
+    def step(h_RD, layer):
+        return _layer(h_RD, _gathered(layer, cfg), rotation, attend, cfg)
+
+    h_RD, kept = jax.lax.scan(_rematerialised(step, cfg), h_RD, layers)
+    return h_RD, kv_cache.start(*kept, valid_BT, room) if room else None
+
+
+def _continued(h_RD, layers, rotation, valid_BT, cache: Cache, cfg: ModelConfig):
+    """All layers over tokens that come after those in the cache."""
+    first = cache.length
+    cache = kv_cache.extend(cache, valid_BT)
+    mask_BTS = attention.causal_mask(cache.valid_BS, first, valid_BT.shape[1])
+    for index, layer in enumerate(layers):
+        attend = functools.partial(_attend_cached, cache, index, mask_BTS)
+        h_RD, cache = _layer(h_RD, layer, rotation, attend, cfg)
+    return h_RD, cache
+
+
+def _attend_cached(cache: Cache, index: int, mask_BTS, q_BTKGH, k_BTKH, v_BTKH):
+    cache = kv_cache.write(cache, index, k_BTKH, v_BTKH)
+    mixed_BTKGH = attention.attend(q_BTKGH, cache.keys[index], cache.values[index], mask_BTS)
+    return mixed_BTKGH, cache
+
+
+def head(params: Params, cfg: ModelConfig) -> Float[Array, "V D"]:
+    """Output projection in the compute dtype: the embedding itself when tied.
+
+    **Sharding**: vocabulary over ``model``, width whole.
+    """
+    w_VD = params["embed"] if cfg.tied else params["head"]
+    return mesh.constrain(w_VD.astype(cfg.compute_dtype), "model", None)
+
+
+def positions(valid_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Index of each token among its row's valid tokens, 0 on left padding."""
+    return jnp.maximum(jnp.cumsum(valid_BT.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def logits(
+    params: Params,
+    ids_BT: Int[Array, "B T"],
+    *,
+    cfg: ModelConfig,
+    valid_BT: Bool[Array, "B T"] | None = None,
+) -> Float[Array, "B T V"]:
+    """Next-token logits in f32; builds all of [B, T, V], so for tests and small inputs only."""
+    valid_BT = jnp.ones(ids_BT.shape, bool) if valid_BT is None else valid_BT
+    h_BTD, head_VD = hidden_and_head(params, ids_BT, positions(valid_BT), valid_BT, cfg=cfg)
+    return jnp.einsum("BTD,VD->BTV", h_BTD, head_VD, preferred_element_type=jnp.float32)

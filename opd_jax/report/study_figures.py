@@ -1,0 +1,260 @@
+"""Figures of what is computed on request: other writers, gradients, persistence, the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from opd_jax.report import style
+from opd_jax.report.style import ACCENT, AMBER, GREEN, INK, MAIN, MUTED, PURPLE, Plate
+
+COLORS = {"rock": ACCENT, "high_kl": MAIN, "control": GREEN, "random": MUTED, "all": INK}
+COLORS |= {"rest": AMBER, "unseen": PURPLE}
+NAMES = {"rock": "rocks", "high_kl": "high mean KL", "control": "matched by count"}
+EFFECTS = {
+    "alignment": "same text, other model",
+    "context_drift": "same model, other text",
+    "both": "both (as published)",
+}
+_NORMS = (
+    ("mean_norm", "one occurrence"),
+    ("norm_at.2", "mean of 2 (r.m.s.)"),
+    ("norm_at.8", "mean of 8 (r.m.s.)"),
+    ("norm_of_mean", "mean of all n"),
+)
+_COSINES = (
+    ("cos_balanced", "types weigh alike"),
+    ("cos_balanced_loo", "  own part left out"),
+    ("cos_global", "positions weigh alike"),
+    ("cos_global_loo", "  own part left out"),
+)
+_MAX_TESTS = 30  # rows that can be read in one figure
+
+
+def geometry(data: Mapping[str, Any]) -> Plate:
+    """Norms and cosines of the types' logit gradients by group, n-matched beside raw."""
+    groups = data["groups"]
+    figure = style.figure(10.0, 3.9)
+    left, right = figure.subplots(1, 2)
+    for axes, rows, title in (
+        (left, _NORMS, "Gradient norm of the type"),
+        (right, _COSINES, "Cosine with the whole gradient"),
+    ):
+        for place, group in enumerate(groups):
+            shift = 0.16 * (place - (len(groups) - 1) / 2)
+            _ranges(axes, rows, group, shift)
+        axes.set_yticks(range(len(rows)), [label for _, label in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.set_title(title)
+    left.set_xlabel("norm in logit space; like n is compared with like")
+    right.set_xlabel("cosine; left out: without the type's own part")
+    right.axvline(0, color=MUTED, linewidth=0.8)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(groups))
+    rock = next((g for g in groups if g["group"] == "rock"), groups[0])
+    one, all_n, matched = (
+        style.measured(value(rock, name)) for name in ("mean_norm", "norm_of_mean", "norm_at.8")
+    )
+    return Plate(
+        "gradients",
+        "Are their gradients small, or averaged away?",
+        "Medians over types with their intervals. The mean over all occurrences shrinks with n: "
+        f"for rocks {all_n} against {one} of one occurrence. At equal n, as a mean of 8 where a "
+        f"type occurs that often, it is {matched} (root mean square, which rare large gradients "
+        f"raise above the mean). Control: types matched by count.",
+        figure,
+    )
+
+
+def value(group: Mapping[str, Any], name: str, end: str = "") -> float:
+    """A number of a group (``norm_at.8`` is in a dict of its own), nan where there is none."""
+    outer, _, inner = name.partition(".")
+    found = group.get(f"{outer}_{inner}{end}" if inner else f"{outer}{end}")
+    if found is None and inner:
+        found = (group.get(f"{outer}{end}") or {}).get(inner)
+    return float("nan") if found is None else float(found)
+
+
+def _ranges(axes: Axes, rows: Sequence[tuple[str, str]], group: Mapping[str, Any], shift: float):
+    color = COLORS.get(group["group"], PURPLE)
+    places = np.arange(len(rows)) + shift
+    middle = np.array([value(group, name) for name, _ in rows])
+    low, high = (np.array([value(group, name, e) for name, _ in rows]) for e in ("_low", "_high"))
+    has_ends = np.isfinite(low) & np.isfinite(high)
+    axes.hlines(places[has_ends], low[has_ends], high[has_ends], color=color, linewidth=1.6)
+    label = NAMES.get(group["group"], group["group"].replace("_", " "))
+    axes.plot(middle, places, "o", color=color, markersize=5.5, label=label)
+
+
+def persistence(data: Mapping[str, Any]) -> list[Plate]:
+    """Mean KL of every model on every corpus by group, and the changes with intervals."""
+    # A group none of whose types occurs in the half that is measured has no numbers.
+    seen = [g for g in data["groups"] if np.isfinite(np.array(g["matrix"], float)).any()]
+    plates = [_matrix({**data, "groups": seen})] if seen else []
+    return plates + ([_changes(data)] if data["tests"] else [])
+
+
+def _matrix(data: Mapping[str, Any]) -> Plate:
+    groups, models, corpora = data["groups"], data["models"], data["corpora"]
+    wide = 1.2 + 0.72 * len(corpora)
+    figure = style.figure(0.9 + wide * len(groups), 1.8 + 0.42 * len(models))
+    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    for axes, group in zip(panels, groups, strict=True):
+        _cells(axes, group["matrix"], models, corpora)
+        axes.set_title(NAMES.get(group["group"], group["group"].replace("_", " ")))
+        axes.set_xlabel("text written by")
+    panels[0].set_ylabel("scored by")
+    return Plate(
+        "persistence",
+        "Does their KL stay?",
+        f"Mean KL, nats, of {len(models)} models on {len(corpora)} texts. Down a column only the "
+        "model changes, along a row only the text; the diagonal changes both. Each panel has its "
+        "own colour scale.",
+        figure,
+    )
+
+
+def _cells(
+    axes: Axes,
+    table: Sequence[Sequence[float | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    top: float | None = None,
+) -> None:
+    """Draw a table as shaded cells with their numbers, the first row on top."""
+    cells = np.ma.masked_invalid(np.array(table, float))
+    top = top or float(cells.max() or 1.0)
+    axes.pcolormesh(cells, cmap="Blues", vmin=0, vmax=top, edgecolor="#F7FBFE", linewidth=1.5)
+    for (i, j), cell in np.ndenumerate(cells.filled(np.nan)):
+        color = "#FDFDFD" if cell > 0.55 * top else "#101418"  # of the cell, not of the theme
+        color = INK if np.isnan(cell) else color
+        place = (j + 0.5, i + 0.5)
+        axes.text(*place, style.measured(cell, 2), ha="center", va="center", color=color)
+    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=30, ha="right")
+    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    axes.set_ylim(len(rows), 0)
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _changes(data: Mapping[str, Any]) -> Plate:
+    tests = [t for t in data["tests"] if t["effect"] in EFFECTS]
+    if len(tests) > _MAX_TESTS:  # the whole way only: from the first model to the last
+        ends = (data["models"][0], data["models"][-1])
+        tests = [t for t in tests if (str(t["from"]), str(t["to"])) == ends] or tests[:_MAX_TESTS]
+    figure = style.figure(8.0, 1.5 + 0.3 * len(tests))
+    axes = figure.add_subplot()
+    colors = dict(zip(EFFECTS, (MAIN, GREEN, ACCENT), strict=True))
+    for effect, color in colors.items():
+        rows = [(i, t) for i, t in enumerate(tests) if t["effect"] == effect]
+        if not rows:
+            continue
+        style.intervals(axes, [t for _, t in rows], [i for i, _ in rows], color, EFFECTS[effect])
+    axes.axvline(0, color=INK, linewidth=0.9)
+    axes.set_yticks(range(len(tests)), [_test_name(test) for test in tests])
+    axes.set_ylim(len(tests) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("change of mean KL, nats; bar: interval")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    by_types, by_problems = (
+        sum(t.get(p) is not None and t[p] < 0.05 for t in tests)
+        for p in ("p_adjusted", "p_bootstrap_adjusted")
+    )
+    return Plate(
+        "changes",
+        "What moved, the model or the text?",
+        f"{by_types} of {len(tests)} changes differ from 0 at 5% by Wilcoxon's test over types, "
+        f"{by_problems} by resampling problems as the bars do, both after Benjamini and Hochberg. "
+        "Control: types matched by count, chosen and measured on the same halves of the problems.",
+        figure,
+    )
+
+
+def _test_name(test: Mapping[str, Any]) -> str:
+    group = NAMES.get(test["group"], test["group"].replace("_", " "))
+    return f"{group}, {test['from']} → {test['to']}"
+
+
+def references(data: Mapping[str, Any]) -> Plate:
+    """Rocks of other writers' texts: how much they carry, and whether they are the same types."""
+    rows = data["corpora"]
+    names = [row["name"] for row in rows]
+    figure = style.figure(9.0, 1.9 + 0.5 * len(rows))
+    left, right = figure.subplots(1, 2)
+    places = list(range(len(rows)))
+    for row, place in zip(rows, places, strict=True):
+        if row.get("coverage_low") is not None:
+            left.hlines(place, row["coverage_low"], row["coverage_high"], color=MAIN, linewidth=2)
+    left.plot([row["coverage"] for row in rows], places, "o", color=MAIN, label="measured")
+    left.plot([row["coverage_null"] for row in rows], places, "D", color=MUTED, label="null")
+    left.set_yticks(places, names)
+    left.set_ylim(len(rows) - 0.4, -0.6)
+    left.set_xlim(0, 1)
+    left.xaxis.set_major_formatter(FuncFormatter(style.percent))
+    left.set_xlabel("share of the text's KL in its own rocks")
+    left.grid(visible=False, axis="y")
+    left.legend(**style.LEGEND)
+    _cells(right, data["jaccard"], names, names, 1.0)
+    right.set_title("Jaccard of their rocks")
+    first, *others = rows
+    note = (
+        f"Rocks of the text written by {first['name']} carry {first['coverage']:.1%} of its KL "
+        f"(null {first['coverage_null']:.1%})."
+    )
+    overlaps = data["jaccard"][0][1:]
+    by_chance = data.get("jaccard_null", [[None] * len(rows)])[0][1:]
+    controls = [
+        f"{other['name']} {other['coverage']:.1%} (null {other['coverage_null']:.1%}), Jaccard "
+        f"{style.measured(overlap, 2)} (null {style.measured(chance, 2)})"
+        for other, overlap, chance in zip(others, overlaps, by_chance, strict=True)
+    ]
+    note += f" Control: {'; '.join(controls)}." if controls else ""
+    return Plate("references", "Do other writers' texts have the same rocks?", note, figure)
+
+
+def optimizer(data: Mapping[str, Any]) -> Plate:
+    """Adam's second moment and effective step of the rows of each group, by checkpoint."""
+    figure = style.figure(10.0, 3.9)
+    panels = figure.subplots(1, 2)
+    for axes, (key, title) in zip(
+        panels,
+        (("second_moment", "Second moment of the rows"), ("effective_step", "Effective step")),
+        strict=True,
+    ):
+        everything: list[float] = []
+        for group in data["groups"]:
+            points = [(s, v) for s, v in zip(data["steps"], group[key], strict=True) if v]
+            values = [value for _, value in points]
+            everything += values
+            axes.plot(
+                [step for step, _ in points],
+                values,
+                color=COLORS.get(group["group"], PURPLE),
+                marker="o",
+                markersize=5,
+                label=NAMES.get(group["group"], group["group"].replace("_", " ")),
+            )
+        if everything and max(everything) > style.LOG_SPAN * min(everything):
+            style.log_ticks(axes, "y")
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    sure = sum(test["p_adjusted"] < 0.05 for test in data["tests"])
+    return Plate(
+        "optimizer",
+        "Does Adam hold them back?",
+        f"Medians over the types of a group. {sure} of {len(data['tests'])} rank correlations are "
+        "told from 0 at 5% after Benjamini and Hochberg. Control: types matched by count.",
+        figure,
+    )

@@ -1,0 +1,1 @@
+"""Rollouts: sampling from logits, the decode loop, answers to lists of prompts."""

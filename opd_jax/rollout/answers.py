@@ -1,0 +1,87 @@
+"""Answers to a list of prompts, batch by batch, decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from opd_jax import mesh as meshlib
+from opd_jax.data import batches as batching
+from opd_jax.data.prompts import Example
+from opd_jax.models.transformer import ModelConfig
+from opd_jax.pytrees import Params, Rollout
+from opd_jax.rollout import decode
+from opd_jax.rollout.sampling import Sampler
+
+
+def batches(rows: Sequence[Example], size: int) -> Iterator[tuple[list[Example], int]]:
+    """Cut rows into batches of exactly ``size``; the last repeats its first row to fill up.
+
+    Yields each batch and how many of its rows are real.
+    """
+    for first in range(0, len(rows), size):
+        part = list(rows[first : first + size])
+        yield part + [part[0]] * (size - len(part)), len(part)
+
+
+def sample(
+    params: Params,
+    rows: Sequence[Example],
+    key: jax.Array,
+    mesh: Mesh,
+    *,
+    cfg: ModelConfig,
+    sampler: Sampler,
+    max_new: int,
+    width: int,
+    size: int,
+    samples: int = 1,
+    bias_V: jax.Array | None = None,
+) -> Iterator[tuple[Rollout, int]]:
+    """Sample answers to all rows, batch by batch, each process its own share.
+
+    A row's answers depend on its place in ``rows`` and on ``key``, not on the batch size. Yields
+    rollouts and how many of their rows are real (the first ones).
+
+    Args:
+      params: of the model that answers.
+      rows: prompts.
+      key: of the draws.
+      mesh: devices.
+      cfg, sampler: static.
+      max_new: most ids of an answer.
+      width: padded prompt width.
+      size: prompts at a time, over all processes.
+      samples: answers per prompt.
+      bias_V: logit bias.
+    """
+    own = meshlib.own(size)
+    for number, (part, real) in enumerate(batches(rows, size)):
+        prompt = batching.pad([row.ids for row in part[own]], width, sampler.pad_id)
+        ids = number * size + np.arange(own.start, own.stop, dtype=np.int32)
+        prompt, rows_B = meshlib.to_global((prompt, ids), mesh)
+        answers = decode.sample(
+            params,
+            prompt,
+            key,
+            cfg=cfg,
+            sampler=sampler,
+            max_new=max_new,
+            samples=samples,
+            bias_V=bias_V,
+            rows_B=rows_B,
+        )
+        yield answers, real * samples
+
+
+def texts(answers: Rollout, real: int, tokenizer: Any) -> list[str]:
+    """Decode what was sampled, special tokens left out; runs on every process."""
+    host = meshlib.to_host(answers)
+    return [
+        str(tokenizer.decode(ids[mask], skip_special_tokens=True))
+        for ids, mask in zip(host.ids_BT[:real], host.mask_BT[:real], strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""A run: assembled, trained, watched, written down, repeated over arms and seeds."""

@@ -1,0 +1,256 @@
+"""From a checked ``RunConfig`` to everything a run needs: mesh, tokenizers, data, models, programs.
+
+Cheap checks come first (configs, tokenizers, prompts, shapes against the mesh), weights last, so
+that a mistake costs seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from opd_jax import mesh as meshlib
+from opd_jax import optim, steps
+from opd_jax.data import batches
+from opd_jax.data import prompts as prompt_files
+from opd_jax.data import tokenizer as tokenizers
+from opd_jax.data.prompts import Example
+from opd_jax.evaluate.heldout import EvalPlan
+from opd_jax.files import path_of
+from opd_jax.models import hf, hf_config, params, transformer
+from opd_jax.models.transformer import ModelConfig
+from opd_jax.objective import ObjectiveConfig
+from opd_jax.pytrees import Params, TrainState
+from opd_jax.rollout import decode, sampling
+from opd_jax.rollout.sampling import Sampler
+from opd_jax.spec import ConfigError, ModelSpec, RunConfig
+
+# Prompts rendered by both tokenizers before step 1; a template that differs shows in the first few.
+_RENDERED = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """The static parts of a run; weights are loaded by :func:`teacher_params`, :func:`state`."""
+
+    run: RunConfig
+    mesh: Mesh
+    cfg: ObjectiveConfig
+    tx: optax.GradientTransformation
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    policy: Sampler
+    rows: tuple[Example, ...]
+    heldout: tuple[Example, ...]
+    plan: EvalPlan
+    bias_V: jax.Array | None  # [V] f32
+
+
+def assemble(run: RunConfig, *, say: Callable[[str], None] = print) -> Assembly:
+    """Check all parts of a run against each other, without reading weights.
+
+    Raises:
+      ConfigError, ValueError, FileNotFoundError: the first thing that does not fit.
+    """
+    mesh = meshlib.make(run.mesh.data, run.mesh.fsdp, run.mesh.model)
+    shards = meshlib.batch_shards(mesh)
+    _check_batches(run, shards)
+    student_path, teacher_path = path_of(run.student.path), path_of(run.teacher.path)
+    student = model_config(run.student, student_path)
+    teacher = model_config(run.teacher, teacher_path)
+    params.shardings(transformer.specs(student), mesh)
+    params.shardings(transformer.specs(teacher), mesh)
+
+    tokenizer, other = tokenizers.load(student_path), tokenizers.load(teacher_path)
+    vocab_size = tokenizers.compare(tokenizer, other, student.vocab_size, teacher.vocab_size)
+    teacher = dataclasses.replace(teacher, vocab_size=student.vocab_size)
+    stop_ids, message = tokenizers.stop_set(
+        tokenizer,
+        hf_config.generation_eos(student_path),
+        other,
+        hf_config.generation_eos(teacher_path),
+    )
+    if message:
+        say(f"warning: {message}")
+
+    rows, heldout = _read_prompts(run, tokenizer, other, say)
+    policy = Sampler(
+        vocab_size=vocab_size,
+        temperature=run.rollout.temperature,
+        top_k=run.rollout.top_k,
+        top_p=run.rollout.top_p,
+        min_p=run.rollout.min_p,
+        stop_ids=stop_ids,
+        pad_id=tokenizers.pad_id(tokenizer),
+    )
+    if warning := sampling.off_policy_warning(policy):
+        say(f"warning: {warning}")
+    cfg = ObjectiveConfig(
+        student=student,
+        teacher=teacher,
+        kl=dataclasses.replace(run.kl, vocab_size=vocab_size),
+        rock=run.rock,
+        normaliser=run.train.normaliser,
+        microbatches=run.train.microbatches,
+    )
+    for name, part in (("student", student), ("teacher", teacher)):
+        longest = max(len(row.ids) for row in (*rows, *heldout))
+        if longest + run.rollout.max_new > part.max_positions:
+            raise ConfigError(
+                f"the longest prompt has {longest} ids and rollout.max_new is "
+                f"{run.rollout.max_new}: the {name} has {part.max_positions} positions; lower "
+                "--config.data.max_prompt or --config.rollout.max_new"
+            )
+    bias_V = _bias(run, vocab_size, student.vocab_size)
+    return Assembly(
+        run=run,
+        mesh=mesh,
+        cfg=cfg,
+        tx=optim.make(run.optim),
+        tokenizer=tokenizer,
+        stop_ids=stop_ids,
+        policy=policy,
+        rows=tuple(rows),
+        heldout=tuple(heldout),
+        plan=_eval_plan(run, policy, heldout, shards, bias_V),
+        bias_V=bias_V,
+    )
+
+
+def model_config(spec: ModelSpec, path: str) -> ModelConfig:
+    """Read a model's config and give it the run's compute dtype and remat policy."""
+    dtype = spec.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    cfg = hf_config.read_config(path, dtype=jnp.dtype(dtype))
+    return dataclasses.replace(cfg, remat=spec.remat)
+
+
+def teacher_params(parts: Assembly) -> Params:
+    """Load the frozen teacher onto the mesh, its vocabulary rows fitted to the student's."""
+    spec, cfg = parts.run.teacher, parts.cfg.teacher
+    assert cfg is not None
+    dtype = spec.stored_dtype(cfg.dtype)
+    _, tree = hf.load(path_of(spec.path), dtype=jnp.dtype(dtype), mesh=parts.mesh)
+    with jax.set_mesh(parts.mesh):
+        return transformer.with_vocab_rows(tree, cfg.vocab_size)
+
+
+def state(parts: Assembly) -> TrainState:
+    """Load the student onto the mesh and wrap it into a fresh train state."""
+    spec = parts.run.student
+    dtype = spec.stored_dtype("float32")
+    _, tree = hf.load(path_of(spec.path), dtype=jnp.dtype(dtype), mesh=parts.mesh)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state_template(parts))
+    init = jax.jit(_init(parts), donate_argnums=0, out_shardings=placed)
+    with jax.set_mesh(parts.mesh):
+        return init(tree, jax.random.key(parts.run.seed))
+
+
+def state_template(parts: Assembly) -> TrainState:
+    """Shapes and placements of the train state, for restoring without reading the student.
+
+    A fresh state has the very same, so that a resumed run compiles what a new one does.
+    """
+    spec = parts.run.student
+    dtype = spec.stored_dtype("float32")
+    tree = params.abstract(transformer.specs(parts.cfg.student), jnp.dtype(dtype), parts.mesh)
+    with jax.set_mesh(parts.mesh):
+        made = jax.eval_shape(_init(parts), tree, jax.random.key(parts.run.seed))
+    return meshlib.placed(made, parts.mesh)
+
+
+def _init(parts: Assembly):
+    return functools.partial(steps.init, cfg=parts.cfg, tx=parts.tx)
+
+
+def programs() -> dict[str, int]:
+    """How often each program of the loop has been compiled in this process."""
+    return steps.programs() | {"sample": decode.compiles()}
+
+
+def _check_batches(run: RunConfig, shards: int) -> None:
+    rows = run.train.prompts * run.rollout.samples
+    if run.train.prompts % shards or rows % (run.train.microbatches * shards):
+        raise ConfigError(
+            f"{run.train.prompts} prompts x {run.rollout.samples} samples in "
+            f"{run.train.microbatches} micro-batches do not divide over {shards} batch shards "
+            "(mesh data x fsdp): change --config.train.prompts, --config.train.microbatches or "
+            "the mesh"
+        )
+    if run.train.prompts % jax.process_count():
+        raise ConfigError(
+            f"{run.train.prompts} prompts do not divide over {jax.process_count()} processes: "
+            "change --config.train.prompts"
+        )
+
+
+def _read_prompts(
+    run: RunConfig, tokenizer: Any, other: Any, say: Callable[[str], None]
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    spec = prompt_files.PromptSpec(
+        path=path_of(run.data.prompts),
+        max_prompt=run.data.max_prompt,
+        too_long=run.data.too_long,
+        buckets=run.data.buckets,
+        template=run.data.template,
+    )
+    for record in prompt_files.read(spec.path)[:_RENDERED]:
+        tokenizers.check_render(tokenizer, other, record.prompt, **dict(spec.template))
+    rows, counts = prompt_files.examples(spec, tokenizer)
+    say(f"prompts: {counts} ({run.data.prompts})")
+    heldout: Sequence[Example] = ()
+    if run.eval.every:
+        spec = dataclasses.replace(spec, path=path_of(run.data.heldout))
+        heldout, counts = prompt_files.examples(spec, tokenizer)
+        say(f"held out: {counts} ({run.data.heldout})")
+    return rows, heldout
+
+
+def _eval_plan(
+    run: RunConfig,
+    policy: Sampler,
+    heldout: Sequence[Example],
+    shards: int,
+    bias_V: jax.Array | None,
+) -> EvalPlan:
+    size = run.eval.batch or run.train.prompts * run.rollout.samples
+    if size % (shards * run.train.microbatches):
+        raise ConfigError(
+            f"eval.batch {size}: expected a multiple of batch shards x micro-batches "
+            f"({shards} x {run.train.microbatches}); set --config.eval.batch"
+        )
+    longest = max((len(row.ids) for row in heldout), default=1)
+    return EvalPlan(
+        policy=policy,
+        max_new=run.rollout.max_new,
+        width=batches.bucket(longest, run.data.widths),
+        size=size,
+        num_graded=run.eval.prompts,
+        num_kl=run.eval.kl_prompts,
+        temperature=run.eval.temperature,
+        samples=run.eval.samples,
+        bias_V=bias_V,
+    )
+
+
+def _bias(run: RunConfig, vocab_size: int, num_rows: int) -> jax.Array | None:
+    if not run.rollout.bias:
+        return None
+    bias_V = np.zeros(num_rows, np.float32)
+    for token_id, value in run.rollout.bias:
+        if not 0 <= token_id < vocab_size:
+            raise ConfigError(
+                f"rollout.bias names id {token_id}: expected 0 to {vocab_size - 1}; "
+                "set --config.rollout.bias"
+            )
+        bias_V[token_id] = value
+    return jnp.asarray(bias_V)

@@ -1,0 +1,214 @@
+"""A run in words: what is optimised, what came out, which types carry the KL."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from opd_jax import mesh, rock
+from opd_jax.data import tokenizer as tokenizers
+from opd_jax.models import params, transformer
+from opd_jax.pytrees import RockState, Rollout
+from opd_jax.rock import RockConfig
+from opd_jax.run.assemble import Assembly
+from opd_jax.spec import RunConfig
+
+
+def introduction(parts: Assembly) -> list[str]:
+    """What is about to be optimised, on what, in a few lines."""
+    run, cfg = parts.run, parts.cfg
+    assert cfg.teacher is not None
+    lines = []
+    for name, spec, part in (
+        ("student", run.student, cfg.student),
+        ("teacher", run.teacher, cfg.teacher),
+    ):
+        size = params.count(transformer.specs(part))
+        lines.append(
+            f"{name}: {spec.path}, {part.model_type}, {size / 1e6:.3g} M parameters, "
+            f"{part.num_layers} layers, compute {part.dtype}"
+        )
+    lines.append(f"objective: {objective_text(run)}")
+    stops = ", ".join(f"{i} {tokenizers.token_text(parts.tokenizer, i)!r}" for i in parts.stop_ids)
+    shape = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
+    lines.append(f"stop ids: {stops}; mesh: {shape} ({jax.devices()[0].device_kind})")
+    return lines
+
+
+def conclusion(result: dict[str, Any]) -> list[str]:
+    """The content of ``summary.json`` for a reader."""
+    lines = []
+    if result["rocks"]:
+        lines.append("types that carry most of the KL (recent steps, decayed):")
+        lines.append(f"  {'id':>7}  {'token':<16} {'of KL':>7} {'of tokens':>10} {'mean KL':>8}")
+        lines += [
+            f"  {row['token_id']:>7}  {row['token']!r:<16} {row['share']:>7.1%} "
+            f"{row['token_share']:>10.1%} {row['kl_mean']:>8.3f}"
+            for row in result["rocks"]
+        ]
+    lines += [f"{when:>6}: {evaluation_text(result[when])}" for when in ("before", "after")]
+    minutes, seconds = divmod(round(result["seconds"]), 60)
+    if result["phase_share"]:
+        lines.append(time_text(result))
+    lines.append(
+        f"{result['steps']} steps in {minutes}m{seconds:02d}s, "
+        f"{result['compiles']} programs compiled"
+    )
+    return lines
+
+
+def objective_text(run: RunConfig) -> str:
+    """The trained divergence and gate as a formula, in one line."""
+    tau = "" if run.kl.temperature == 1.0 else f" at temperature {run.kl.temperature:g}"
+    formula = {
+        "reverse": "KL(student || teacher)",
+        "forward": "KL(teacher || student)",
+        "jsd": f"JSD(student, teacher; student weight {run.kl.beta:g})",
+        "skew_reverse": f"KL(student || {run.kl.skew:g} student + {1 - run.kl.skew:g} teacher)",
+        "skew_forward": f"KL(teacher || {run.kl.skew:g} teacher + {1 - run.kl.skew:g} student)",
+    }[run.kl.direction]
+    over = {
+        "tokens": " / number of scored tokens",
+        "weight": " / sum of weights",
+        "per_sequence": " / sum of weights, by sequence, averaged over sequences",
+    }[run.train.normaliser]
+    return f"sum of weight x {formula}{tau}{over}; {gate_text(run.rock)}"
+
+
+def gate_text(cfg: RockConfig) -> str:
+    """Which positions weigh what, and when, in one line."""
+    if cfg.mode == "off":
+        return "no gate (rock state measured)"
+    share = f" {cfg.share:.1%} of positions" if cfg.mode == "random" else ""
+    parts = [f"rock gate {cfg.mode}{share}, weight {cfg.inside:g} inside"]
+    if cfg.key == "input" and cfg.mode != "random":
+        parts.append("looked up by the token before the predicted one")
+    if cfg.start or cfg.ramp:
+        parts.append(f"from step {cfg.start}")
+    if cfg.ramp:
+        parts.append(f"over {cfg.ramp} steps")
+    if cfg.until:
+        parts.append(f"until step {cfg.until}")
+    return ", ".join(parts)
+
+
+def moves_text(line: Mapping[str, Any] | None) -> str:
+    """The last change of the members, from a line of ``rocks.jsonl``; empty without one."""
+    if not line:
+        return ""
+    return f", rocks {line['members']} (+{line['entered']} -{line['left']} at step {line['step']})"
+
+
+def evaluation_text(result: dict[str, float | None]) -> str:
+    """An evaluation in one line; what was not measured is left out."""
+    formats = {
+        "accuracy": "accuracy {:.1%}",
+        "kl_nats": "KL {:.4f} nats",
+        "kl_gated": "gated {:.4f}",
+        "kl_ungated": "ungated {:.4f}",
+        "mean_length": "length {:.1f}",
+        "truncated_share": "truncated {:.1%}",
+    }
+    shown = [
+        text.format(result[name]) for name, text in formats.items() if result[name] is not None
+    ]
+    return ", ".join(shown) or "not measured"
+
+
+def samples(answers: Rollout, kl_BT: np.ndarray, tokenizer: Any, limit: int) -> list[dict]:
+    """Decode the first ``limit`` answers of a batch, with the KL of every token.
+
+    Args:
+      answers: on the host.
+      kl_BT: [B, T-1], nats at the predicting positions.
+      tokenizer: decodes.
+      limit: most rows.
+    """
+    chosen = []
+    for row in range(min(limit, len(answers.ids_BT))):
+        ids, mask = answers.ids_BT[row], answers.mask_BT[row]
+        first = int(np.argmax(mask))
+        chosen.append(
+            {
+                "prompt": tokenizer.decode(ids[answers.start_B[row] : first]),
+                "answer": tokenizer.decode(ids[mask]),
+                "ids": ids[mask].tolist(),
+                "kl_nats": [round(float(x), 5) for x in kl_BT[row][mask[1:]]],
+                "truncated": bool(answers.truncated_B[row]),
+            }
+        )
+    return chosen
+
+
+def sample_text(sample: dict[str, Any], tokenizer: Any) -> str:
+    """One of :func:`samples` for a reader: prompt, answer, and the token of the largest KL."""
+    worst = int(np.argmax(sample["kl_nats"]))
+    token = tokenizers.token_text(tokenizer, sample["ids"][worst])
+    return (
+        f"{sample['prompt'][-160:]!r}\n  -> {sample['answer']!r}\n"
+        f"  mean KL {np.mean(sample['kl_nats']):.3f} nats, most at {token!r} "
+        f"({sample['kl_nats'][worst]:.2f})"
+    )
+
+
+def phase_seconds(took: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Sum up where the time of a process went.
+
+    Args:
+      took: seconds by phase, one entry a step, where an absent phase took 0 s and ``step`` is their
+        sum; entries without ``step`` are of the time between steps.
+
+    Returns:
+      ``median_s``, the median over steps of each of their phases and of ``step``, and
+      ``phase_share``, the part of all timed seconds that each phase took, largest first. Both are
+      empty without steps.
+    """
+    steps = [seconds for seconds in took if "step" in seconds]
+    names = sorted({name for seconds in steps for name in seconds})
+    medians = {name: statistics.median(s.get(name, 0.0) for s in steps) for name in names}
+    totals = collections.Counter()
+    for seconds in took if steps else ():
+        totals.update({name: value for name, value in seconds.items() if name != "step"})
+    whole = sum(totals.values())
+    return {
+        "median_s": medians,
+        "phase_share": {name: value / whole for name, value in totals.most_common()},
+    }
+
+
+def time_text(result: dict[str, Any]) -> str:
+    """Where the time went, in one line."""
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in result["phase_share"].items())
+    return (
+        f"time: {shares}; median step {result['median_s']['step']:.2f}s, "
+        f"first step after {result['first_step_s']:.1f}s"
+    )
+
+
+_leaders = functools.partial(jax.jit, static_argnames="limit")(rock.leaders)
+
+
+def rock_table(state: RockState, tokenizer: Any, limit: int) -> list[dict[str, Any]]:
+    """The types with the highest Rock Score, decoded, with their share of KL and of tokens."""
+    found = mesh.to_host(_leaders(state, limit=limit))
+    all_kl, all_tokens = float(found["kl_sum"]), float(found["count"])
+    columns = (found[name].tolist() for name in ("ids_K", "kl_sum_K", "count_K", "member_K"))
+    return [
+        {
+            "token_id": token_id,
+            "token": tokenizers.token_text(tokenizer, token_id),
+            "share": kl_sum / all_kl,
+            "kl_mean": kl_sum / count,
+            "token_share": count / all_tokens,
+            "member": member,
+        }
+        for token_id, kl_sum, count, member in zip(*columns, strict=True)
+        if kl_sum > 0 and math.isfinite(all_kl)
+    ]

@@ -1,0 +1,238 @@
+"""The models that an analysis compares: a student and a teacher, named on the command line.
+
+A *model reference* is one of
+
+* a Hugging Face folder,
+* ``embedded:student`` or ``embedded:teacher``, the package's own pair,
+* ``RUN@STEP``: the student of a training workdir at a checkpoint; ``RUN@last`` is the newest one,
+  ``RUN@0`` the student before training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from opd_jax import mesh as meshlib
+from opd_jax.data import tokenizer as tokenizers
+from opd_jax.files import EMBEDDED, path_of
+from opd_jax.kl import KLSpec
+from opd_jax.models import hf, hf_config, params, transformer
+from opd_jax.models.transformer import ModelConfig
+from opd_jax.objective import ObjectiveConfig
+from opd_jax.pytrees import Params
+from opd_jax.rollout.sampling import Sampler
+from opd_jax.spec import ModelSpec
+from opd_jax.store import checkpoint
+from opd_jax.store import workdir as workdirs
+
+LAST = "last"
+
+
+class ModelError(ValueError):
+    """A model reference cannot be used; the message says why and what to give."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What a model reference means.
+
+    Attributes:
+      name: the reference with its step as a number, for tables.
+      folder: Hugging Face folder with config and tokenizer (and the weights where ``run`` is None).
+      run: workdir whose checkpoint holds the weights.
+      step: of that checkpoint.
+      param_dtype: of the checkpoint's parameters, or what a run's step 0 is stored in.
+    """
+
+    name: str
+    folder: str
+    run: Path | None = None
+    step: int = 0
+    param_dtype: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair:
+    """A student and a teacher on one mesh, ready to be run.
+
+    Attributes:
+      cfg: what ``steps.eval_step`` takes: reverse KL at temperature 1, no gate.
+      mesh: devices; run programs under ``jax.set_mesh(pair.mesh)``.
+      tokenizer: the student's.
+      sampler: temperature 1, no filter.
+      student, teacher: parameters; the teacher's vocabulary rows are fitted to the student's.
+      student_name, teacher_name: their references.
+    """
+
+    cfg: ObjectiveConfig
+    mesh: Mesh
+    tokenizer: Any
+    sampler: Sampler
+    student: Params
+    teacher: Params
+    student_name: str
+    teacher_name: str
+
+    @property
+    def vocab_size(self) -> int:
+        """Real ids; those from here to ``cfg.student.vocab_size`` are padding."""
+        return self.sampler.vocab_size
+
+    @property
+    def max_positions(self) -> int:
+        """Most ids of prompt and answer that both models have positions for."""
+        assert self.cfg.teacher is not None
+        return min(self.cfg.student.max_positions, self.cfg.teacher.max_positions)
+
+    def text(self, token_id: int) -> str:
+        """Printable text of one id."""
+        return tokenizers.token_text(self.tokenizer, token_id)
+
+
+def resolve(ref: str) -> Reference:
+    """Find what a model reference means, without reading weights.
+
+    Raises:
+      ModelError: neither a model folder nor a step of a run.
+      WorkdirError: a damaged ``run.json``.
+    """
+    if ref.startswith(EMBEDDED) or (Path(ref) / "config.json").is_file():
+        return Reference(ref, path_of(ref))
+    if (Path(ref) / "run.json").is_file():
+        raise ModelError(
+            f"{ref} is the workdir of a run, which holds several models: expected one of them; "
+            f"give {ref}@{LAST}, {ref}@0 (before training) or another of its steps"
+        )
+    run, _, step = ref.rpartition("@")
+    if not run:
+        raise ModelError(
+            f"{ref!r} is no model: expected a Hugging Face folder (with config.json), "
+            "embedded:student, embedded:teacher, or RUN@STEP with the workdir of a run; correct it"
+        )
+    record = workdirs.read_run(Path(run))
+    if record is None:
+        raise ModelError(
+            f"{run} has no run.json: expected the workdir of a run before the @ of {ref!r}; "
+            "give that folder"
+        )
+    stored = ModelSpec(param_dtype=record["config"]["student.param_dtype"]).stored_dtype("float32")
+    folder = path_of(record["config"]["student.path"])
+    if step == "0":
+        return Reference(ref, folder, param_dtype=stored)
+    with checkpoint.open(run) as saves:
+        found = saves.steps()
+    if step == LAST and found:
+        step = str(found[-1])
+    if not step.isdecimal() or int(step) not in found:
+        raise ModelError(
+            f"{run} has no checkpoint of step {step!r}: expected one of {[0, *found]} or {LAST}; "
+            "give one of them"
+        )
+    return Reference(f"{run}@{int(step)}", folder, Path(run), int(step), stored)
+
+
+def open_pair(
+    student: str,
+    teacher: str,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Pair:
+    """Check two models against each other and load them.
+
+    Args:
+      student, teacher: model references.
+      mesh: default: all devices along ``data``.
+      dtype: compute dtype of both; default: float32 on CPU, bfloat16 elsewhere. The teacher is
+        stored in it; a student of a run is stored as the run does.
+      say: receives a line where the two stop on different ids.
+
+    Raises:
+      ModelError, FileNotFoundError: a reference that means nothing.
+      ValueError: tokenizers that differ, or a model that does not fit the mesh.
+      CheckpointError: a damaged checkpoint.
+    """
+    mesh = meshlib.make() if mesh is None else mesh
+    ours, theirs = resolve(student), resolve(teacher)
+    ours_cfg, theirs_cfg = _config(ours, dtype), _config(theirs, dtype)
+    tokenizer, other = tokenizers.load(ours.folder), tokenizers.load(theirs.folder)
+    vocab_size = tokenizers.compare(tokenizer, other, ours_cfg.vocab_size, theirs_cfg.vocab_size)
+    stop_ids, message = tokenizers.stop_set(
+        tokenizer,
+        hf_config.generation_eos(ours.folder),
+        other,
+        hf_config.generation_eos(theirs.folder),
+    )
+    if message:
+        say(f"warning: {message}")
+    student_params = _params(ours, ours_cfg, mesh)
+    teacher_params = _params(theirs, theirs_cfg, mesh)
+    with jax.set_mesh(mesh):
+        teacher_params = transformer.with_vocab_rows(
+            jax.tree.map(lambda x: x.astype(theirs_cfg.dtype), teacher_params), ours_cfg.vocab_size
+        )
+    return Pair(
+        cfg=ObjectiveConfig(
+            student=ours_cfg,
+            teacher=dataclasses.replace(theirs_cfg, vocab_size=ours_cfg.vocab_size),
+            kl=KLSpec(vocab_size=vocab_size),
+        ),
+        mesh=mesh,
+        tokenizer=tokenizer,
+        sampler=Sampler(
+            vocab_size=vocab_size, stop_ids=stop_ids, pad_id=tokenizers.pad_id(tokenizer)
+        ),
+        student=student_params,
+        teacher=teacher_params,
+        student_name=ours.name,
+        teacher_name=theirs.name,
+    )
+
+
+def load(ref: str, pair: Pair) -> Params:
+    """Load another student for the programs of ``pair``: same architecture, same tokenizer.
+
+    Raises:
+      ModelError: another architecture, or a reference that means nothing.
+      ValueError: another tokenizer.
+    """
+    found = resolve(ref)
+    cfg = _config(found, pair.cfg.student.dtype)
+    expected = dataclasses.replace(pair.cfg.student, remat=cfg.remat)
+    if cfg != expected:
+        fields = [f.name for f in dataclasses.fields(cfg)]
+        named = "; ".join(
+            f"{n} {getattr(cfg, n)!r} instead of {getattr(expected, n)!r}"
+            for n in fields
+            if getattr(cfg, n) != getattr(expected, n)
+        )
+        raise ModelError(
+            f"{ref} is another architecture than {pair.student_name}: {named}; expected a student "
+            "of the same shape; give another reference"
+        )
+    other = tokenizers.load(found.folder)
+    tokenizers.compare(pair.tokenizer, other, expected.vocab_size, cfg.vocab_size)
+    return _params(found, cfg, pair.mesh)
+
+
+def _config(ref: Reference, dtype: str | None) -> ModelConfig:
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return hf_config.read_config(ref.folder, dtype=jnp.dtype(dtype))
+
+
+def _params(ref: Reference, cfg: ModelConfig, mesh: Mesh) -> Params:
+    stored = jnp.dtype(ref.param_dtype or cfg.dtype)
+    if ref.run is None:
+        return hf.load(ref.folder, dtype=stored, mesh=mesh)[1]
+    template = {"params": params.abstract(transformer.specs(cfg), stored, mesh)}
+    with checkpoint.open(ref.run) as saves:
+        return saves.restore(template, ref.step, partial=True)[0]["params"]

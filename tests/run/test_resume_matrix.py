@@ -1,0 +1,184 @@
+"""A run saved on one mesh goes on, is exported, tabulated and analysed on any other.
+
+Every command is the real one, in processes of its own. ``scripts/test`` does a few pairs of
+layouts, ``.ci/run`` all of them.
+"""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import layouts
+import numpy as np
+import pytest
+import tiny_run
+from layouts import LAYOUTS
+
+tiny = tiny_run.tiny
+NAMES = list(LAYOUTS)
+PAIRS = [(source, target) for source in NAMES for target in NAMES]
+QUICK = [("one", "two-processes"), ("two-processes", "2x2x2")]
+HALF, WHOLE = 2, 4
+PLAN = {
+    "rock__mode": "ema",
+    "rock__top_k": 8,
+    "checkpoint__every": HALF,
+    "eval__every": HALF,
+    "eval__prompts": 4,
+    "eval__kl_prompts": 4,
+    "log__samples_every": 1,
+    "log__samples": 8,
+}
+# On another mesh sums are taken in another order.
+RTOL = 2e-3
+LOST_S = 100.0  # heartbeats of 60 s, and a busy machine
+
+
+def command(tiny, workdir, layout, **keys):
+    return [*tiny_run.argv(tiny, workdir, **PLAN, **keys), *layout.flags]
+
+
+@pytest.fixture(scope="module")
+def saved(tiny, tmp_path_factory):
+    """Makes, once per layout, a run of WHOLE steps whose process ended after HALF (by a kill)."""
+    folder = tmp_path_factory.mktemp("saved")
+
+    def make(name: str, steps: int):
+        workdir = folder / f"{name}-{steps}"
+        if not workdir.exists():
+            layout = LAYOUTS[name]
+            # The schedule is that of all steps, so the run is stopped and not asked for fewer.
+            code = STOP.format(step=steps) if steps < WHOLE else ""
+            status = 128 + signal.SIGTERM if steps < WHOLE else 0
+            argv = command(tiny, workdir, layout, train__steps=WHOLE)
+            layouts.run(layout, argv, status=status, code=code)
+        return workdir
+
+    return make
+
+
+STOP = """
+import signal
+from opd_jax.run import train
+step = train._Loop._step
+def stopping(self, state, batch, index):
+    result = step(self, state, batch, index)
+    if index + 1 == {step}:
+        signal.raise_signal(signal.SIGTERM)
+    return result
+train._Loop._step = stopping
+"""
+
+
+def prompts(workdir):
+    return [
+        [sample["prompt"] for sample in line["samples"]]
+        for line in tiny_run.read_lines(workdir / "samples.jsonl")
+    ]
+
+
+def exported(tiny, workdir, tmp_path, layout=LAYOUTS["one"]):
+    """Bytes of the exported weights and of the table of types."""
+    out, table = tmp_path / "model", tmp_path / "types.csv"
+    layouts.run(layout, ["export", f"--workdir={workdir}", f"--out={out}"])
+    layouts.run(layout, ["table", f"--workdir={workdir}", f"--out={table}"])
+    return (out / "model.safetensors").read_bytes(), table.read_bytes()
+
+
+def check(tiny, saved, tmp_path, source, target):
+    """Go on from ``source`` on ``target`` and compare with the run that was never stopped."""
+    workdir, layout = tmp_path / "run", LAYOUTS[target]
+    shutil.copytree(saved(source, HALF), workdir)
+    layouts.run(layout, command(tiny, workdir, layout, train__steps=WHOLE))
+    whole = saved(source, WHOLE)
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["is_finished"]
+    uninterrupted = json.loads((whole / "summary.json").read_text())["compiles_by_program"]
+    assert summary["compiles_by_program"] == uninterrupted
+    assert prompts(workdir) == prompts(whole)
+    found, expected = tiny_run.curve(workdir), tiny_run.curve(whole)
+    if source == target:
+        assert found == expected
+        pair = [tmp_path / name for name in ("found", "expected")]
+        for path in pair:
+            path.mkdir()
+        assert exported(tiny, workdir, pair[0]) == exported(tiny, whole, pair[1])
+        return
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, other in zip(found, expected, strict=True):
+        for name in ("loss", "kl_nats", "grad_norm", "lr", "eval/kl_nats"):
+            if name in other:
+                np.testing.assert_allclose(line[name], other[name], rtol=RTOL, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.ci) for pair in PAIRS],
+)
+def test_a_run_goes_on_on_any_layout(tiny, saved, tmp_path, source, target):
+    check(tiny, saved, tmp_path, source, target)
+
+
+@pytest.mark.parametrize(
+    "name", ["two-processes", *(pytest.param(n, marks=pytest.mark.ci) for n in NAMES[:-1])]
+)
+def test_what_a_layout_saved_is_read_by_all_commands(tiny, saved, tmp_path, name):
+    workdir = saved(name, HALF)
+    weights, table = exported(tiny, workdir, tmp_path)
+    assert len(weights) > 1000
+    assert table.count(b"\n") == tiny_run.MODEL.vocab_size + 1
+    out = tmp_path / "rocks"
+    argv = ["rocks", f"--run={workdir}", "--k=4", "--max-new=4", f"--out={out}"]
+    layouts.run(LAYOUTS["one"], argv)
+    assert json.loads((out / "summary.json").read_text())["k"] == 4
+
+
+def test_two_processes_read_what_one_saved(tiny, saved, tmp_path):
+    """The commands beside training, in several processes: one writes, and the same bytes."""
+    workdir = saved("one", HALF)
+    folders = [tmp_path / name for name in ("alone", "together")]
+    for folder in folders:
+        folder.mkdir()
+    alone = exported(tiny, workdir, folders[0])
+    assert exported(tiny, workdir, folders[1], LAYOUTS["two-processes"]) == alone
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.ci), 1])
+def test_when_one_process_is_killed_the_other_ends(tiny, saved, tmp_path, victim):
+    workdir, layout = tmp_path / "run", LAYOUTS["two-processes"]
+    shutil.copytree(saved("two-processes", HALF), workdir)
+    argv = command(tiny, workdir, layout, train__steps=WHOLE)
+    started = layouts.start(layout, argv, code=HANG)
+    lines = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + layouts.DEADLINE_S
+    while f'"step": {HALF + 1},' not in lines.read_text():
+        assert all(p.poll() is None for p in started), layouts.finish(started)
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(started[victim].pid, signal.SIGKILL)
+    begun = time.monotonic()
+    results = layouts.finish(started)
+    assert time.monotonic() - begun < LOST_S
+    status, text = results[1 - victim]
+    # Either a collective fails first, or jax's own watch over the processes ends this one.
+    told = {1: "lost another process", -signal.SIGABRT: "another task died"}
+    assert status in told, text
+    assert told[status] in text
+    assert "Traceback" not in text
+    layouts.run(LAYOUTS["one"], command(tiny, workdir, LAYOUTS["one"], train__steps=WHOLE))
+    assert json.loads((workdir / "summary.json").read_text())["is_finished"]
+
+
+# Its fourth step comes when somebody has been killed.
+HANG = """
+import time
+from opd_jax.run import train
+step = train._Loop._step
+def waiting(self, state, batch, index):
+    if index == 3:
+        time.sleep(5)
+    return step(self, state, batch, index)
+train._Loop._step = waiting
+"""
