@@ -149,9 +149,10 @@ def _train(argv: list[str], *, started: float) -> int:
     given, flags = config.load(argv, workdir=None)
     if not flags["workdir"]:
         raise config.ConfigError("no --workdir given: expected --workdir=DIR, a new or resumed run")
+    from opd_jax import processes
     from opd_jax.run import train
 
-    stop = train.Stop()
+    stop = processes.Stop()
     result = train.train(
         config.resolve(given),
         flags["workdir"],

@@ -23,6 +23,7 @@ from opd_jax.objective import NORMALISERS
 from opd_jax.rollout import sampling
 from opd_jax.spec import GROUPS, ConfigError, ModelSpec, RunConfig
 
+_TOP = ("profile", "init_from", "init_keep")  # text that belongs to no group
 # Fields that follow from others and are therefore not set by hand.
 _DERIVED = {("kl", "vocab_size"), ("kl", "ce"), ("optim", "steps")}
 
@@ -34,7 +35,7 @@ def defaults() -> ConfigDict:
         for name, cls in GROUPS.items()
     }
     groups["rock"]["ids_file"] = ""
-    return ConfigDict({"seed": 0, "profile": "", **groups})
+    return ConfigDict({"seed": 0, **dict.fromkeys(_TOP, ""), **groups})
 
 
 def parse_arg(arg: str, **allowed: Any) -> ConfigDict:
@@ -200,7 +201,7 @@ def resolve(config: ConfigDict) -> RunConfig:
         made = {name: cls(**groups[name]) for name, cls in GROUPS.items()}
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    run = RunConfig(seed=merged["seed"], profile=merged["profile"], **made)
+    run = RunConfig(seed=merged["seed"], **{name: merged[name] for name in _TOP}, **made)
     _check(run)
     return run
 
@@ -311,7 +312,7 @@ def _check(run: RunConfig) -> None:
         rule(run.eval.kl_prompts >= 0, "eval.kl_prompts", "at least 0 (0: not measured)")
     else:
         rule(not run.checkpoint.best, "checkpoint.best", "empty, since eval.every is 0")
-    _ = run.profiled  # raises
+    _ = run.profiled, run.kept  # raise
     try:  # their ranges belong to the module that uses them
         sampling.Sampler(
             vocab_size=2**31 - 1,

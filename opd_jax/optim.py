@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import jax
 import optax
 
 NAMES = ("adamw", "sgd", "signsgd")
@@ -68,6 +69,18 @@ def schedule(spec: OptimSpec) -> optax.Schedule:
     # The first update already moves: its rate is one warm-up step's worth, not 0.
     rise = optax.linear_schedule(spec.lr / warmup, spec.lr, max(warmup - 1, 1))
     return optax.join_schedules([rise, decay], [warmup])
+
+
+def restarted(state: optax.OptState) -> optax.OptState:
+    """The same state with its learning-rate schedule at the start; Adam's moments stay."""
+
+    def is_schedule(node) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def restart(node):
+        return node._replace(count=node.count * 0) if is_schedule(node) else node
+
+    return jax.tree.map(restart, state, is_leaf=is_schedule)
 
 
 @functools.cache

@@ -6,8 +6,12 @@ MPI jax finds the others itself; elsewhere three flags (or variables) say where 
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -185,6 +189,87 @@ def agreed_text(text: str) -> str:
         return ""
     data = np.resize(data, size) if data.size else np.zeros(size, np.uint8)  # others' is dropped
     return bytes(multihost_utils.broadcast_one_to_all(data)).decode()
+
+
+def on_first(action: Callable[[], object]) -> None:
+    """Run something on process 0 alone; where it fails there, it fails everywhere.
+
+    Raises:
+      ProcessesError: on the other processes, where process 0 raised; its message says why.
+    """
+    error = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except Exception as caught:
+            error = caught
+    if agreed(int(error is not None)):
+        raise error or ProcessesError("process 0 refused to go on; its message says why")
+
+
+def check_same(what: Mapping[str, object], change: str) -> None:
+    """Check that all processes were started with the same values as process 0.
+
+    Args:
+      what: values by name, JSON-able.
+      change: what to do about a difference.
+
+    Raises:
+      ProcessesError: they differ; names the first differences with both values.
+    """
+    own = json.loads(json.dumps(what))
+    first = json.loads(agreed_text(json.dumps(what)))
+    differs = [name for name in sorted({*own, *first}) if own.get(name) != first.get(name)]
+    if largest(int(bool(differs))):
+        named = "; ".join(f"{n} is {own.get(n)!r}, {first.get(n)!r} there" for n in differs[:3])
+        raise ProcessesError(
+            f"process {jax.process_index()} of {jax.process_count()} was started otherwise than "
+            f"process 0 ({named or 'another process differs'}): expected the same; {change}"
+        )
+
+
+class Stop:
+    """Turns SIGTERM and SIGINT, while entered, into a wish to stop; a second one is obeyed.
+
+    Entered again inside, by one of many runs, it stays the same wish.
+    """
+
+    def __init__(self):
+        self.number = 0  # of the signal that came; 0: none
+        self._old: dict[int, Any] = {}
+        self._depth = 0
+
+    @property
+    def signal(self) -> str | None:
+        """Name of the signal that came."""
+        return signal.Signals(self.number).name if self.number else None
+
+    @property
+    def status(self) -> int:
+        """Exit status of a command that the signal stopped, as a shell has it; 0 without one."""
+        return 128 + self.number if self.number else 0
+
+    def __enter__(self) -> Stop:
+        self._depth += 1
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            for number, old in self._old.items():
+                signal.signal(number, old)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.number = number
+        signal.signal(number, self._old[number])
+
+    def everywhere(self) -> bool:
+        """Whether any process was told to stop; the same answer on all of them."""
+        self.number = largest(self.number)
+        return self.number > 0
 
 
 def explain(error: BaseException) -> str | None:

@@ -140,6 +140,23 @@ class RunConfig:
     checkpoint: CheckpointSpec
     log: LogSpec
     profile: str = ""  # steps to trace, FIRST:LAST or one number, counted from 1; empty: none
+    init_from: str = ""  # RUN[@STEP]: start from the weights of another run, not from student.path
+    init_keep: str = ""  # what else to take over of it: optimizer, rock, or optimizer,rock
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Parts of the state of ``init_from`` that are taken over beside its weights.
+
+        Raises:
+          ConfigError: an unknown part, or a part of no run.
+        """
+        names = tuple(filter(None, (name.strip() for name in self.init_keep.split(","))))
+        if not {*names} <= {*KEPT} or (names and not self.init_from):
+            raise ConfigError(
+                f"init_keep is {self.init_keep!r} and init_from {self.init_from!r}: expected some "
+                f"of {', '.join(KEPT)}, of the run that init_from names; set --config.init_keep"
+            )
+        return names
 
     @property
     def profiled(self) -> tuple[int, int] | None:
@@ -163,6 +180,7 @@ class RunConfig:
         return steps
 
 
+KEPT = ("optimizer", "rock")
 GROUPS: dict[str, type] = {
     "student": ModelSpec,
     "teacher": ModelSpec,

@@ -42,7 +42,16 @@ ORDER: list[str | tuple[str, list]] = [
     "config",
     (
         "store",
-        ["workdir", "checkpoint_record", "checkpoint", "pair", "run_files", "export", "table"],
+        [
+            "fingerprint",
+            "workdir",
+            "checkpoint_record",
+            "checkpoint",
+            "pair",
+            "run_files",
+            "export",
+            "table",
+        ],
     ),
     # what is done with it
     ("evaluate", ["grading", "heldout", "generate"]),
@@ -59,7 +68,20 @@ ORDER: list[str | tuple[str, list]] = [
             "build",
         ],
     ),
-    ("run", ["assemble", "narrate", "writers", "progress", "journal", "train", "arms", "sweep"]),
+    (
+        "run",
+        [
+            "assemble",
+            "entry",
+            "narrate",
+            "writers",
+            "progress",
+            "journal",
+            "train",
+            "arms",
+            "sweep",
+        ],
+    ),
     (
         "instrument",
         [

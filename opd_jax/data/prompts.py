@@ -38,6 +38,7 @@ class PromptSpec:
     epochs: int | None = None  # None: endless
     buckets: tuple[int, ...] = ()  # padded prompt widths; () stands for (max_prompt,)
     template: tuple[tuple[str, Any], ...] = ()  # chat template arguments, as (name, value) pairs
+    now: str | None = None  # the date that a template writes, 2026-11-26T10:00:00Z; None: today
 
     def __post_init__(self):
         if self.too_long not in TOO_LONG:
@@ -187,7 +188,7 @@ def _tokenise(spec, tokenizer, *, completion) -> tuple[list[Example], Counts]:
     for record in read(spec.path):
         where = f"{spec.path}:{record.line}"
         try:
-            ids = tokenizers.render(tokenizer, record.prompt, **arguments)
+            ids = tokenizers.render(tokenizer, record.prompt, now=spec.now, **arguments)
         except Exception as error:  # a chat template may raise anything
             raise ValueError(f"{where}: {error}") from error
         response = ()

@@ -6,18 +6,21 @@ models and a prompt must render to the same ids. Both are checked here, before t
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 # transformers announces on import that torch is missing, which is how this package means it to be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 Messages = Sequence[Mapping[str, Any]]  # [{"role": ..., "content": ...}, ...]
 
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
 _VISIBLE = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 
 
@@ -51,12 +54,22 @@ def load(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerFast, messages: Messages | str, **template_kwargs
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Messages | str,
+    *,
+    now: str | None = None,
+    **template_kwargs,
 ) -> list[int]:
     """Turn chat messages, or a plain prompt, into the ids that the model is to continue.
 
     Messages go through the tokenizer's chat template, with the generation prompt added. A string is
     encoded as it is, with what the tokenizer itself puts in front (a BOS, unless already written).
+
+    Args:
+      tokenizer: of a model.
+      messages: chat messages, or a plain prompt.
+      now: the date for templates that write one, ``2026-11-26T10:00:00Z``; None: today.
+      **template_kwargs: further variables of the template.
 
     Raises:
       ValueError: messages without a chat template, or nothing left to continue.
@@ -72,6 +85,7 @@ def render(
             "chat_template.jinja to the folder, or write the data with `prompt` strings"
         )
     else:
+        _set_clock(tokenizer, now)
         ids = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             add_generation_prompt=True,
@@ -85,6 +99,17 @@ def render(
             f"the prompt {messages!r} renders to no ids: expected at least one; remove or fill it"
         )
     return ids
+
+
+def _set_clock(tokenizer: PreTrainedTokenizerFast, now: str | None) -> None:
+    """Make ``strftime_now`` in the tokenizer's chat template tell the time ``now``.
+
+    It cannot be passed: transformers lets templates see plain data only. The compiled template is
+    the one that it will use, since it keeps them.
+    """
+    then = datetime.datetime.now() if now is None else datetime.datetime.strptime(now, _TIME)
+    compiled = chat_template_utils._compile_jinja_template(tokenizer.get_chat_template())
+    compiled.globals["strftime_now"] = then.strftime
 
 
 def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -194,6 +219,8 @@ def check_render(
     student: PreTrainedTokenizerFast,
     teacher: PreTrainedTokenizerFast,
     messages: Messages | str,
+    *,
+    now: str | None = None,
     **template_kwargs,
 ) -> None:
     """Check that both tokenizers render a prompt to the same ids.
@@ -204,7 +231,7 @@ def check_render(
     both = []
     for who, tokenizer in (("student", student), ("teacher", teacher)):
         try:
-            both.append(render(tokenizer, messages, **template_kwargs))
+            both.append(render(tokenizer, messages, now=now, **template_kwargs))
         except Exception as error:  # a template may raise anything
             raise ValueError(f"the {who}'s tokenizer cannot render the prompt: {error}") from error
     ours, theirs = both

@@ -29,6 +29,7 @@ from opd_jax.instrument import corpus as corpora
 from opd_jax.instrument.corpus import Corpus, Occurrences, TypeStats
 from opd_jax.instrument.flags import MAX_NEW, Flags, RocksError, flag
 from opd_jax.pytrees import Params
+from opd_jax.store import fingerprint
 from opd_jax.store import pair as pairs
 from opd_jax.store import workdir as workdirs
 from opd_jax.store.pair import Pair
@@ -45,19 +46,22 @@ class Workbench:
     """One folder of results and what is needed to fill it."""
 
     def __init__(self, flags: Flags, say: Callable[[str], None]):
-        self.flags, self.say, self.out = flags, say, Path(flags.out)
+        self.flags, self.say, self.out = flags, say, Path(path_of(flags.out))
         self.config: Mapping[str, Any] = {}
+        self.started: str | None = None  # when the run did: the date that chat templates write
         student, teacher = flags.student, flags.teacher
         if flags.run:
-            record = workdirs.read_run(Path(flags.run))
+            workdir = Path(path_of(flags.run))
+            record = workdirs.read_run(workdir)
             if record is None:
                 raise RocksError(
                     f"{flags.run} has no run.json: expected the workdir of a training run; give "
                     "--run that folder"
                 )
-            self.config = record["config"]
+            self.config, self.started = record["config"], record.get("time")
             student = f"{flags.run}@{pairs.LAST if flags.step is None else flags.step}"
             teacher = self.config["teacher.path"]
+            workdirs.check_model(workdir, record, "teacher", path_of(teacher))
         assert student is not None  # Flags has seen to it
         assert teacher is not None
         self.student, self.teacher = pairs.resolve(student), pairs.resolve(teacher)
@@ -75,6 +79,10 @@ class Workbench:
             "writer": self.writer_name,
             "prompts": self.flags.corpus or self.prompts_file,
             "flags": dataclasses.asdict(self.flags),
+            "files": {
+                "student": pairs.identity(self.student),
+                "teacher": pairs.identity(self.teacher),
+            },
         }
         held = [f.name for f in self.out.iterdir()] if self.out.is_dir() else []
         if MANIFEST in held:
@@ -101,6 +109,14 @@ class Workbench:
                 raise RocksError(
                     f"{self.out} is about the {name} {old[name]!r}, now it is {new[name]!r}: "
                     f"expected the same to go on; set it back, {change}"
+                )
+        for name, now in new["files"].items():
+            told = fingerprint.changes(old.get("files", {}).get(name, now), now)
+            if told:
+                raise RocksError(
+                    f"{self.out} is about the {name} {new[name]!r} as it was: "
+                    f"{'; '.join(told[:3])}; expected the same files to go on; put them back, "
+                    f"{change}"
                 )
         free = _MAY_CHANGE + (() if (self.out / SELECTED).exists() else _SELECTING)
         if "persistence" not in self.flags.extras or not (self.out / PERSISTENCE).exists():
@@ -157,7 +173,7 @@ class Workbench:
     @property
     def corpus_source(self) -> Path:
         """The folder that --corpus means."""
-        folder = Path(str(self.flags.corpus))
+        folder = Path(path_of(str(self.flags.corpus)))
         inside = folder / "corpus"
         return inside if (inside / corpora.MANIFEST).exists() else folder
 
@@ -215,6 +231,7 @@ class Workbench:
             path_of(self.prompts_file),
             max_prompt=min(limit, room),
             template=tuple((name, value) for name, value in template),
+            now=self.started,
         )
         rows, counts = prompt_files.examples(spec, self.pair.tokenizer)
         first = f", the first {self.flags.limit} used" if self.flags.limit else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,9 @@ from opd_jax.pytrees import Params, TrainState
 from opd_jax.rollout import decode, sampling
 from opd_jax.rollout.sampling import Sampler
 from opd_jax.spec import ConfigError, ModelSpec, RunConfig
+from opd_jax.store import checkpoint
+from opd_jax.store import pair as pairs
+from opd_jax.store.pair import Reference
 
 # Prompts rendered by both tokenizers before step 1; a template that differs shows in the first few.
 _RENDERED = 64
@@ -53,9 +57,28 @@ class Assembly:
     plan: EvalPlan
     bias_V: jax.Array | None  # [V] f32
 
+    @property
+    def last_step(self) -> int:
+        """Step at which the run ends: ``train.steps``, or where its epochs of prompts do."""
+        return min(self.run.train.steps, steps_of_epochs(self.run, len(self.rows)))
 
-def assemble(run: RunConfig, *, say: Callable[[str], None] = print) -> Assembly:
+
+def steps_of_epochs(run: RunConfig, num_rows: int) -> int:
+    """Steps that the epochs of prompts are enough for; endless where they are not limited."""
+    full = num_rows // run.train.prompts
+    return run.data.epochs * full if run.data.epochs else sys.maxsize
+
+
+def assemble(
+    run: RunConfig, *, now: str | None = None, say: Callable[[str], None] = print
+) -> Assembly:
     """Check all parts of a run against each other, without reading weights.
+
+    Args:
+      run: its config. The learning-rate schedule of the result ends where the run does, also where
+        its prompts are used up before.
+      now: when the run started, as ``run.json`` has it: the date that chat templates write.
+      say: receives what a user should know.
 
     Raises:
       ConfigError, ValueError, FileNotFoundError: the first thing that does not fit.
@@ -81,7 +104,8 @@ def assemble(run: RunConfig, *, say: Callable[[str], None] = print) -> Assembly:
     if message:
         say(f"warning: {message}")
 
-    rows, heldout = _read_prompts(run, tokenizer, other, say)
+    rows, heldout = _read_prompts(run, tokenizer, other, now, say)
+    run = _ended(run, len(rows), say)
     policy = Sampler(
         vocab_size=vocab_size,
         temperature=run.rollout.temperature,
@@ -145,14 +169,80 @@ def teacher_params(parts: Assembly) -> Params:
 
 
 def state(parts: Assembly) -> TrainState:
-    """Load the student onto the mesh and wrap it into a fresh train state."""
-    spec = parts.run.student
-    dtype = spec.stored_dtype("float32")
-    _, tree = hf.load(path_of(spec.path), dtype=jnp.dtype(dtype), mesh=parts.mesh)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, state_template(parts))
+    """Load the student onto the mesh and wrap it into a fresh train state.
+
+    Of the run that ``init_from`` names come the weights, and what ``init_keep`` adds: the
+    optimizer's moments or the rock state. Their schedules start anew, as the run does.
+
+    Raises:
+      ConfigError: ``init_from`` is no run, or one of another model.
+    """
+    template, origin = state_template(parts), origin_of(parts.run)
+    dtype = jnp.dtype(parts.run.student.stored_dtype("float32"))
+    kept: dict[str, Any] = {}
+    if origin is None or origin.run is None:
+        folder = path_of(parts.run.student.path) if origin is None else origin.folder
+        _, tree = hf.load(folder, dtype=dtype, mesh=parts.mesh)
+    else:
+        kept = _taken_over(parts, origin, template)
+        tree = jax.tree.map(lambda x: x.astype(dtype), kept.pop("params"))
+    placed = jax.tree.map(lambda leaf: leaf.sharding, template)
     init = jax.jit(_init(parts), donate_argnums=0, out_shardings=placed)
     with jax.set_mesh(parts.mesh):
-        return init(tree, jax.random.key(parts.run.seed))
+        fresh = init(tree, jax.random.key(parts.run.seed))
+        return fresh.replace(**kept)
+
+
+def origin_of(run: RunConfig) -> Reference | None:
+    """The step of another run that this one starts from; None without ``init_from``.
+
+    Raises:
+      ConfigError: it is no step of a run.
+    """
+    if not run.init_from:
+        return None
+    try:
+        found = pairs.resolve(run.init_from)
+    except pairs.ModelError as error:
+        raise ConfigError(f"init_from: {error}; set --config.init_from") from error
+    if found.param_dtype is None or (run.kept and found.run is None):
+        raise ConfigError(
+            f"init_from is {run.init_from!r}, which has weights only: expected a RUN or RUN@STEP"
+            f"{' that was trained' * bool(run.kept)}; a model folder belongs into "
+            "--config.student.path"
+        )
+    return found
+
+
+def _taken_over(parts: Assembly, origin: Reference, template: TrainState) -> dict[str, Any]:
+    """Weights of a step of another run, on this run's mesh, and the kept parts of its state."""
+    assert origin.run is not None
+    stored = jnp.dtype(origin.param_dtype)
+    specs = transformer.specs(parts.cfg.student)
+    wanted: dict[str, Any] = {"params": params.abstract(specs, stored, parts.mesh)}
+    fields = {"optimizer": "opt", "rock": "rock"}
+    wanted |= {fields[name]: getattr(template, fields[name]) for name in parts.run.kept}
+    other = tokenizers.load(origin.folder)
+    rows = parts.cfg.student.vocab_size
+    try:
+        tokenizers.compare(parts.tokenizer, other, rows, rows)
+        with checkpoint.open(origin.run) as saves:
+            kept, _, _ = saves.restore(wanted, origin.step, partial=True)
+    except ValueError as error:
+        raise ConfigError(
+            f"init_from: {origin.name} does not fit student.path {parts.run.student.path} "
+            f"({error}); give a run of the same model and optimizer"
+        ) from error
+    if "opt" in kept:
+        kept["opt"] = optim.restarted(kept["opt"])
+    if "rock" in kept:  # the gate's own schedule counts from the start of this run
+        kept["rock"] = kept["rock"].replace(step=_zeros(template.rock.step))
+    return kept
+
+
+def _zeros(leaf: Any) -> jax.Array:
+    """Zeros as an abstract leaf describes them, on its devices."""
+    return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
 
 
 def state_template(parts: Assembly) -> TrainState:
@@ -193,8 +283,20 @@ def _check_batches(run: RunConfig, shards: int) -> None:
         )
 
 
+def _ended(run: RunConfig, num_rows: int, say: Callable[[str], None]) -> RunConfig:
+    """The run with a schedule that ends where its prompts are used up."""
+    limit = steps_of_epochs(run, num_rows)
+    if limit >= run.train.steps:
+        return run
+    say(
+        f"data.epochs: {run.data.epochs} x {num_rows} prompts are used up after {limit} steps, "
+        f"before train.steps ({run.train.steps}): there the run ends, and its schedule"
+    )
+    return dataclasses.replace(run, optim=dataclasses.replace(run.optim, steps=max(limit, 1)))
+
+
 def _read_prompts(
-    run: RunConfig, tokenizer: Any, other: Any, say: Callable[[str], None]
+    run: RunConfig, tokenizer: Any, other: Any, now: str | None, say: Callable[[str], None]
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     spec = prompt_files.PromptSpec(
         path=path_of(run.data.prompts),
@@ -202,9 +304,10 @@ def _read_prompts(
         too_long=run.data.too_long,
         buckets=run.data.buckets,
         template=run.data.template,
+        now=now,
     )
     for record in prompt_files.read(spec.path)[:_RENDERED]:
-        tokenizers.check_render(tokenizer, other, record.prompt, **dict(spec.template))
+        tokenizers.check_render(tokenizer, other, record.prompt, now=now, **dict(spec.template))
     rows, counts = prompt_files.examples(spec, tokenizer)
     say(f"prompts: {counts} ({run.data.prompts})")
     heldout: Sequence[Example] = ()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,13 @@ class Journal:
 
 
 @contextlib.contextmanager
-def open(folder: Path, run: RunConfig, tokenizer: Any, restored: int | None) -> Iterator[Journal]:
+def open(
+    folder: Path,
+    run: RunConfig,
+    tokenizer: Any,
+    restored: int | None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Iterator[Journal]:
     """Open the files of a run in ``folder`` and close them at the end of the block.
 
     Args:
@@ -94,6 +101,7 @@ def open(folder: Path, run: RunConfig, tokenizer: Any, restored: int | None) -> 
       run: its config.
       tokenizer: decodes ids.
       restored: step of the checkpoint that the run goes on from; None for a start from nothing.
+      say: receives what a user should know of lines that are lost.
 
     Raises:
       ImportError: the logger of an extra is asked for and not installed.
@@ -106,9 +114,11 @@ def open(folder: Path, run: RunConfig, tokenizer: Any, restored: int | None) -> 
             return writer
 
         def lines(name: str, restored: int | None) -> writers.Writer:
-            return opened(writers.JsonlWriter(folder / name, restored=restored))
+            return opened(writers.JsonlWriter(folder / name, restored=restored, say=say))
 
         metrics = [lines("metrics.jsonl", restored)]
+        if restored and (lost := _lost_steps(folder / "metrics.jsonl", restored)):
+            say(f"{folder / 'metrics.jsonl'} has lost {lost}: what is drawn of them is missing")
         if run.log.tensorboard:
             metrics.append(
                 opened(writers.TensorBoardWriter(folder / "tensorboard", restored=restored))
@@ -134,3 +144,14 @@ def open(folder: Path, run: RunConfig, tokenizer: Any, restored: int | None) -> 
             lines("rocks.jsonl", restored),
             lines("graded.jsonl", restored),
         )
+
+
+def _lost_steps(path: Path, restored: int) -> str:
+    """Which of the steps up to ``restored`` have no line of their own, in words; empty if none."""
+    with path.open("rb") as lines:
+        found = {line["step"] for line in map(json.loads, lines) if "loss" in line}
+    lost = [step for step in range(1, restored + 1) if step not in found]
+    if not lost:
+        return ""
+    shown = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
+    return f"the lines of {len(lost)} of the {restored} steps until here ({shown})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import math
 import statistics
@@ -12,9 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from opd_jax import mesh, rock
+from opd_jax import mesh, optim, rock
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.models import params, transformer
+from opd_jax.optim import OptimSpec
 from opd_jax.pytrees import RockState, Rollout
 from opd_jax.rock import RockConfig
 from opd_jax.run.assemble import Assembly
@@ -97,6 +99,20 @@ def gate_text(cfg: RockConfig) -> str:
     if cfg.until:
         parts.append(f"until step {cfg.until}")
     return ", ".join(parts)
+
+
+def schedule_text(spec: OptimSpec, before: int | None, step: int) -> str:
+    """What a schedule of another length does to the learning rate of the next step; else empty."""
+    if before is None or before == spec.steps:
+        return ""
+    then, now = (
+        float(np.asarray(optim.schedule(dataclasses.replace(spec, steps=n))(step)))
+        for n in (before, spec.steps)
+    )
+    return (
+        f"the learning rate now follows a schedule of {spec.steps} steps and not of {before}: from "
+        f"step {step} it goes on at {now:.3g}, where the old one had {then:.3g}"
+    )
 
 
 def moves_text(line: Mapping[str, Any] | None) -> str:

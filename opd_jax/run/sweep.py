@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", required=True, help="a new folder, or that of the sweep")
     parser.add_argument("--baseline", default="", help="the arm to compare with; default: full")
     flags, overrides = parser.parse_known_args(list(argv))
-    stop = train.Stop()
+    stop = processes.Stop()
     sweep(
         flags.config,
         [arm.strip() for arm in flags.arms.split(",") if arm.strip()],
@@ -74,7 +74,7 @@ def sweep(
     overrides: Sequence[str] = (),
     baseline: str = "",
     command: Sequence[str] = (),
-    stop: train.Stop | None = None,
+    stop: processes.Stop | None = None,
 ) -> dict[str, Any] | None:
     """Train what is not finished, write ``WORKDIR/sweep.json`` and print the comparison.
 
@@ -118,7 +118,7 @@ def sweep(
     check_lengths(jobs)
     say(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished, in {workdir}")
     # One for all runs: a signal also counts where a run is at its end.
-    with stop or train.Stop() as stop:
+    with stop or processes.Stop() as stop:
         for number, job in enumerate(todo):
             say(f"== {number + 1}/{len(todo)}: arm {job.arm}, seed {job.run.seed}")
             done = train.train(job.run, str(job.folder), command=command, stop=stop)

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -36,13 +36,20 @@ class JsonlWriter:
     finished updates, as a checkpoint's step does.
     """
 
-    def __init__(self, path: str | os.PathLike, *, restored: int | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        restored: int | None = None,
+        say: Callable[[str], None] = log.warning,
+    ):
         """Open for appending.
 
         Args:
           path: file; its folder must exist.
           restored: step of the checkpoint that the run goes on from; None for a start from nothing,
             which empties the file.
+          say: receives a line for every line that is damaged and dropped.
 
         Raises:
           OSError: the file cannot be written.
@@ -50,7 +57,7 @@ class JsonlWriter:
         self._path = Path(path)
         self._file: TextIO | None = None
         if jax.process_index() == 0:
-            _cut(self._path, restored)
+            _cut(self._path, restored, say)
             self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -146,7 +153,7 @@ class WandbWriter:
             self._run.finish()
 
 
-def _cut(path: Path, restored: int | None) -> None:
+def _cut(path: Path, restored: int | None, say: Callable[[str], None]) -> None:
     """Rewrite a JSONL file without the lines that a run going on from ``restored`` writes again."""
     if not path.exists():
         return
@@ -158,7 +165,7 @@ def _cut(path: Path, restored: int | None) -> None:
             except (ValueError, KeyError, TypeError):
                 step = None
             if step is None:
-                log.warning("%s line %d is damaged and dropped: %.60r", path, number, line)
+                say(f"{path} line {number} is damaged and dropped: {line[:60]!r}")
             elif restored is not None and step <= restored:
                 new.write(line)
     part.replace(path)

@@ -10,14 +10,17 @@ The workdir is a folder on a file system that all processes share. Process 0 wri
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import logging
 import math
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +38,7 @@ from opd_jax.store import checkpoint_record
 
 STATE = "state"
 FORMAT = 2  # of record.json; in 1 the data state was a list of texts, one per process
+_PLAIN_PATH = re.compile(r"[\w ./@=+,:-]*")
 LEFTOVER = re.compile(r"\d+\.(saving|deleting)(\.|$)")  # what a killed save or deletion leaves
 
 log = logging.getLogger(__name__)
@@ -87,6 +91,7 @@ class Checkpoints:
     _pool: ThreadPoolExecutor | None = None
     _pending: tuple[int, Future] | None = None
     _lock: int | None = None
+    _link: Path | None = None  # where orbax finds the folder, if its name means something to globs
     _own: set[int] = dataclasses.field(default_factory=set)  # saved or restored by this object
     _restored: bool = False
 
@@ -117,6 +122,19 @@ class Checkpoints:
             if value is not None:
                 found.append((sign * value, step))
         return max(found)[1] if found else None
+
+    def lost(self) -> str | None:
+        """Why checkpoints that were saved here must have been lost; None if nothing says so.
+
+        Ask before :meth:`claim`, which makes the folder. The lock file names the newest step saved.
+        """
+        if self.steps():
+            return None
+        lock = self.folder / "lock"
+        if not lock.exists():
+            return f"{self.folder} is {'empty' if self.folder.is_dir() else 'gone'}"
+        step = lock.read_text(encoding="utf-8", errors="replace").strip()
+        return f"step {step} was saved in {self.folder} and is gone" if step else None
 
     def claim(self) -> None:
         """Take the folder for writing, so that a second run cannot write into it as well.
@@ -209,7 +227,7 @@ class Checkpoints:
         try:
             with _save_context():
                 response = ocp.save_checkpointables_async(
-                    str(path), {STATE: arrays}, overwrite=True
+                    self._spelled(path.name), {STATE: arrays}, overwrite=True
                 )
         except Exception as error:
             raise self._failed(step, error) from error
@@ -242,6 +260,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
+            if self._link is not None:
+                self._link.unlink(missing_ok=True)
             if self._pool is not None:
                 self._pool.shutdown()
                 self._pool = None
@@ -280,7 +300,8 @@ class Checkpoints:
         context = ocp.Context()
         context.pytree_options.loading.partial_load = True
         with context:
-            arrays = ocp.load(str(path), abstract, checkpointable_name=STATE) if abstract else {}
+            where = self._spelled(path.name)
+            arrays = ocp.load(where, abstract, checkpointable_name=STATE) if abstract else {}
         leaves = [_unraw(arrays.get(n), leaf, record["keys"].get(n)) for n, leaf in wanted.items()]
         self._own.add(step)
         self._restored = True
@@ -327,13 +348,55 @@ class Checkpoints:
         response.result()
         if jax.process_index() != 0:
             return
+        self._prove(path, record["leaves"])
         checkpoint_record.seal(path, record)
         final = self.folder / str(record["step"])
         replaced = checkpoint_record.set_aside(final) if final.exists() else None
         path.rename(final)
         if replaced is not None:
             shutil.rmtree(replaced, ignore_errors=True)
+        if self._lock is not None:
+            with contextlib.suppress(OSError):  # a note for later: see lost()
+                text = f"{record['step']}\n".encode()
+                os.ftruncate(self._lock, os.pwrite(self._lock, text, 0))
         self._prune(record["step"])
+
+    def _prove(self, path: Path, leaves: Mapping[str, Any]) -> None:
+        """Raise unless every array can be found in what was written, and enough bytes are there.
+
+        :func:`checkpoint_record.seal` then reads every file once for its checksum.
+        """
+        found = ocp.metadata(self._spelled(path.name), checkpointable_name=STATE).metadata or {}
+        wanted = {name: tuple(leaf["shape"]) for name, leaf in leaves.items()}
+        wanted = {name: shape for name, shape in wanted.items() if math.prod(shape)}
+        absent = sorted(wanted.keys() - found.keys())
+        num_bytes = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in found.values())
+        written = sum(f.stat().st_size for f in (path / STATE).rglob("*") if f.is_file())
+        if absent or written < num_bytes:
+            raise OSError(
+                f"{len(wanted) - len(absent)} of {len(wanted)} arrays can be read back, in "
+                f"{written} bytes where {num_bytes} were to be written"
+            )
+
+    def _spelled(self, name: str) -> str:
+        """The path of a checkpoint as orbax can take it.
+
+        orbax looks for its files with patterns, in which a folder named ``lr[1e-3]`` means another
+        one: such a folder is reached through a link with a plain name.
+        """
+        if _PLAIN_PATH.fullmatch(str(self.folder)):
+            return str(self.folder / name)
+        code = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:16]
+        # All processes must give orbax the same path. On one host they share the link, so that a
+        # process of several leaves it behind.
+        alone = f"-{os.getpid()}" if jax.process_count() == 1 else ""
+        link = Path(tempfile.gettempdir()) / f"opd_jax-{os.getuid()}-{code}{alone}"
+        with contextlib.suppress(FileExistsError):
+            link.symlink_to(self.folder)
+        if os.readlink(link) != str(self.folder):
+            raise OSError(f"{link} leads to {os.readlink(link)}; remove it")
+        self._link = link if alone else None
+        return str(link / name)
 
     def _prune(self, step: int) -> None:
         """Remove what ``keep`` and ``best`` do not hold, and later steps that were rolled back."""

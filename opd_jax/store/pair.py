@@ -4,8 +4,8 @@ A *model reference* is one of
 
 * a Hugging Face folder,
 * ``embedded:student`` or ``embedded:teacher``, the package's own pair,
-* ``RUN@STEP``: the student of a training workdir at a checkpoint; ``RUN@last`` is the newest one,
-  ``RUN@0`` the student before training.
+* ``RUN@STEP``: the student of a training workdir at a checkpoint; ``RUN@last``, or ``RUN`` alone,
+  is the newest one, ``RUN@0`` the student before training.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Params
 from opd_jax.rollout.sampling import Sampler
 from opd_jax.spec import ModelSpec
-from opd_jax.store import checkpoint
+from opd_jax.store import checkpoint, checkpoint_record, fingerprint
 from opd_jax.store import workdir as workdirs
 
 LAST = "last"
@@ -101,22 +101,22 @@ def resolve(ref: str) -> Reference:
 
     Raises:
       ModelError: neither a model folder nor a step of a run.
-      WorkdirError: a damaged ``run.json``.
+      WorkdirError: a damaged ``run.json``, or a run whose student's files have changed since.
     """
-    if ref.startswith(EMBEDDED) or (Path(ref) / "config.json").is_file():
-        return Reference(ref, path_of(ref))
-    if (Path(ref) / "run.json").is_file():
-        raise ModelError(
-            f"{ref} is the workdir of a run, which holds several models: expected one of them; "
-            f"give {ref}@{LAST}, {ref}@0 (before training) or another of its steps"
-        )
-    run, _, step = ref.rpartition("@")
-    if not run:
+    folder = Path(path_of(ref))
+    if ref.startswith(EMBEDDED) or (folder / "config.json").is_file():
+        return Reference(ref, str(folder))
+    run, at, step = ref.rpartition("@")
+    if (folder / "run.json").is_file():
+        run, at, step = ref, "@", LAST
+    if not at:
         raise ModelError(
             f"{ref!r} is no model: expected a Hugging Face folder (with config.json), "
-            "embedded:student, embedded:teacher, or RUN@STEP with the workdir of a run; correct it"
+            "embedded:student, embedded:teacher, or RUN[@STEP] with the workdir of a run; correct "
+            "it"
         )
-    record = workdirs.read_run(Path(run))
+    workdir = Path(path_of(run))
+    record = workdirs.read_run(workdir)
     if record is None:
         raise ModelError(
             f"{run} has no run.json: expected the workdir of a run before the @ of {ref!r}; "
@@ -124,9 +124,11 @@ def resolve(ref: str) -> Reference:
         )
     stored = ModelSpec(param_dtype=record["config"]["student.param_dtype"]).stored_dtype("float32")
     folder = path_of(record["config"]["student.path"])
+    # The weights come from the checkpoint; of the folder only the rest is used.
+    workdirs.check_model(workdir, record, "student", folder, weights=step == "0")
     if step == "0":
         return Reference(ref, folder, param_dtype=stored)
-    with checkpoint.open(run) as saves:
+    with checkpoint.open(workdir) as saves:
         found = saves.steps()
     if step == LAST and found:
         step = str(found[-1])
@@ -135,7 +137,16 @@ def resolve(ref: str) -> Reference:
             f"{run} has no checkpoint of step {step!r}: expected one of {[0, *found]} or {LAST}; "
             "give one of them"
         )
-    return Reference(f"{run}@{int(step)}", folder, Path(run), int(step), stored)
+    return Reference(f"{run}@{int(step)}", folder, workdir, int(step), stored)
+
+
+def identity(ref: Reference) -> dict[str, str]:
+    """Fingerprints of all files that make a model: :mod:`fingerprint`, by name."""
+    found = fingerprint.of_model(Path(ref.folder), weights=ref.run is None)
+    if ref.run is not None:
+        record = ref.run / "checkpoints" / str(ref.step) / checkpoint_record.RECORD
+        found[f"checkpoint {ref.step}"] = fingerprint.of_file(record)  # it has all checksums
+    return found
 
 
 def open_pair(

@@ -20,14 +20,17 @@ from typing import Any
 
 import jax
 
-from opd_jax import processes
+from opd_jax import config as settings
 from opd_jax.files import write_atomic
+from opd_jax.store import fingerprint
 
 PACKAGES = ("opd-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 PACKAGES += ("transformers", "ml-collections", "libtpu")
 
 # Where a run may go on with other values: how long, what is watched and written, and on which mesh.
 MAY_CHANGE = ("train.steps", "log.*", "checkpoint.*", "eval.*", "mesh.*")
+
+TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
 class WorkdirError(RuntimeError):
@@ -86,9 +89,17 @@ def require_run(workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def describe(
-    config: Mapping[str, Any], *, seed: int, command: Sequence[str] = (), repo: str | None = None
+    config: Mapping[str, Any],
+    *,
+    seed: int,
+    command: Sequence[str] = (),
+    repo: str | None = None,
+    now: str | None = None,
 ) -> dict[str, Any]:
-    """Describe a run: resolved config (flat, dotted keys), versions, devices, command, time."""
+    """Describe a run: resolved config (flat, dotted keys), versions, devices, command, time.
+
+    ``now`` is when it starts, as :func:`timestamp` writes it; default: now.
+    """
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -98,7 +109,7 @@ def describe(
         "config": dict(config),
         "seed": seed,
         "command": list(command),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "time": now or timestamp(),
         "git": _git_revision(repo or str(Path(__file__).parent)),
         "versions": versions,
         "devices": {
@@ -110,6 +121,11 @@ def describe(
     }
 
 
+def timestamp() -> str:
+    """The time now, as ``run.json`` has it (UTC)."""
+    return time.strftime(TIME, time.gmtime())
+
+
 def check_same_run(
     old: Mapping[str, Any], new: Mapping[str, Any], ignore: Sequence[str] = MAY_CHANGE
 ) -> None:
@@ -119,6 +135,9 @@ def check_same_run(
       WorkdirError: they do not; names each differing key with both values.
     """
     old, new = _plain(old), _plain(new)
+    # A key that is younger than the run had the effect of its default.
+    younger = _plain(settings.flatten(settings.defaults()))
+    old |= {k: v for k, v in younger.items() if k in new and k not in old}
     absent = "(absent)"
     keys = [k for k in sorted({*old, *new}) if old.get(k, absent) != new.get(k, absent)]
     keys = [k for k in keys if not any(fnmatch.fnmatchcase(k, pattern) for pattern in ignore)]
@@ -135,50 +154,146 @@ def check_same_run(
         )
 
 
+def begun(workdir: str | os.PathLike) -> int:
+    """The last training step that ``metrics.jsonl`` tells of; 0 without any."""
+    path, last = Path(workdir) / "metrics.jsonl", 0
+    if not path.is_file():
+        return 0
+    with path.open("rb") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: said elsewhere
+                values = json.loads(line)
+                last = max(last, int(values["step"])) if "loss" in values else last
+    return last
+
+
+def check_inputs(workdir: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Check that what a run was started on is still what its paths hold.
+
+    Args:
+      workdir: of the run, for the message.
+      old, new: ``inputs`` of ``run.json`` and of now: files of the models, digests of the prompts.
+        What either does not say is not compared.
+
+    Raises:
+      WorkdirError: something differs; says which file, and how.
+    """
+    for name in [name for name in new if old.get(name) and new[name]]:
+        then, now = old[name], new[name]
+        told = fingerprint.changes(then["files"], now["files"])
+        if told:
+            more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+            raise WorkdirError(
+                f"{workdir} was started on {_INPUTS[name]} than {now['path']} holds now: "
+                f"{'; '.join(told[:3])}{more}; expected the same files, as one run must not mix "
+                "two; put them back, give another --workdir, or start a new run from this one's "
+                f"weights with --config.init_from={workdir}"
+            )
+
+
+def check_model(
+    workdir: Path, record: Mapping[str, Any], name: str, folder: str, *, weights: bool = True
+) -> None:
+    """Check that a model of a run is still what its folder holds: see :func:`check_inputs`.
+
+    Args:
+      workdir: of the run.
+      record: its ``run.json``.
+      name: ``student`` or ``teacher``.
+      folder: where the model is.
+      weights: False looks at tokenizer and config only.
+
+    Raises:
+      WorkdirError: it is not.
+    """
+    then = (record.get("inputs") or {}).get(name)
+    if not then or not Path(folder).is_dir():
+        return  # a run that does not say, or a folder whose absence is told by who opens it
+    now = fingerprint.of_model(Path(folder), weights=weights)
+    kept = {n: x for n, x in then["files"].items() if weights or not n.endswith(".safetensors")}
+    old, new = {name: then | {"files": kept}}, {name: {"path": folder, "files": now}}
+    check_inputs(workdir, old, new)
+
+
+_INPUTS = {
+    "student": "another student",
+    "teacher": "another teacher",
+    "prompts": "other prompts",
+    "heldout": "other held-out prompts",
+}
+
+
 def enter_workdir(
-    workdir: str | os.PathLike, record: Mapping[str, Any], ignore: Sequence[str] = MAY_CHANGE
+    workdir: str | os.PathLike,
+    record: Mapping[str, Any],
+    ignore: Sequence[str] = MAY_CHANGE,
+    *,
+    has_begun: bool = True,
 ) -> bool:
     """Start a run in an empty folder (writes ``run.json``) or go on with the run that is there.
 
-    Going on appends when, how and with which versions to ``resumed`` in ``run.json``.
+    Going on appends when, how and with which versions to ``resumed`` in ``run.json``. A run that
+    ended before its first step does not own the folder: its ``run.json`` is replaced.
+
+    Args:
+      workdir: the folder.
+      record: of the run that is to be.
+      ignore: keys of the config that may differ (fnmatch).
+      has_begun: whether a run that is there has finished a step.
 
     Returns:
-      Whether the run was already there.
+      Whether a run was there, and is gone on with.
 
     Raises:
       WorkdirError: the folder holds another run, or files but no run.
     """
-    found, refusal = -1, None
-    if jax.process_index() == 0:  # one looks: a second would see what the first has written
-        try:
-            found = int(_enter(Path(workdir), record, ignore))
-        except WorkdirError as error:
-            refusal = error
-    found = processes.agreed(found)
-    if found < 0:
-        raise refusal or WorkdirError(f"process 0 refused {workdir}; its message says why")
-    return bool(found)
-
-
-def _enter(folder: Path, record: Mapping[str, Any], ignore: Sequence[str]) -> bool:
+    folder = Path(workdir)
     old = read_run(folder)
-    if old is None:
-        files = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
-        files = [name for name in files if not name.startswith(".")]
-        if files:
-            raise WorkdirError(
-                f"{folder} is not empty ({', '.join(files[:3])}{', ...' * (len(files) > 3)}) and "
-                "has no run.json; expected an empty folder or one of this run; give another "
-                "--workdir"
-            )
+    if old is None or not has_begun:
+        if old is None:
+            check_free(folder)
         write_run(folder, record)
         return False
     check_same_run(old["config"], record["config"], ignore)
+    inputs = old.get("inputs") or _older_inputs(old, record)
+    check_inputs(folder, inputs, record.get("inputs") or {})
     config = _plain(record["config"])
-    again = {k: v for k, v in record.items() if k != "config"}
+    again = {k: v for k, v in record.items() if k not in ("config", "inputs")}
     again["changed"] = {k: v for k, v in config.items() if v != old["config"].get(k)}
+    # What an earlier start did not read, such as held-out prompts, is noted now.
+    known = {**(record.get("inputs") or {}), **inputs}
+    old = {**old, "inputs": known} if known else old
     write_run(folder, {**old, "resumed": [*old.get("resumed", []), again]})
     return True
+
+
+def _older_inputs(old: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ``run.json`` without ``inputs`` says of them: the digest of its prompts."""
+    now = (record.get("inputs") or {}).get("prompts")
+    if not now or "data" not in old:
+        return {}
+    return {"prompts": now | {"files": dict.fromkeys(now["files"], old["data"])}}
+
+
+def check_free(folder: Path) -> None:
+    """Check that a folder without ``run.json`` is free for a run.
+
+    Raises:
+      WorkdirError: it holds files.
+    """
+    files = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
+    # The lock of a run that was refused, or killed at once, is nobody's.
+    files = [n for n in files if not n.startswith(".") and not _is_unused(folder / n)]
+    if files:
+        raise WorkdirError(
+            f"{folder} is not empty ({', '.join(files[:3])}{', ...' * (len(files) > 3)}) and "
+            "has no run.json; expected an empty folder or one of this run; give another "
+            "--workdir"
+        )
+
+
+def _is_unused(path: Path) -> bool:
+    return path.name == "checkpoints" and path.is_dir() and {*os.listdir(path)} <= {"lock"}
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

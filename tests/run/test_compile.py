@@ -37,12 +37,12 @@ def varied(tiny, tmp_path):
 def test_fifty_steps_compile_each_program_once_per_length(varied, tmp_path, monkeypatch):
     seen = []
 
-    def spy(self, answers, crop=train._Loop._crop):
-        cropped = crop(self, answers)
+    def spy(answers, *widths, crop=train.crop):
+        cropped = crop(answers, *widths)
         seen.append((answers.ids_BT.shape[1], cropped.ids_BT.shape[1]))
         return cropped
 
-    monkeypatch.setattr(train._Loop, "_crop", spy)
+    monkeypatch.setattr(train, "crop", spy)
     before = assemble.programs()
     assert tiny_run.train(varied, tmp_path / "run") == 0
     made = {name: n - before[name] for name, n in assemble.programs().items()}

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -527,7 +528,7 @@ def test_another_run_is_refused_with_the_differences(tmp_path):
         workdirs.enter_workdir(tmp_path, other)
     text = str(error.value)
     assert "optim.lr: this run was started with 1e-05, now it is 2e-05" in text
-    assert "rock.mode: this run was started with '(absent)', now it is 'ema'" in text
+    assert "rock.mode: this run was started with 'off', now it is 'ema'" in text
     assert "train.steps" not in text
     assert "rock.ids" not in text
     assert "--workdir" in text
@@ -592,3 +593,28 @@ def test_goes_on_with_a_grain_pipeline(tmp_path):
     batches = pipeline()
     batches.set_state(data)
     assert seen + [next(batches).tolist() for _ in range(2)] == straight
+
+
+def test_a_save_that_cannot_be_read_back_is_none(tmp_path, monkeypatch):
+    """orbax itself loses what it writes into a folder that is a pattern, and does not notice."""
+    monkeypatch.setattr(checkpoint, "_PLAIN_PATH", re.compile(".*"))
+    with checkpoint.open(tmp_path / "lr[1]") as saved:
+        saved.save(1, small(1), {"at": 1})
+        with pytest.raises(checkpoint.CheckpointError, match=r"saving step 1 .*read back"):
+            saved.wait()
+        assert saved.steps() == []
+
+
+def test_a_lost_checkpoint_is_known_to_have_been_there(tmp_path):
+    with checkpoint.open(tmp_path) as saved:
+        assert "is gone" in saved.lost()
+        saved.claim()
+        assert saved.lost() is None  # nothing has been saved yet
+        saved.save(3, small(3), None)
+        saved.save(12, small(12), None)
+        saved.wait()
+        assert saved.lost() is None
+    for step in ("3", "12"):
+        checkpoint_record.remove(tmp_path / "checkpoints" / step)
+    with checkpoint.open(tmp_path) as saved:
+        assert "step 12 was saved" in saved.lost()

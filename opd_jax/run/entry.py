@@ -1,0 +1,106 @@
+"""How a run takes its workdir: what it was started on, whether it may go on, and from where.
+
+Nothing is written before everything here has been checked, and only process 0 looks: a second one
+would see what the first has written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from opd_jax import config, processes
+from opd_jax.data import prompts as prompt_files
+from opd_jax.files import path_of
+from opd_jax.run import assemble
+from opd_jax.run.assemble import Assembly
+from opd_jax.store import fingerprint
+from opd_jax.store import pair as pairs
+from opd_jax.store import workdir as workdirs
+from opd_jax.store.checkpoint import CheckpointError, Checkpoints
+
+# The schedule's horizon follows from train.steps, which may change.
+MAY_CHANGE = (*workdirs.MAY_CHANGE, "optim.steps", "profile")
+
+
+def start_time(workdir: Path) -> str:
+    """When the run in a folder started, on every process; now, where there is none."""
+    record = workdirs.read_run(workdir) if jax.process_index() == 0 else None
+    return processes.agreed_text((record or {}).get("time") or workdirs.timestamp())
+
+
+def enter(
+    workdir: Path,
+    parts: Assembly,
+    saves: Checkpoints,
+    *,
+    command: Sequence[str] = (),
+    now: str,
+    say: Callable[[str], None],
+) -> None:
+    """Take ``workdir`` for the run: start in it, or go on with the same run.
+
+    Raises:
+      WorkdirError: it holds another run, was started on other files, or cannot be used.
+      CheckpointError: it is being written by another process, or its checkpoints were lost.
+      ProcessesError: the processes were started with different configs.
+    """
+    described = config.describe(parts.run)
+    processes.check_same(described, "start the same command on all of them")
+    record = workdirs.describe(described, seed=parts.run.seed, command=command, now=now)
+    record |= {"data": prompt_files.digest(parts.rows), "stop_ids": list(parts.stop_ids)}
+    processes.on_first(lambda: _enter(workdir, parts, saves, record, say))
+
+
+def _enter(
+    workdir: Path,
+    parts: Assembly,
+    saves: Checkpoints,
+    record: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    try:
+        old = workdirs.read_run(workdir)
+        if old is None:
+            workdirs.check_free(workdir)
+        told, lost = workdirs.begun(workdir), saves.lost()
+        if told and lost:
+            raise CheckpointError(
+                f"{workdir / 'metrics.jsonl'} tells of {told} steps and {lost}: expected the "
+                "checkpoints of that run; put them back, or give another --workdir"
+            )
+        saves.claim()  # from here on nobody else writes
+        has_begun = bool(told or saves.steps())
+        record["inputs"] = inputs(parts)
+        if not has_begun and (origin := assemble.origin_of(parts.run)):
+            record["init_from"] = {"name": origin.name, "files": pairs.identity(origin)}
+        workdirs.enter_workdir(workdir, record, MAY_CHANGE, has_begun=has_begun)
+    except OSError as error:  # a file in its place, no right to read
+        raise workdirs.WorkdirError(
+            f"{workdir} cannot be the workdir ({error}): expected a folder that can be read and "
+            "written; make it one or give another --workdir"
+        ) from error
+    if old and not has_begun:
+        say(f"{workdir} holds a run that ended before its first step: this one takes its place")
+    elif told and not saves.steps():
+        say(f"{workdir} ended after step {told} and before its first checkpoint: it starts over")
+
+
+def inputs(parts: Assembly) -> dict[str, Any]:
+    """Fingerprints of all that a run is started on, for ``run.json``."""
+    run = parts.run
+    found: dict[str, Any] = {}
+    for name, spec in (("student", run.student), ("teacher", run.teacher)):
+        files = fingerprint.of_model(Path(path_of(spec.path)))
+        found[name] = {"path": spec.path, "files": files}
+    for name, path, rows in (
+        ("prompts", run.data.prompts, parts.rows),
+        ("heldout", run.data.heldout, parts.heldout),
+    ):
+        if rows:
+            files = {Path(path).name: prompt_files.digest(rows)}
+            found[name] = {"path": path, "files": files}
+    return found
