@@ -78,7 +78,8 @@ def distill_step(
 
     Returns:
       The new state, and measurements as (total, weight) pairs: see :func:`measure` and
-      :func:`membership`, with ``loss``, ``grad_norm`` and ``nonfinite`` (index in
+      :func:`membership`, with ``loss``, ``grad_norm``, where parameters have 16 bits
+      ``rounded_share`` (of the entries, updates lost to rounding), and ``nonfinite`` (index in
       :func:`leaf_names` of the first tensor whose gradient is not finite; -1: all are; -2: only the
       loss is not).
     """
@@ -175,9 +176,12 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
         "grad_norm": Mean.of(optax.tree.norm(grads)),
         "nonfinite": Mean.of(_first_nonfinite(loss, grads)),
     }
+    params = optax.apply_updates(state.params, updates)
+    if any(p.dtype.itemsize < 4 for p in jax.tree.leaves(state.params)):
+        metrics["rounded_share"] = _rounded(state.params, updates, params)
     state = state.replace(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         opt=opt,
         rock=new_rock,
     )
@@ -240,6 +244,15 @@ def leaf_names(params: Params) -> list[str]:
     """Names of the parameter tensors in the order that ``nonfinite`` counts them."""
     paths = jax.tree_util.tree_leaves_with_path(params)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+
+
+def _rounded(old, updates, new) -> Mean:
+    """Share of the entries that an update was to move and that are where they were."""
+    total = weight = jnp.zeros((), jnp.float32)
+    for x, u, y in zip(*(jax.tree.leaves(tree) for tree in (old, updates, new)), strict=True):
+        total += jnp.sum((u != 0) & (x == y), dtype=jnp.float32)
+        weight += jnp.sum(u != 0, dtype=jnp.float32)
+    return Mean(total, weight)
 
 
 def _first_nonfinite(loss, grads):

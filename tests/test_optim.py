@@ -1,5 +1,6 @@
 """The schedule at its corners, one update of each rule by hand, and errors that name the flag."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -123,6 +124,7 @@ def test_sign_sgd_without_momentum_forgets():
         dict(b2=-0.5),
         dict(eps=0.0),
         dict(weight_decay=-0.1),
+        dict(decay="norms"),
         dict(clip=-1.0),
     ],
     ids=str,
@@ -132,3 +134,54 @@ def test_a_bad_setting_names_its_flag(bad):
     with pytest.raises(ValueError, match=f"--config.optim.{name}$") as error:
         OptimSpec(**bad)
     assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("name", optim.NAMES)
+def test_norms_and_biases_do_not_decay_unless_asked(name):
+    names = ("embed", "q", "attn_norm", "q_norm", "final_norm", "q_bias", "head")
+    params = {"layers": {n: jnp.ones(2) for n in names}, "final_norm": jnp.ones(2)}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    for decay, untouched in (("matrices", {"attn_norm", "q_norm", "q_bias"}), ("all", set())):
+        spec = OptimSpec(name, **PLAIN, b1=0.9, weight_decay=0.1, decay=decay)
+        tx = optim.make(spec)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        still = {n for n, u in updates["layers"].items() if not np.any(u)}
+        assert still - {"final_norm"} == untouched
+        assert bool(np.any(updates["final_norm"])) == (decay == "all")
+
+
+def test_moments_are_kept_in_f32_whatever_the_parameters():
+    """With b2 = 0.999 a second moment in bfloat16 would never pass 1/2 of its value."""
+    spec = OptimSpec("adamw", **PLAIN, b1=0.9, b2=0.999)
+    tx, half = optim.make(spec), {"w": jnp.ones(8, jnp.bfloat16)}
+    state, grads = tx.init(half), {"w": jnp.full(8, 0.5, jnp.bfloat16)}
+    for _ in range(3000):
+        updates, state = tx.update(grads, state, half)
+    (adam,) = [s for s in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(s)]
+    assert adam.mu["w"].dtype == adam.nu["w"].dtype == updates["w"].dtype == jnp.float32
+    np.testing.assert_allclose(adam.nu["w"], 0.25 * (1 - 0.999**3000), rtol=1e-4)
+
+
+def is_adam(node) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+def test_the_share_that_a_step_leaves_unmoved():
+    w = jnp.array([0.02, -0.02, 1.0, 0.0], jnp.bfloat16)
+    for step, share in ((1e-6, 0.75), (1e-4, 0.25), (1e-2, 0.0)):
+        assert optim.unmoved_share({"w": w}, step) == share
+    assert optim.unmoved_share({"w": w.astype(jnp.float32)}, 1e-6) == 0
+
+
+def test_a_restarted_schedule_keeps_the_moments():
+    tx = optim.make(OptimSpec("adamw", lr=0.1, steps=10))
+    params = {"w": jnp.ones(3)}
+    state = tx.init(params)
+    for _ in range(4):
+        _, state = tx.update({"w": jnp.ones(3)}, state, params)
+    again = optim.restarted(state)
+    counts = [int(x) for x in jax.tree.leaves(again) if x.ndim == 0]
+    assert sorted(counts) == [0, 4]
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True):
+        if a.ndim:
+            np.testing.assert_array_equal(a, b)

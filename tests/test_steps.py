@@ -402,3 +402,16 @@ def test_a_broken_loss_is_told_from_broken_gradients(poisoned):
     tree = jax.tree.map(np.copy, STUDENT_0)
     tree["layers"]["gate"][0, 0, 0] = np.nan  # all gradients break with it
     assert poisoned(tree) == 0
+
+
+def test_updates_lost_to_rounding_are_counted():
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), STUDENT_0)
+    shares = {}
+    for lr in (1e-7, 0.5):
+        tx = optim.make(optim.OptimSpec("signsgd", lr=lr, min_lr=lr, warmup=0.0, clip=0.0))
+        state = steps.init(jax.tree.map(jnp.copy, half), jax.random.key(KEY), cfg=CFG, tx=tx)
+        assert "rounded_share" not in run(fresh(), TEACHER_0, BATCH, CFG, num_steps=1)[1][0]
+        state, measured = steps.distill_step(state, TEACHER_0, BATCH, cfg=CFG, tx=tx)
+        shares[lr] = measured["rounded_share"].value()
+    assert shares[1e-7] > 0.99
+    assert shares[0.5] < 0.01

@@ -172,6 +172,26 @@ def stop_set(
     )
 
 
+def num_ids(tokenizer: PreTrainedTokenizerFast, rows: int, who: str) -> int:
+    """Ids from 0 to the highest that the tokenizer has; rows past them are padding.
+
+    Args:
+      tokenizer: of a model.
+      rows: of the model's embedding and head.
+      who: the model, for the message.
+
+    Raises:
+      ValueError: the model has fewer rows than that.
+    """
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if rows < size:
+        raise ValueError(
+            f"the {who} has {rows} output rows and its tokenizer {size} ids: expected at least "
+            "one row per id; use the tokenizer that belongs to the model, or resize the model"
+        )
+    return size
+
+
 def compare(
     student: PreTrainedTokenizerFast,
     teacher: PreTrainedTokenizerFast,
@@ -192,12 +212,7 @@ def compare(
         ("teacher", teacher, teacher_rows),
     ):
         by_id = {index: token for token, index in tokenizer.get_vocab().items()}
-        size = max(by_id, default=-1) + 1
-        if rows < size:
-            raise ValueError(
-                f"the {who} has {rows} output rows and its tokenizer {size} ids: expected at least "
-                "one row per id; use the tokenizer that belongs to the model, or resize the model"
-            )
+        size = num_ids(tokenizer, rows, who)
         names.append([by_id.get(i) for i in range(size)])
     ours, theirs = names
     if ours == theirs:

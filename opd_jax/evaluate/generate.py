@@ -76,9 +76,10 @@ def generate(
     rows, counts = prompt_files.examples(spec, tokenizer)
     rows = rows[:limit] if limit else rows
     mesh = meshlib.make()
-    cfg, params = hf.load(folder, dtype=dtype, mesh=mesh)
+    num_ids = tokenizers.num_ids(tokenizer, cfg.vocab_size, "model")
+    cfg, params = hf.load(folder, dtype=dtype, mesh=mesh, num_ids=num_ids)
     sampler = Sampler(
-        vocab_size=min(len(tokenizer), cfg.vocab_size),
+        vocab_size=num_ids,
         temperature=temperature,
         stop_ids=stop_ids,
         pad_id=tokenizers.pad_id(tokenizer),

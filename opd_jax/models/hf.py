@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,9 +24,9 @@ from safetensors.numpy import save_file
 
 from opd_jax import mesh as meshlib
 from opd_jax import processes
-from opd_jax.models import params, transformer
+from opd_jax.files import new_folder
+from opd_jax.models import hf_folder, params, transformer
 from opd_jax.models.hf_config import (
-    config_json,
     generation_eos,
     model_folder,
     read_config,
@@ -194,10 +192,17 @@ def _some(names: Sequence[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more if names else "none"
 
 
-def _reader(weights: _Weights, row: Row, spec: ParamSpec, dtype) -> Callable[[Any], np.ndarray]:
-    """A function from an index into our leaf to its values, reading no more than that from disk."""
+def _reader(
+    weights: _Weights, row: Row, spec: ParamSpec, dtype, num_ids: int | None
+) -> Callable[[Any], np.ndarray]:
+    """A function from an index into our leaf to its values, reading no more than that from disk.
+
+    Values that are not finite raise, but for rows of a vocabulary table from ``num_ids`` on, which
+    no id looks up: they become 0, since a masked logit of NaN would still reach the gradient.
+    """
     order = [axis for group in row.groups for axis in group]
     names = row.names(spec.shape[0])
+    is_table = num_ids is not None and row.leaf in (("embed",), ("head",))
     seen: dict[tuple, np.ndarray] = {}  # replicas on other local devices ask for the same block
 
     def read(index) -> np.ndarray:
@@ -215,11 +220,40 @@ def _reader(weights: _Weights, row: Row, spec: ParamSpec, dtype) -> Callable[[An
         block = np.empty((len(layers), *sizes), dtype)
         for i, name in enumerate(layers):
             part = weights.slice(name)[tuple(cut)].reshape([sizes[axis] for axis in order])
-            block[i] = part.transpose(np.argsort(order))
+            with np.errstate(over="ignore"):  # told below, by name
+                block[i] = part.transpose(np.argsort(order))
+            unused = block[i, max(num_ids - spans[0][0], 0) :] if is_table else block[i, :0]
+            if not _is_finite(unused):
+                unused[~np.isfinite(unused)] = 0
+            if not _is_finite(block[i]):
+                raise ValueError(_not_finite(weights.folder, name, part, dtype))
         seen[spans] = block if row.is_stacked else block[0]
         return seen[spans]
 
     return read
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    if values.dtype == jnp.bfloat16:  # numpy's own test takes ten times as long for it
+        return not np.any((values.view(np.uint16) & 0x7F80) == 0x7F80)
+    return bool(np.isfinite(values).all())
+
+
+def _not_finite(folder: Path, name: str, values: np.ndarray, dtype) -> str:
+    values = np.asarray(values, np.float32)
+    bad = ~np.isfinite(values)
+    if not bad.any():
+        return (
+            f"{folder}: tensor {name} holds {np.abs(values).max():.3g}: expected numbers that "
+            f"{jnp.dtype(dtype).name} can hold; choose float32 or bfloat16 for the model's dtype "
+            "and param_dtype"
+        )
+    where = tuple(int(i) for i in np.argwhere(bad)[0])
+    return (
+        f"{folder}: tensor {name} holds {int(bad.sum())} of {bad.size} values that are not finite, "
+        f"first {values[where]} at {list(where)}: expected finite weights; the file is damaged, or "
+        "the model diverged before it was saved; fetch it again, or take an earlier one"
+    )
 
 
 def _drop_equal_head(weights: _Weights, source: Path) -> None:
@@ -230,7 +264,7 @@ def _drop_equal_head(weights: _Weights, source: Path) -> None:
     same, num_rows = head.get_shape() == embed.get_shape(), head.get_shape()[0]
     for start in range(0, num_rows if same else 0, 16_384):
         rows = slice(start, min(start + 16_384, num_rows))
-        same = same and np.array_equal(head[rows, :], embed[rows, :])
+        same = same and np.array_equal(head[rows, :], embed[rows, :], equal_nan=True)
     if not same:
         raise ValueError(
             f"{source}: config.json ties the head to the embedding, but lm_head.weight "
@@ -241,18 +275,22 @@ def _drop_equal_head(weights: _Weights, source: Path) -> None:
     del weights.handles[_HEAD.name]
 
 
-def load(path, *, dtype=jnp.float32, mesh: Mesh | None = None) -> tuple[ModelConfig, Params]:
+def load(
+    path, *, dtype=jnp.float32, mesh: Mesh | None = None, num_ids: int | None = None
+) -> tuple[ModelConfig, Params]:
     """Read a Hugging Face folder into (config, parameters), both in ``dtype``.
 
     Args:
       path: the folder.
       dtype: of the parameters, and the compute dtype of the config.
       mesh: where given, each device reads its own part of each tensor.
+      num_ids: ids that the tokenizer has: rows of the vocabulary from there on are unused, and may
+        hold anything.
 
     Raises:
       FileNotFoundError: no folder, no config.json, no weights, or a listed shard is missing.
       ValueError: a damaged file; an unsupported model; an unknown, missing, duplicate or mis-shaped
-        tensor; a mesh that does not divide a dimension.
+        tensor; one whose values are not finite; a mesh that does not divide a dimension.
     """
     path = model_folder(path)
     cfg = read_config(path, dtype=dtype)
@@ -268,7 +306,7 @@ def load(path, *, dtype=jnp.float32, mesh: Mesh | None = None) -> tuple[ModelCon
             {name: row.shape(spec) for row, spec in rows for name in row.names(cfg.num_layers)}
         )
         for row, spec in rows:
-            read = _reader(weights, row, spec, jnp.dtype(dtype))
+            read = _reader(weights, row, spec, jnp.dtype(dtype), num_ids)
             if placed is None:
                 leaf = jax.device_put(read((slice(None),) * len(spec.shape)))
             else:
@@ -321,68 +359,73 @@ def save(
     cfg: ModelConfig,
     tree: Params,
     *,
+    source=None,
     tokenizer=None,
     dtype=None,
     eos_ids: Sequence[int] = (),
+    card: str | None = None,
     max_shard_bytes: int = 4 * 2**30,
 ) -> None:
     """Write a Hugging Face folder that transformers (and :func:`load`) read.
 
     The folder appears whole or not at all. In a multi-process run every process must call this; the
-    first one writes.
+    first one writes. Parameters may lie on any devices: tensors are fetched one at a time.
 
     Args:
       path: a folder that does not exist yet, or is empty.
       cfg: the model.
       tree: its parameters, stacked by layer.
-      tokenizer: a transformers tokenizer to put beside the weights; gives the special ids.
+      source: Hugging Face folder that the model was made from. Its tokenizer files are taken over
+        as they are, and so are the fields of its configs that say nothing of the weights.
+      tokenizer: without ``source``, a transformers tokenizer to put beside the weights; gives the
+        special ids.
       dtype: of the written weights; None keeps that of the parameters.
-      eos_ids: ids that end generation, where they are more than the tokenizer's one.
+      eos_ids: ids that end generation, where they are others than the source's or the tokenizer's.
+      card: text of ``README.md``.
       max_shard_bytes: a larger model is split into several files.
 
     Raises:
-      FileExistsError: the folder holds something.
+      FileExistsError: the folder holds something, or is being written by another process.
+      FileNotFoundError: a file of ``source`` is not there.
+      ProcessesError: on the other processes, where the first one cannot write.
       OSError: it cannot be written; nothing is left behind.
     """
     path = Path(path).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(
-            f"{path} exists and is not an empty folder: expected a new one; choose another path or "
-            "remove it"
-        )
     dtype = jnp.dtype(tree["embed"].dtype if dtype is None else dtype)
-    writes = jax.process_index() == 0
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
-    try:
-        if writes:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            _save_config(partial, cfg, dtype, tokenizer, eos_ids)
-        _save_weights(partial, cfg, tree, dtype, max_shard_bytes, writes)
-        if writes:
-            os.replace(partial, path)
-    except BaseException:
-        if writes:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+    folder: Path | None = None  # of the process that writes
+
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> None:
+            nonlocal folder
+            folder = stack.enter_context(new_folder(path))
+            hf_folder.write(folder, cfg, dtype, source, tokenizer, eos_ids)
+            if card is not None:
+                (folder / "README.md").write_text(card, encoding="utf-8")
+
+        processes.on_first(begin)
+        _save_weights(folder, cfg, tree, dtype, max_shard_bytes)
     processes.meet(f"saved {path}")  # nobody goes on to read a folder that is not there yet
 
 
-def _save_weights(folder: Path, cfg, tree, dtype, limit: int, writes: bool) -> None:
+def _save_weights(folder: Path | None, cfg, tree, dtype, limit: int) -> None:
+    """Write the weights; without a folder only take part in fetching them."""
     shards = list(_shards(_tensors(cfg), dtype.itemsize, limit))
     weight_map, total = {}, 0
     for i, shard in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        values = {
-            name: _to_hf(_at(tree, row.leaf), row, layer, shape, dtype)
-            for name, row, layer, shape in shard
-        }
-        total += sum(value.nbytes for value in values.values())
-        weight_map |= dict.fromkeys(values, file)
-        if writes:
+        values = {}
+        for name, row, layer, shape in shard:
+            value = _to_hf(_at(tree, row.leaf), row, layer, shape, dtype)
+            if folder is not None:
+                values[name] = value
+            total += value.nbytes
+            weight_map[name] = file
+        if folder is not None:
             _write_shard(folder / file, values)
-    if writes and len(shards) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if folder is not None and len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        hf_folder.write_json(folder / INDEX, index)
 
 
 def _write_shard(file: Path, values: dict[str, np.ndarray]) -> None:
@@ -396,20 +439,3 @@ def _write_shard(file: Path, values: dict[str, np.ndarray]) -> None:
         ) from error
     # The library makes files that only their owner can read; give them the folder's usual mode.
     shutil.copymode(file.parent / "config.json", file)
-
-
-def _save_config(folder: Path, cfg, dtype, tokenizer, eos_ids: Sequence[int]) -> None:
-    ids: dict[str, Any] = {}
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        ids = {name: getattr(tokenizer, name, None) for name in names}
-        ids = {name: value for name, value in ids.items() if value is not None}
-    if eos_ids:
-        ids["eos_token_id"] = list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]
-    _write_json(folder / "config.json", {**config_json(cfg, dtype), **ids})
-    _write_json(folder / "generation_config.json", ids)
-
-
-def _write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -197,9 +197,9 @@ def _attention(layer: Params, x_RD, rotation, attend: _Attend, cfg: ModelConfig)
     k_BTKH = _unflat(linear.times(x_RD, layer["k"]), tokens)
     v_BTKH = _unflat(linear.times(x_RD, layer["v"]), tokens)
     if cfg.qkv_bias:
-        q_BTKGH += layer["q_bias"][None, None]
-        k_BTKH += layer["k_bias"][None, None]
-        v_BTKH += layer["v_bias"][None, None]
+        q_BTKGH = _biased(q_BTKGH, layer["q_bias"])
+        k_BTKH = _biased(k_BTKH, layer["k_bias"])
+        v_BTKH = _biased(v_BTKH, layer["v_bias"])
     if cfg.qk_norm:
         q_BTKGH = rms_norm(q_BTKGH, layer["q_norm"], cfg.norm_eps)
         k_BTKH = rms_norm(k_BTKH, layer["k_norm"], cfg.norm_eps)
@@ -208,6 +208,11 @@ def _attention(layer: Params, x_RD, rotation, attend: _Attend, cfg: ModelConfig)
     mixed_BTKGH, kept = attend(q_BTKGH, k_BTKH, v_BTKH)
     mixed_RKGH = _flat(mixed_BTKGH, "model", None, None)
     return linear.times(mixed_RKGH, layer["o"], mesh.out(mesh.BATCH, None)), kept
+
+
+def _biased(x_BT: jax.Array, bias: jax.Array) -> jax.Array:
+    """Add a bias to every token, in f32, so that its gradient sums over them in f32 as well."""
+    return (x_BT.astype(jnp.float32) + bias.astype(jnp.float32)[None, None]).astype(x_BT.dtype)
 
 
 def _ffn(layer: Params, x_RD):
@@ -265,8 +270,11 @@ def _look_up(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, jax.Arr
 
 def _look_up_backward(ids_BT, cotangents):
     drows_BTD, dtable_VD = cotangents
+    # A frequent id adds up thousands of rows: in bfloat16 the sum would soon stand still.
+    sums_VD = dtable_VD.astype(jnp.float32)
     placed = mesh.out("model", "fsdp")
-    return dtable_VD.at[ids_BT].add(drows_BTD, out_sharding=placed), None
+    sums_VD = sums_VD.at[ids_BT].add(drows_BTD.astype(jnp.float32), out_sharding=placed)
+    return sums_VD.astype(dtable_VD.dtype), None
 
 
 _look_up.defvjp(lambda table_VD, ids_BT: (_look_up(table_VD, ids_BT), ids_BT), _look_up_backward)
@@ -276,7 +284,7 @@ def _embedded(params: Params, ids_BT: jax.Array, cfg: ModelConfig) -> tuple[jax.
     """Token embeddings in the compute dtype, and the table for its other uses.
 
     **Sharding**: rows are looked up where the table lies (width over ``fsdp``) and then exchanged,
-    so the table is never gathered; its gradient is summed in the dtype of the table.
+    so the table is never gathered; its gradient is summed in f32.
     """
     x_BTD, table_VD = _look_up(params["embed"], mesh.constrain(ids_BT, "data", None))
     return mesh.constrain(x_BTD.astype(cfg.compute_dtype), mesh.BATCH, None, None), table_VD

@@ -79,8 +79,20 @@ def sample(
 
 
 def texts(answers: Rollout, real: int, tokenizer: Any) -> list[str]:
-    """Decode what was sampled, special tokens left out; runs on every process."""
+    """Decode what was sampled, special tokens left out; runs on every process.
+
+    Raises:
+      ValueError: the model's logits were not finite, so that the ids mean nothing.
+    """
     host = meshlib.to_host(answers)
+    bad = np.argwhere(np.isnan(host.logp_BT) & host.mask_BT)
+    if len(bad):
+        row, column = (int(i) for i in bad[0])
+        first = int(np.argmax(host.mask_BT[row]))
+        raise ValueError(
+            f"the model's logits at token {column - first} of answer {row} of a batch are not "
+            "finite: expected finite ones; check its weights, or compute in float32"
+        )
     return [
         str(tokenizer.decode(ids[mask], skip_special_tokens=True))
         for ids, mask in zip(host.ids_BT[:real], host.mask_BT[:real], strict=True)

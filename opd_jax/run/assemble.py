@@ -39,6 +39,8 @@ from opd_jax.store.pair import Reference
 
 # Prompts rendered by both tokenizers before step 1; a template that differs shows in the first few.
 _RENDERED = 64
+# Share of 16-bit weights that the largest step may leave where they are.
+_MOST_UNMOVED = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +165,7 @@ def teacher_params(parts: Assembly) -> Params:
     spec, cfg = parts.run.teacher, parts.cfg.teacher
     assert cfg is not None
     dtype = spec.stored_dtype(cfg.dtype)
-    _, tree = hf.load(path_of(spec.path), dtype=jnp.dtype(dtype), mesh=parts.mesh)
+    tree = _load(parts, "teacher", path_of(spec.path), jnp.dtype(dtype))
     with jax.set_mesh(parts.mesh):
         return transformer.with_vocab_rows(tree, cfg.vocab_size)
 
@@ -182,15 +184,51 @@ def state(parts: Assembly) -> TrainState:
     kept: dict[str, Any] = {}
     if origin is None or origin.run is None:
         folder = path_of(parts.run.student.path) if origin is None else origin.folder
-        _, tree = hf.load(folder, dtype=dtype, mesh=parts.mesh)
+        tree = _load(parts, "student", folder, dtype)
     else:
         kept = _taken_over(parts, origin, template)
         tree = jax.tree.map(lambda x: x.astype(dtype), kept.pop("params"))
+    _check_precision(parts, tree)
     placed = jax.tree.map(lambda leaf: leaf.sharding, template)
     init = jax.jit(_init(parts), donate_argnums=0, out_shardings=placed)
     with jax.set_mesh(parts.mesh):
         fresh = init(tree, jax.random.key(parts.run.seed))
         return fresh.replace(**kept)
+
+
+def _check_precision(parts: Assembly, tree: Params) -> None:
+    """Refuse parameters in which the steps of this run would be rounded away.
+
+    Raises:
+      ConfigError: they would be.
+    """
+    spec = parts.run.optim
+    stored = jax.tree.leaves(tree)[0].dtype
+    if stored.itemsize >= 4 or parts.run.train.steps == 0:
+        return
+    key, change = "student.param_dtype", "set --config.student.param_dtype=float32"
+    why = "computing in 16 bits (student.dtype) needs no parameters in 16 bits"
+    if spec.name == "sgd":
+        raise ConfigError(
+            f"{key} is {stored.name} and optim.name sgd: expected float32 parameters, since most "
+            f"of SGD's steps are smaller than 16 bits resolve ({why}); {change}"
+        )
+    with jax.set_mesh(parts.mesh):
+        share = optim.unmoved_share(tree, spec.lr)
+    if share > _MOST_UNMOVED:
+        raise ConfigError(
+            f"{key} is {stored.name} and optim.lr {spec.lr:g}: a step of that size rounds back to "
+            f"nothing in {share:.1%} of the weights; expected float32 parameters, or a rate that "
+            f"16 bits resolve ({why}); {change}"
+        )
+
+
+def _load(parts: Assembly, who: str, folder: str, dtype: jnp.dtype) -> Params:
+    try:
+        num_ids = parts.policy.vocab_size
+        return hf.load(folder, dtype=dtype, mesh=parts.mesh, num_ids=num_ids)[1]
+    except ValueError as error:
+        raise ValueError(f"the {who} cannot be used: {error}") from error
 
 
 def origin_of(run: RunConfig) -> Reference | None:

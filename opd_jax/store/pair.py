@@ -184,8 +184,8 @@ def open_pair(
     )
     if message:
         say(f"warning: {message}")
-    student_params = _params(ours, ours_cfg, mesh)
-    teacher_params = _params(theirs, theirs_cfg, mesh)
+    student_params = _params(ours, ours_cfg, mesh, vocab_size)
+    teacher_params = _params(theirs, theirs_cfg, mesh, vocab_size)
     with jax.set_mesh(mesh):
         teacher_params = transformer.with_vocab_rows(
             jax.tree.map(lambda x: x.astype(theirs_cfg.dtype), teacher_params), ours_cfg.vocab_size
@@ -231,7 +231,7 @@ def load(ref: str, pair: Pair) -> Params:
         )
     other = tokenizers.load(found.folder)
     tokenizers.compare(pair.tokenizer, other, expected.vocab_size, cfg.vocab_size)
-    return _params(found, cfg, pair.mesh)
+    return _params(found, cfg, pair.mesh, pair.vocab_size)
 
 
 def _config(ref: Reference, dtype: str | None) -> ModelConfig:
@@ -240,10 +240,10 @@ def _config(ref: Reference, dtype: str | None) -> ModelConfig:
     return hf_config.read_config(ref.folder, dtype=jnp.dtype(dtype))
 
 
-def _params(ref: Reference, cfg: ModelConfig, mesh: Mesh) -> Params:
+def _params(ref: Reference, cfg: ModelConfig, mesh: Mesh, num_ids: int) -> Params:
     stored = jnp.dtype(ref.param_dtype or cfg.dtype)
     if ref.run is None:
-        return hf.load(ref.folder, dtype=stored, mesh=mesh)[1]
+        return hf.load(ref.folder, dtype=stored, mesh=mesh, num_ids=num_ids)[1]
     template = {"params": params.abstract(transformer.specs(cfg), stored, mesh)}
     with checkpoint.open(ref.run) as saves:
         return saves.restore(template, ref.step, partial=True)[0]["params"]

@@ -67,6 +67,11 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
+    except OSError as error:  # a file in its place, no right to read
+        raise WorkdirError(
+            f"{workdir} cannot be the workdir ({error}): expected a folder that can be read and "
+            "written; make it one or give another --workdir"
+        ) from error
     except ValueError as error:
         raise WorkdirError(
             f"{path} is damaged ({error}); expected the JSON record of a run; put back a copy, or "

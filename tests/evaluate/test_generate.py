@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import tiny_run
+from safetensors.numpy import load_file, save_file
 
 from opd_jax import cli
+from opd_jax.data import tokenizer as tokenizers
 
 tiny, one_device = tiny_run.tiny, tiny_run.one_device
 
@@ -109,3 +112,62 @@ def test_lines_are_json_with_text_as_it_is(tiny, tmp_path, monkeypatch):
     prompts.write_text(json.dumps({"prompt": "né?"}) + "\n")
     assert generate(tiny, tmp_path / "out", prompts=prompts) == 0
     assert "né?" in (tmp_path / "out").read_text()
+
+
+def damage(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_model_that_training_would_refuse_is_refused(tiny, tmp_path, capsys):
+    copy = tiny_run.copy_folder(tiny, tmp_path / "copy")
+    damage(copy / "student", lambda t: t["model.norm.weight"].__setitem__(2, np.nan))
+    assert generate(tiny, tmp_path / "a", model=copy / "student") == 1
+    assert "tensor model.norm.weight holds 1 of" in capsys.readouterr().err
+    config = copy / "teacher" / "config.json"
+    raw = json.loads(config.read_text()) | {"vocab_size": 600}
+    config.write_text(json.dumps(raw))
+    damage(
+        copy / "teacher",
+        lambda t: t.update({k: v[:600].copy() for k, v in t.items() if "embed" in k}),
+    )
+    assert generate(tiny, tmp_path / "b", model=copy / "teacher") == 1
+    assert "has 600 output rows and its tokenizer 631 ids" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("one_device")
+def test_ids_are_counted_to_the_highest_one(tiny, tmp_path):
+    """A vocabulary with holes: its size is not the number of its entries."""
+    copy = tiny_run.copy_folder(tiny, tmp_path / "copy")
+    path = copy / "student" / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    vocab = raw["model"]["vocab"]
+    unused = [
+        t for t, i in vocab.items() if 20 < i < 600 and not any(c in t for c in "0123456789 +=?")
+    ]
+    merged = {
+        part
+        for m in raw["model"]["merges"]
+        for part in (m if isinstance(m, list) else m.split(" "))
+    }
+    merged |= {"".join(m if isinstance(m, list) else m.split(" ")) for m in raw["model"]["merges"]}
+    holes = [t for t in unused if t not in merged][:20]
+    assert len(holes) > 5
+    for token in holes:
+        del vocab[token]
+    path.write_text(json.dumps(raw))
+    tokenizer = tokenizers.load(copy / "student")
+    assert tokenizers.num_ids(tokenizer, 640, "student") == 631 > len(tokenizer)
+    assert generate(tiny, tmp_path / "a", model=copy / "student", temperature=1.0, samples=8) == 0
+
+
+@pytest.mark.usefixtures("one_device")
+def test_logits_that_are_not_finite_are_told(tiny, tmp_path, capsys):
+    copy = tiny_run.copy_folder(tiny, tmp_path / "copy")
+    damage(copy / "student", lambda t: t["model.norm.weight"].__setitem__(slice(None), 3e38))
+    assert generate(tiny, tmp_path / "a", model=copy / "student") == 1
+    assert "are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()

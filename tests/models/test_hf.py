@@ -2,6 +2,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -365,6 +366,49 @@ def test_old_rotary_buffers_are_no_weights(folder):
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
     edit_tensors(folder, lambda tensors: tensors.update(buffer))
     jax.tree.map(np.testing.assert_array_equal, hf.load(folder)[1], before)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_weights_that_are_not_finite_are_named(folder, name, value, dtype):
+    edit_tensors(
+        folder,
+        lambda tensors: tensors[name].__setitem__((3, *[0] * (tensors[name].ndim - 1)), value),
+    )
+    with pytest.raises(
+        ValueError, match=rf"model: tensor {re.escape(name)} holds 1 of .*\[3"
+    ) as error:
+        hf.load(folder, dtype=dtype)
+    assert "expected finite weights" in str(error.value)
+
+
+def test_weights_beyond_a_dtype_are_named(folder):
+    edit_tensors(folder, lambda tensors: tensors["model.norm.weight"].__setitem__(0, 1e6))
+    hf.load(folder, dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"tensor model\.norm\.weight holds 1e\+06.*float16"):
+        hf.load(folder, dtype=jnp.float16)
+
+
+@pytest.mark.parametrize("axes", [None, {"fsdp": 4, "model": 2}])
+def test_rows_of_unused_ids_may_hold_anything(folder, axes):
+    """They are never looked up and masked; a NaN would still reach the gradient of the states."""
+    grid = axes and mesh.make(**axes, devices=jax.devices())
+    _, before = hf.load(folder, mesh=grid)
+    edit_tensors(
+        folder,
+        lambda tensors: tensors["model.embed_tokens.weight"].__setitem__(slice(40, 44), np.nan),
+    )
+    with pytest.raises(ValueError, match="not finite"):
+        hf.load(folder, mesh=grid)
+    with pytest.raises(ValueError, match="not finite"):
+        hf.load(folder, mesh=grid, num_ids=41)
+    _, tree = hf.load(folder, mesh=grid, num_ids=40)
+    expected = np.asarray(before["embed"]).copy()
+    expected[40:44] = 0
+    np.testing.assert_array_equal(tree["embed"], expected)
 
 
 @pytest.mark.parametrize("value", [np.zeros((5, 16), np.float32), np.zeros((48, 16), np.int8)])

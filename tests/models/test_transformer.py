@@ -258,3 +258,53 @@ def test_config_is_hashable_and_refuses_what_it_does_not_know():
         dataclasses.replace(CFG, remat="some")
     with pytest.raises(ValueError, match="4 query heads do not divide over 3"):
         dataclasses.replace(CFG, num_kv_heads=3)
+
+
+def long_batch():
+    """16,384 tokens, most of them of a few ids, and a cotangent that leans one way."""
+    rng = np.random.default_rng(3)
+    ids = rng.choice(24, p=np.r_[0.6, np.full(23, 0.4 / 23)], size=(32, 512)).astype(np.int32)
+    return ids, (1.0 + rng.normal(size=(32, 512, 16))).astype(np.float32)
+
+
+def long_gradient(tree, cfg, axes=None):
+    """Gradient of a weighted sum of hidden states; each leaf in f32."""
+    ids_BT, weight_BTD = long_batch()
+    valid_BT = np.ones(ids_BT.shape, bool)
+
+    @jax.jit
+    def run(tree):
+        def loss(tree):
+            h_BTD, head_VD = transformer.hidden_and_head(
+                tree, ids_BT, transformer.positions(valid_BT), valid_BT, cfg=cfg
+            )
+            return jnp.sum(h_BTD.astype(jnp.float32) * weight_BTD) + jnp.sum(head_VD * 0.0)
+
+        return jax.grad(loss)(tree)
+
+    if axes is None:
+        found = run(tree)
+    else:
+        with jax.set_mesh(mesh.make(**axes)):
+            found = run(spread(tree, cfg))
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), found)
+
+
+@pytest.mark.parametrize("axes", [None, GRID], ids=["one device", "2x2x2"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_sums_over_tokens_are_taken_in_f32_whatever_the_dtype(tied, axes):
+    """In bfloat16 a sum of 16,384 terms stands still long before its end."""
+    cfg = dataclasses.replace(CFG, dtype="bfloat16", tied=tied)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), wide(cfg))
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    expected = long_gradient(exact, dataclasses.replace(cfg, dtype="float32"))
+    found = long_gradient(half, cfg, axes)
+    for path, want in jax.tree_util.tree_leaves_with_path(expected):
+        name = jax.tree_util.keystr(path)
+        got = found
+        for key in path:
+            got = got[key.key]
+        rows = zip(got, want, strict=True) if "embed" in name else [(got, want)]
+        for row, (a, b) in enumerate(rows):
+            if scale := np.linalg.norm(b):
+                assert np.linalg.norm(a - b) / scale < 0.06, (name, row)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from opd_jax.models import hf
 from opd_jax.run import assemble
@@ -58,6 +58,38 @@ def test_dtypes_are_those_of_the_config(tiny):
     assert assemble.state(parts).params["embed"].dtype == "bfloat16"
     assert assemble.teacher_params(parts)["embed"].dtype == "bfloat16"
     assert make(tiny, student__dtype="bfloat16").cfg.student.dtype == "bfloat16"
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        ({"optim__lr": 1e-6}, ["optim.lr 1e-06", "of the weights", "param_dtype=float32"]),
+        ({"optim__name": "signsgd", "optim__lr": 1e-6}, ["of the weights"]),
+        ({"optim__name": "sgd", "optim__lr": 0.1}, ["sgd", "param_dtype=float32"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_steps_that_would_be_rounded_away_are_refused(tiny, keys, parts, dtype):
+    made = make(tiny, student__param_dtype=dtype, optim__min_lr=0.0, **keys)
+    with pytest.raises(ConfigError) as error:
+        assemble.state(made)
+    assert all(part in str(error.value) for part in [*parts, dtype])
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_model_with_a_nan_is_named(tiny, tmp_path, capsys):
+    folder = tiny_run.copy_folder(tiny, tmp_path / "copy")
+    path = folder / "teacher" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = np.nan
+    save_file(tensors, path)
+    assert tiny_run.train(folder, tmp_path / "run") == 1
+    message = capsys.readouterr().err
+    assert "the teacher cannot be used" in message
+    assert "tensor model.layers.1.mlp.down_proj.weight holds 1 of" in message
+    assert "optim.lr" not in message
 
 
 @pytest.mark.usefixtures("one_device")

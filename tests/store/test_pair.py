@@ -117,14 +117,18 @@ def test_another_architecture_is_no_student_of_the_pair(tiny, wide):
 
 def test_what_is_no_model_is_named(tiny, workdir, tmp_path):
     for ref, parts in (
-        (str(tmp_path), "no model.*RUN@STEP"),
+        (str(tmp_path), r"no model.*RUN\[@STEP\]"),
         (f"{tmp_path}@3", r"no run\.json.*workdir"),
         (f"{workdir}@3", r"no checkpoint of step '3'.*\[0, 2, 4\]"),
         (f"{workdir}@best", r"step 'best'.*or last"),
-        (str(workdir), "workdir of a run.*@last"),
     ):
         with pytest.raises(ModelError, match=parts):
             pairs.resolve(ref)
+
+
+def test_a_run_alone_is_its_newest_step(workdir):
+    assert pairs.resolve(str(workdir)) == pairs.resolve(f"{workdir}@last")
+    assert pairs.resolve(str(workdir)).step == 4
 
 
 def test_a_run_without_a_checkpoint_has_its_step_0(tiny, tmp_path, workdir):
