@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.resources
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -39,3 +41,75 @@ def replacing(path: Path, mode: str) -> Iterator[IO[Any]]:
         stream.flush()
         os.fsync(stream.fileno())
     part.replace(path)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder that takes the place of ``path``, which is absent or empty, once it is whole.
+
+    It grows in ``.NAME.partial`` beside it, under a lock that ends with its writer, however that
+    ends: what a killed writer left gives way to the next one.
+
+    Raises:
+      FileExistsError: ``path`` holds something, or another process is writing it.
+      OSError: it cannot be written; nothing is left behind.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(
+            f"{path} exists and is not an empty folder: expected a new one; choose another path or "
+            "remove it"
+        )
+    target = path.resolve()
+    partial = target.parent / f".{target.name}.partial"
+    folder = partial / "folder"
+    with _locked(partial, path) as is_held:
+        if is_held:
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.mkdir()
+        except FileExistsError:  # without locks nobody can tell whether its writer lives
+            raise FileExistsError(
+                f"{partial} is there, being written or left by a killed process, and its file "
+                "system has no locks to tell which: expected it gone; wait for the other process, "
+                "or remove it"
+            ) from None
+        try:
+            yield folder
+            folder.replace(target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                (partial / _LOCK).unlink()
+                partial.rmdir()  # the lock still held: to all others the folder was in use so far
+
+
+_LOCK = "lock"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, path: Path) -> Iterator[bool]:
+    """Make a folder and hold the lock in it; False where the file system has no locks."""
+    is_held = True
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # its writer ended in this moment and removed the folder
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise FileExistsError(
+                f"{path} is being written by another process, in {folder}: expected to be the only "
+                "one; wait for it to end, or choose another path"
+            ) from None
+        except OSError:
+            is_held = False
+        if os.fstat(lock).st_nlink:
+            break
+        os.close(lock)  # its holder has just removed it: what was locked is no longer there
+    try:
+        yield is_held
+    finally:
+        os.close(lock)

@@ -139,6 +139,23 @@ def hierarchical_bootstrap(
     return _interval(float(difference_SP.mean()), drawn)
 
 
+def wilson(share: float, num: int) -> tuple[float, float]:
+    """Wilson's interval at ``LEVEL`` of a share that was counted over ``num`` independent units.
+
+    Raises:
+      ValueError: no units, or something that is no share.
+    """
+    if num < 1 or not 0 <= share <= 1:
+        raise ValueError(
+            f"share {share} of {num} units: expected 0 to 1, of at least one; leave out what was "
+            "not measured"
+        )
+    z2 = float(stats.norm.ppf((1 + LEVEL) / 2)) ** 2
+    middle = (share + z2 / (2 * num)) / (1 + z2 / num)
+    half = np.sqrt(z2 * (share * (1 - share) / num + z2 / (4 * num**2))) / (1 + z2 / num)
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
 def benjamini_hochberg(p: ArrayLike, q: float) -> np.ndarray:
     """Which hypotheses are rejected at false discovery rate ``q``, bool."""
     return bh_adjusted(p) <= q

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from opd_jax.data import tokenizer as tokenizers
+from opd_jax import mesh as meshlib
 from opd_jax.files import path_of
-from opd_jax.models import hf, hf_config, params, transformer
+from opd_jax.models import hf, hf_config, transformer
+from opd_jax.models.params import ParamSpec, Specs
+from opd_jax.pytrees import Params
 from opd_jax.spec import ModelSpec
-from opd_jax.store import checkpoint
+from opd_jax.store import checkpoint, model_card
 from opd_jax.store import workdir as workdirs
 
 
 def export(workdir: str, out: str, *, step: int | None = None, dtype: str | None = None) -> int:
     """Write the student of ``workdir`` at ``step`` (the newest good one by default) to ``out``.
 
-    The folder holds weights, config, generation config with the stop ids of the run, and tokenizer;
-    ``transformers`` and :func:`hf.load` read it to the same logits. The parameters are gathered on
-    one device: for a model larger than an accelerator's memory set ``JAX_PLATFORMS=cpu``.
+    The folder holds weights, configs with the stop ids of the run, the tokenizer files of the
+    student that the run was started on, and a model card; ``transformers`` and :func:`hf.load` read
+    it to the same logits. In a run of several processes every one must call this; the first one
+    writes.
+
+    **Sharding**: every parameter is split over all devices and fetched layer by layer, so that no
+    device, and no process that does not write, holds the whole model.
 
     Args:
       workdir: folder of the run.
@@ -31,11 +41,12 @@ def export(workdir: str, out: str, *, step: int | None = None, dtype: str | None
       The step that was written.
 
     Raises:
-      WorkdirError, CheckpointError: there is no run, or no good checkpoint.
-      FileExistsError: ``out`` holds something.
+      WorkdirError, CheckpointError: there is no run, no good checkpoint, or another student where
+        the run's was.
+      FileExistsError: ``out`` holds something, or another process is writing it.
       ValueError: an unknown dtype.
     """
-    folder = Path(workdir)
+    folder, target = Path(path_of(workdir)), Path(path_of(out))
     record = workdirs.require_run(folder)
     try:
         written = None if dtype is None else jnp.dtype(dtype)
@@ -44,18 +55,37 @@ def export(workdir: str, out: str, *, step: int | None = None, dtype: str | None
             f"dtype {dtype!r}: expected float32, bfloat16 or float16; set --dtype"
         ) from error
     source = path_of(record["config"]["student.path"])
+    workdirs.check_model(folder, record, "student", source, weights=False)
     cfg = hf_config.read_config(source)
     spec = ModelSpec(param_dtype=record["config"]["student.param_dtype"])
     kept = jnp.dtype(spec.stored_dtype("float32"))
-    template = {"params": params.abstract(transformer.specs(cfg), kept)}
+    template = {"params": _spread(transformer.specs(cfg), kept)}
     with checkpoint.open(folder) as saves:
         tree, _, found = saves.restore(template, step, partial=True)
     hf.save(
-        out,
+        target,
         cfg,
         tree["params"],
-        tokenizer=tokenizers.load(source),
+        source=source,
         dtype=written,
         eos_ids=record["stop_ids"],
+        card=model_card.text(folder, record, found, target.absolute().name),
     )
     return found
+
+
+def _spread(specs: Specs, dtype) -> Params:
+    """Abstract parameters, each split over as many devices as one of its dimensions divides over.
+
+    Not the first one, of layers or of the vocabulary: layers are fetched one by one.
+    """
+    num = meshlib.make().size
+
+    def place(spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        parts = [math.gcd(size, num) for size in spec.shape]
+        best = max(range(1, len(parts)), key=parts.__getitem__, default=0)
+        grid = meshlib.make(data=num // parts[best], fsdp=parts[best])
+        axes = [None] * best + ["fsdp"]
+        return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=NamedSharding(grid, P(*axes)))
+
+    return jax.tree.map(place, specs)
