@@ -54,11 +54,7 @@ def new_folder(path: Path) -> Iterator[Path]:
       FileExistsError: ``path`` holds something, or another process is writing it.
       OSError: it cannot be written; nothing is left behind.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(
-            f"{path} exists and is not an empty folder: expected a new one; choose another path or "
-            "remove it"
-        )
+    _check_free(path)  # before anything is written beside it
     target = path.resolve()
     partial = target.parent / f".{target.name}.partial"
     folder = partial / "folder"
@@ -74,6 +70,7 @@ def new_folder(path: Path) -> Iterator[Path]:
                 "or remove it"
             ) from None
         try:
+            _check_free(path)  # another writer may have ended since
             yield folder
             folder.replace(target)
         finally:
@@ -84,6 +81,20 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 _LOCK = "lock"
+
+
+def _check_free(path: Path) -> None:
+    try:
+        is_free = not os.listdir(path)
+    except FileNotFoundError:
+        is_free = True
+    except NotADirectoryError:
+        is_free = False
+    if not is_free:
+        raise FileExistsError(
+            f"{path} exists and is not an empty folder: expected a new one; choose another path or "
+            "remove it"
+        )
 
 
 @contextlib.contextmanager
