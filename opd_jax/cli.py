@@ -171,10 +171,11 @@ def _export(argv: list[str]) -> int:
     parser.add_argument("--dtype", default=None, help="of the weights; default: as trained")
     flags = parser.parse_args(argv)
 
+    from opd_jax import processes
     from opd_jax.store import export
 
     step = export.export(flags.workdir, flags.out, step=flags.step, dtype=flags.dtype)
-    print(f"step {step} of {flags.workdir} is now the Hugging Face folder {flags.out}")
+    processes.say(f"step {step} of {flags.workdir} is now the Hugging Face folder {flags.out}")
     return 0
 
 

@@ -146,6 +146,12 @@ def test_sign_test_is_exact_and_has_a_plain_end():
     assert stats.sign_test(0, 0) == 1
 
 
+@pytest.mark.parametrize(("k", "n"), [(0, 12), (1, 4), (95, 300), (7, 7)])
+def test_wilson_meets_scipy(k, n):
+    expected = scipy.stats.binomtest(k, n).proportion_ci(stats.LEVEL, method="wilson")
+    np.testing.assert_allclose(stats.wilson(k / n, n), expected, atol=1e-12)
+
+
 def test_spearman_meets_scipy_and_is_none_where_undefined():
     a, b = [1.0, 2, 2, 5, 0, 7], [3.0, 3, 1, 8, -1, 2]
     assert stats.spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
@@ -172,6 +178,8 @@ def test_spearman_meets_scipy_and_is_none_where_undefined():
         (lambda: stats.bh_adjusted([0.5, 1.5]), "1.5"),
         (lambda: stats.bonferroni([-0.1], 0.05), "0 to 1"),
         (lambda: stats.sign_test(4, 3), "4 signs of 3"),
+        (lambda: stats.wilson(0.5, 0), "of 0 units"),
+        (lambda: stats.wilson(1.5, 3), "share 1.5"),
     ],
 )
 def test_bad_input_is_refused(call, message):

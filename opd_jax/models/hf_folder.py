@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,21 +79,16 @@ def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _tokenizer_files(source: Path) -> Iterator[Path]:
-    for pattern in TOKENIZER:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file():
-                yield path
-            elif path.is_symlink() and not path.exists():
-                raise FileNotFoundError(
-                    f"{path} is a link to a file that is gone: expected the tokenizer's file; "
-                    "finish the download of the model, or fetch it again"
-                )
-
-
 def _copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the tokenizer byte for byte; links, as in a download cache, become files."""
-    for path in _tokenizer_files(source):
+    for path in sorted({path for pattern in TOKENIZER for path in source.glob(pattern)}):
+        if path.is_symlink() and not path.exists():
+            raise FileNotFoundError(
+                f"{path} is a link to a file that is gone: expected the tokenizer's file; finish "
+                "the download of the model, or fetch it again"
+            )
+        if not path.is_file():
+            continue
         copy = folder / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
