@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
+import functools
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pydantic
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from opd_jax import records
 from opd_jax.data import prompts as prompt_files
 from opd_jax.files import path_of as path_of  # config files ask here
 from opd_jax.models.transformer import REMAT
@@ -23,6 +26,7 @@ from opd_jax.objective import NORMALISERS
 from opd_jax.rollout import sampling
 from opd_jax.spec import GROUPS, ConfigError, ModelSpec, RunConfig
 
+_Ids = list[pydantic.StrictInt]
 _TOP = ("profile", "init_from", "init_keep")  # text that belongs to no group
 # Fields that follow from others and are therefore not set by hand.
 _DERIVED = {("kl", "vocab_size"), ("kl", "ce"), ("optim", "steps")}
@@ -180,8 +184,8 @@ def resolve(config: ConfigDict) -> RunConfig:
             "config file, or correct it"
         )
     merged = {k: v for k, v in known.items()} | flatten(given)
-    for key, default in known.items():
-        _check_type(key, merged[key], default)
+    for key in known:
+        check_type(key, merged[key])
     groups = {name: {} for name in GROUPS}
     for key, value in merged.items():
         group, _, name = key.partition(".")
@@ -206,18 +210,41 @@ def resolve(config: ConfigDict) -> RunConfig:
     return run
 
 
-def _check_type(key: str, value: Any, default: Any) -> None:
-    if isinstance(default, tuple):
-        ok = isinstance(value, tuple | list)
-    elif isinstance(default, float):
-        ok = isinstance(value, int | float) and not isinstance(value, bool)
-    else:
-        ok = type(value) is type(default)
-    if not ok:
+@functools.cache
+def recorded() -> dict[str, tuple[Any, Any]]:
+    """Every key that ``run.json`` has, with its type and its default."""
+    found = {"seed": (int, 0), **{name: (str, "") for name in _TOP}}
+    for group, cls in GROUPS.items():
+        hints = typing.get_type_hints(cls)
+        found |= {f"{group}.{f.name}": (hints[f.name], f.default) for f in dataclasses.fields(cls)}
+    return found
+
+
+def check_type(key: str, value: Any) -> None:
+    """Check the type of one value; lists will do for tuples.
+
+    Raises:
+      ConfigError: it is of another type, or something inside it is.
+    """
+    kind, default = recorded().get(key, (str, ""))
+    try:
+        records.check(_frozen(value), kind, where=key, change="")
+    except records.RecordError as error:
+        name = "tuple" if isinstance(default, tuple) else type(default).__name__
+        inside = str(error).partition(" is damaged: ")[2].partition(";")[0]
+        more = f" ({inside})" if inside.startswith("field") else ""
         raise ConfigError(
-            f"{key} is {value!r}: expected a {type(default).__name__} such as {default!r}; "
-            f"set --config.{key}"
-        )
+            f"{key} is {value!r}{more}: expected a {name} such as {_example(key, default)}; set "
+            f"--config.{key}"
+        ) from error
+
+
+def _example(key: str, default: Any) -> str:
+    examples = {
+        "rollout.bias": "((5, -2.0),), pairs of id and bias",
+        "data.template": "(('enable_thinking', False),), pairs of name and value",
+    }
+    return examples.get(key) or repr(default or (64, 128) if key.endswith("buckets") else default)
 
 
 def _frozen(value: Any) -> Any:
@@ -225,17 +252,14 @@ def _frozen(value: Any) -> Any:
 
 
 def _read_ids(path: str) -> tuple[int, ...]:
+    change = "set --config.rock.ids_file"
     try:
-        ids = json.loads(Path(path).read_text())
-        if isinstance(ids, list) and all(type(i) is int for i in ids):
-            return tuple(ids)
-        found: Any = str(ids)[:80]
-    except (OSError, ValueError) as error:
-        found = error
-    raise ConfigError(
-        f"rock.ids_file {path}: found {found}; expected a JSON list of token ids; "
-        "set --config.rock.ids_file"
-    )
+        ids = records.read(Path(path_of(path)), _Ids, change=change)
+    except (OSError, records.RecordError) as error:
+        raise ConfigError(
+            f"rock.ids_file {path}: found {error}; expected a JSON list of token ids; {change}"
+        ) from error
+    return tuple(ids)
 
 
 def _check(run: RunConfig) -> None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import tiny_run
 
 from opd_jax.instrument import corpus
 
@@ -355,7 +356,8 @@ def make_run(folder: Path, *, seed: int = 0, steps: int = 40, floor: float = 0.3
     rock = {"token_id": 1, "token": "⏎", "share": 0.1, "kl_mean": 1.0, "token_share": 0.05}
     write(
         folder / "summary.json",
-        {
+        tiny_run.SUMMARY
+        | {
             "before": side,
             "after": side | {"accuracy": 0.7, "kl_nats": floor},
             "steps": steps,

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "opd_jax"
 ORDER: list[str | tuple[str, list]] = [
     # the ground
     "files",
+    "records",
     "processes",
     "mesh",
     "pytrees",

@@ -61,6 +61,19 @@ mesh.make = lambda *axes: make(*axes, devices=jax.devices()[:1])
 train._Loop._step = hang
 sys.exit(cli.main(sys.argv[1:]))
 """
+# What a summary.json has beside what a test is about.
+SUMMARY = {
+    "before": {},
+    "after": {},
+    "steps": 4,
+    "seconds": 1.0,
+    "compiles": 3,
+    "first_step_s": 1.0,
+    "median_s": {"step": 0.1},
+    "phase_share": {"update": 1.0},
+    "is_finished": True,
+    "rocks": [],
+}
 EMBED_SCALE = 20.0  # a fresh model is uniform over the vocabulary; this one has preferences
 PLAN = {"train__steps": 4, "checkpoint__every": 2}  # of the run that `workdir` holds
 MODEL = transformer.ModelConfig(

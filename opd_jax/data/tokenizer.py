@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import PreTrainedTokenizerFast
-from transformers.utils import chat_template_utils
-
 # transformers announces on import that torch is missing, which is how this package means it to be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+# isort: split
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 Messages = Sequence[Mapping[str, Any]]  # [{"role": ..., "content": ...}, ...]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from opd_jax import files, processes, rock, steps
+from opd_jax import files, processes, records, rock, steps
 from opd_jax import mesh as meshlib
 from opd_jax.data import batches
 from opd_jax.data import prompts as prompt_files
@@ -280,12 +279,9 @@ def _is_whole(folder: Path, info: Mapping[str, Any]) -> bool:
         return False
     path = folder / (corpora.MANIFEST if is_whole else STARTED)
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorpusError(
-            f"{path} is not JSON ({error}): expected the flags of a collection; remove {folder}, "
-            "or give another --out"
-        ) from error
+        old = records.read(path, dict[str, Any], change=f"remove {folder}, or give another --out")
+    except records.RecordError as error:
+        raise CorpusError(f"{error} (the flags of a collection)") from error
     for key, value in info.items():
         if old.get(key) != value:
             raise CorpusError(
@@ -313,9 +309,9 @@ def _resume(folder: Path, rows: Sequence[Example], samples: int) -> tuple[int, i
     pieces = done = 0
     while corpora.piece(folder, pieces).exists():
         try:
-            with corpora.piece(folder, pieces).open("rb") as stream, np.load(stream) as file:
+            with corpora.load_npz(corpora.piece(folder, pieces)) as file:
                 here = file["problem"].tolist()
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except corpora.DAMAGED:
             break  # damaged: written again
         if len(here) % samples or here != expected[done : done + len(here)]:
             break

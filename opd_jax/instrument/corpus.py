@@ -7,18 +7,22 @@ that a position *predicts*.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
+import pydantic
+from typing_extensions import TypedDict
 
-from opd_jax import files
+from opd_jax import files, records
 from opd_jax.pytrees import RockState, Rollout
 
 MANIFEST = "corpus.json"
@@ -27,6 +31,19 @@ _WIDTH = 64  # see padded()
 
 class CorpusError(ValueError):
     """A corpus cannot be used; the message says why and what to do."""
+
+
+@pydantic.with_config(records.OPEN)
+class Manifest(TypedDict):
+    """What ``corpus.json`` holds; ``collect.write`` adds how the answers were sampled."""
+
+    pieces: Annotated[int, pydantic.Field(ge=0, le=10_000_000)]
+    writer: NotRequired[str]
+    tokenizer_size: NotRequired[int]
+    max_new: NotRequired[int]
+    temperature: NotRequired[float]
+    samples: NotRequired[int]
+    seed: NotRequired[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +182,22 @@ class Occurrences:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Occurrences:
-        """Read what :meth:`save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            return cls(**{n: file[n] for n in _ARRAYS}, vocab_size=int(file["vocab_size"]))
+        """Read what :meth:`save` wrote.
+
+        Raises:
+          CorpusError: it is damaged.
+        """
+        try:
+            with load_npz(path) as file:
+                found = cls(**{n: file[n] for n in _ARRAYS}, vocab_size=int(file["vocab_size"]))
+            if len({getattr(found, n).shape for n in _ARRAYS}) > 1 or found.token_id.ndim != 1:
+                raise ValueError("arrays of different length")
+        except DAMAGED as error:
+            raise CorpusError(
+                f"{path} cannot be read ({error}): expected the scores of a corpus; remove the "
+                "file to have it made again"
+            ) from error
+        return found
 
 
 _ARRAYS = tuple(f.name for f in dataclasses.fields(Occurrences) if f.name != "vocab_size")
@@ -247,6 +277,17 @@ def write_npz(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
         np.savez(stream, **arrays)
 
 
+DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+@contextlib.contextmanager
+def load_npz(path: str | os.PathLike) -> Iterator[Mapping[str, np.ndarray]]:
+    """Open a ``.npz`` file of ours; what is damaged raises one of ``DAMAGED``."""
+    records.regular(Path(path))
+    with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+        yield file
+
+
 def write_answers(folder: Path, number: int, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write one piece of a corpus: dicts of prompt, answer (ids), problem and truncated."""
     if not rows:
@@ -282,24 +323,24 @@ def read(folder: str | os.PathLike) -> Corpus:
     folder = Path(folder)
     change = "collect it again with opd-jax rocks, or give another folder"
     try:
-        info = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        info = records.read(folder / MANIFEST, Manifest, change=change)
     except FileNotFoundError as error:
         raise CorpusError(
             f"{folder} has no {MANIFEST}: expected a corpus that was collected to the end; {change}"
         ) from error
-    except ValueError as error:
-        raise CorpusError(f"{folder / MANIFEST} is not JSON ({error}); {change}") from error
+    except records.RecordError as error:
+        raise CorpusError(str(error)) from error
     prompts: list[np.ndarray] = []
     answers: list[np.ndarray] = []
     problems, truncated = [], []
     for number in range(info["pieces"]):
         try:
-            with piece(folder, number).open("rb") as stream, np.load(stream) as file:
+            with load_npz(piece(folder, number)) as file:
                 for name, ids in (("prompt", prompts), ("answer", answers)):
                     ids += np.split(file[name], np.cumsum(file[f"{name}_length"])[:-1])
                 problems.append(file["problem"])
                 truncated.append(file["truncated"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except DAMAGED as error:
             raise CorpusError(
                 f"{piece(folder, number)} cannot be read ({error}): expected piece {number} of "
                 f"{info['pieces']}; {change}"

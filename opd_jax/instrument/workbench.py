@@ -14,12 +14,15 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import jax
 import numpy as np
+import pydantic
+from typing_extensions import TypedDict
 
-from opd_jax import files, processes
+from opd_jax import config as settings
+from opd_jax import files, processes, records
 from opd_jax import mesh as meshlib
 from opd_jax.data import prompts as prompt_files
 from opd_jax.data.prompts import Example
@@ -42,6 +45,21 @@ PERSISTENCE = "persistence.json"
 _LARGE = ("reader.json",)  # written without line breaks
 
 
+_REMAKE = "expected what this command wrote; remove the file to have it made again"
+
+
+@pydantic.with_config(records.OPEN)
+class Manifest(TypedDict):
+    """What ``rocks.json`` holds: what the folder is about."""
+
+    student: str
+    teacher: str
+    writer: str
+    prompts: str | None
+    flags: dict[str, Any]
+    files: NotRequired[dict[str, dict[str, str]]]
+
+
 class Workbench:
     """One folder of results and what is needed to fill it."""
 
@@ -58,7 +76,8 @@ class Workbench:
                     f"{flags.run} has no run.json: expected the workdir of a training run; give "
                     "--run that folder"
                 )
-            self.config, self.started = record["config"], record.get("time")
+            self.config = {key: workdirs.setting(record, key) for key in settings.recorded()}
+            self.started = record.get("time")
             student = f"{flags.run}@{pairs.LAST if flags.step is None else flags.step}"
             teacher = self.config["teacher.path"]
             workdirs.check_model(workdir, record, "teacher", path_of(teacher))
@@ -134,13 +153,11 @@ class Workbench:
         Raises:
           RocksError: it is damaged.
         """
+        kind = Manifest if name == MANIFEST else dict[str, Any]
         try:
-            return json.loads((self.out / name).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RocksError(
-                f"{self.out / name} is not JSON ({error}): expected what this command wrote; "
-                "remove the file to have it made again"
-            ) from error
+            return dict(records.read(self.out / name, kind, change=_REMAKE))
+        except records.RecordError as error:
+            raise RocksError(str(error)) from error
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file of the folder, or a text as it is; whole or not at all."""

@@ -111,8 +111,8 @@ def check_comparable(runs: Mapping[str, Path]) -> None:
 
 
 def _identity(run: Path) -> dict[str, Any]:
-    record = run_files.parse(run / "run.json", run_files.read_text(run / "run.json"))
-    values = record.get("config", {}) | {"stop_ids": record.get("stop_ids")}
+    record = run_files.record(run)
+    values = record["config"] | {"stop_ids": record.get("stop_ids")}
     found = {key: values.get(key) for key in _SAME}
     return {k: os.path.normpath(v) if isinstance(v, str) and v else v for k, v in found.items()}
 
@@ -162,10 +162,10 @@ def _read_sweep(folder: Path) -> dict[str, Any]:
             f"{folder} has no sweep.json: expected the workdir of an opd-jax sweep that has ended; "
             "give another --sweep, or run the same sweep command to its end"
         )
-    sweep = run_files.parse(path, run_files.read_text(path))
+    sweep = run_files.load(path, run_files.Sweep)
     arms = sweep["arms"]
     runs = {a["arm"]: [folder.joinpath(*Path(run).parts[-2:]) for run in a["runs"]] for a in arms}
-    return sweep | {"runs": runs}
+    return {**sweep, "runs": runs}
 
 
 def _page(
@@ -227,7 +227,7 @@ def _tiles(found: Mapping[str, Path], folder: Path | None) -> str:
     tiles: list[tuple[str, str, str]] = []
     if found:
         name, path = list(found.items())[-1]
-        summary = _summary(path)
+        summary = run_files.summary(path)
         before, after = summary.get("before") or {}, summary.get("after") or {}
         for key, label in (("accuracy", "Accuracy, held out"), ("kl_nats", "KL, held out")):
             if after.get(key) is not None:
@@ -255,15 +255,11 @@ def _tiles(found: Mapping[str, Path], folder: Path | None) -> str:
     return f'<dl class="tiles">{cells}</dl>' if tiles else ""
 
 
-def _summary(run: Path) -> dict[str, Any]:
-    return run_files.parse(run / "summary.json", run_files.read_text(run / "summary.json"))
-
-
 def _run_table(found: Mapping[str, Path]) -> str:
     sides = {}
     steps = {}
     for name, path in found.items():
-        summary = _summary(path)
+        summary = run_files.summary(path)
         sides[name] = [summary.get("before") or {}, summary.get("after") or {}]
         steps[name] = _number(summary.get("steps"), "steps")
     keys = [  # without those that no run measured

@@ -95,11 +95,10 @@ def from_samples(run: Path, name: str, rocks: Sequence[Mapping[str, Any]]) -> li
       rocks: rows of its ``summary.json``, highest share first; they are marked.
     """
     path = run / "samples.jsonl"
-    lines = run_files.read_lines(path) if path.exists() else []
+    lines = run_files.load_lines(path, run_files.SamplesLine) if path.exists() else []
     if not lines:
         return []
-    settings = run_files.parse(run / "run.json", run_files.read_text(run / "run.json"))
-    text_of = _text_of(settings.get("config", {}))
+    text_of = _text_of(run_files.record(run)["config"])
     rank = {row["token_id"]: place for place, row in enumerate(rocks, 1)}
     found = []
     for sample in lines[-1]["samples"][:MAX_ANSWERS]:

@@ -101,7 +101,7 @@ def read(folder: Path, name: str) -> dict[str, Any] | None:
       WorkdirError: the file is damaged.
     """
     path = folder / name
-    return run_files.parse(path, run_files.read_text(path)) if path.exists() else None
+    return run_files.load(path, dict[str, Any]) if path.exists() else None
 
 
 def answer_shares(folder: Path) -> np.ndarray | None:

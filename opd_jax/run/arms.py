@@ -53,7 +53,7 @@ def summarise(jobs: Sequence[Job], baseline: str) -> dict[str, Any]:
       WorkdirError: runs of different length, learning rates or prompts.
     """
     arms = list(dict.fromkeys(job.arm for job in jobs))
-    summaries = {job: _read_summary(job) for job in jobs}
+    summaries = {job: run_files.summary(job.folder) for job in jobs}
     lines = {job: _trained(job) for job in jobs}
     graded = {job: graded_problems(job) for job in jobs}
     _check_alike(jobs, summaries, lines, graded)
@@ -85,7 +85,9 @@ def summarise(jobs: Sequence[Job], baseline: str) -> dict[str, Any]:
     }
 
 
-def _value(summary: dict[str, Any], lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+def _value(
+    summary: run_files.Summary, lines: Sequence[Mapping[str, Any]], name: str
+) -> float | None:
     if name == "seconds":
         return summary["seconds"]
     if name == "step_s":
@@ -95,7 +97,7 @@ def _value(summary: dict[str, Any], lines: Sequence[Mapping[str, Any]], name: st
 
 def _check_alike(
     jobs: Sequence[Job],
-    summaries: dict[Job, dict[str, Any]],
+    summaries: dict[Job, run_files.Summary],
     lines: dict[Job, list[dict[str, Any]]],
     graded: dict[Job, tuple[list[int], np.ndarray]],
 ) -> None:
@@ -198,20 +200,15 @@ def _masked_share(job: Job, lines: Sequence[Mapping[str, Any]]) -> float | None:
 def graded_problems(job: Job) -> tuple[list[int], np.ndarray]:
     """Indices of the prompts graded last, and the share of right answers to each."""
     path = job.folder / "graded.jsonl"
-    lines = run_files.read_lines(path) if path.is_file() else []
+    lines = run_files.load_lines(path, run_files.GradedLine) if path.exists() else []
     if not lines:
         return [], np.zeros(0)
     return lines[-1]["index"], np.asarray([np.mean(right) for right in lines[-1]["correct"]])
 
 
-def _read_summary(job: Job) -> dict[str, Any]:
-    path = job.folder / "summary.json"
-    return run_files.parse(path, run_files.read_text(path))
-
-
 def _trained(job: Job) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl`` about training steps."""
-    return [x for x in run_files.read_lines(job.folder / "metrics.jsonl") if "loss" in x]
+    return [line for line in run_files.metrics(job.folder) if "loss" in line]
 
 
 def _note(seeds: int, baseline: str) -> str:

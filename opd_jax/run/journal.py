@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from opd_jax.evaluate.heldout import Graded
 from opd_jax.pytrees import RockState
 from opd_jax.run import narrate, writers
 from opd_jax.spec import RunConfig
+from opd_jax.store import run_files
 
 _TOP = 10  # types named in a line of rocks.jsonl
 
@@ -148,8 +148,7 @@ def open(
 
 def _lost_steps(path: Path, restored: int) -> str:
     """Which of the steps up to ``restored`` have no line of their own, in words; empty if none."""
-    with path.open("rb") as lines:
-        found = {line["step"] for line in map(json.loads, lines) if "loss" in line}
+    found = {line["step"] for line in run_files.metrics(path.parent) if "loss" in line}
     lost = [step for step in range(1, restored + 1) if step not in found]
     if not lost:
         return ""

@@ -23,6 +23,7 @@ from opd_jax.run import arms as comparison
 from opd_jax.run import train
 from opd_jax.run.arms import Job
 from opd_jax.spec import ConfigError, RunConfig
+from opd_jax.store import run_files
 from opd_jax.store import workdir as workdirs
 
 BASELINE = "full"  # plain distillation, where it is among the arms
@@ -238,8 +239,7 @@ def is_finished(job: Job) -> bool:
     for again in record.get("resumed", []):
         given = record["config"] | again["changed"]
     workdirs.check_same_run(given, config.describe(job.run), _OF_NO_RESULT)
-    path = job.folder / "summary.json"
-    if not path.is_file():
+    if not (job.folder / "summary.json").exists():
         return False
-    done = json.loads(path.read_text(encoding="utf-8"))
+    done = run_files.summary(job.folder)
     return done["is_finished"] and done["steps"] == job.run.train.steps

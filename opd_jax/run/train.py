@@ -30,7 +30,7 @@ from opd_jax.rollout import decode
 from opd_jax.run import assemble, entry, journal, narrate, progress
 from opd_jax.run.assemble import Assembly
 from opd_jax.spec import RunConfig
-from opd_jax.store import checkpoint
+from opd_jax.store import checkpoint, run_files
 
 _BEST = {"accuracy": "max", "kl_nats": "min"}
 # Share of answers cut by length from which they seldom have an end to learn (arXiv 2604.08527).
@@ -278,10 +278,9 @@ class _Loop:
 
     def _finished(self, first: int) -> dict[str, Any] | None:
         """Say again what came out, where there is nothing left to do; else None."""
-        path = self.folder / "summary.json"
-        if first < self.parts.last_step or not path.exists():
+        if first < self.parts.last_step or not (self.folder / "summary.json").exists():
             return None
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = dict(run_files.summary(self.folder))
         if not result["is_finished"] or result["steps"] != first:
             return None
         if first >= self.run_cfg.train.steps:

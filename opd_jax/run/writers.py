@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -12,6 +13,9 @@ from typing import Any, Protocol, TextIO
 
 import jax
 import numpy as np
+
+from opd_jax import records
+from opd_jax.store.workdir import MetricsLine
 
 log = logging.getLogger(__name__)
 
@@ -160,10 +164,10 @@ def _cut(path: Path, restored: int | None, say: Callable[[str], None]) -> None:
     part = path.with_name(f".{path.name}.part")
     with path.open("rb") as old, part.open("wb") as new:
         for number, line in enumerate(old, 1):
-            try:
-                step = json.loads(line)["step"] if line.endswith(b"\n") else None
-            except (ValueError, KeyError, TypeError):
-                step = None
+            step = None
+            if line.endswith(b"\n"):
+                with contextlib.suppress(records.RecordError):
+                    step = records.parse(line, MetricsLine, where="", change="")["step"]
             if step is None:
                 say(f"{path} line {number} is damaged and dropped: {line[:60]!r}")
             elif restored is not None and step <= restored:

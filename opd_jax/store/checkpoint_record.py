@@ -9,10 +9,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pydantic
+from typing_extensions import TypedDict
+
+from opd_jax import records
 from opd_jax.files import write_atomic
 
 RECORD = "record.json"
 READ_BYTES = 1 << 22
+
+
+class Sealed(TypedDict):
+    """What ``record.json`` holds: the text of the record, and its checksum."""
+
+    crc32: int
+    record: str
+
+
+@pydantic.with_config(records.OPEN)
+class CheckpointRecord(TypedDict):
+    """The record of a checkpoint."""
+
+    format: int
+    step: int
+    metrics: dict[str, float | None]
+    leaves: dict[str, dict[str, Any]]  # shape and dtype by name
+    keys: dict[str, str]  # implementation of typed keys by name
+    data: Any  # what was saved beside the state
+    files: dict[str, tuple[int, int]]  # size and CRC-32 by name
 
 
 class DamagedRecord(RuntimeError):
@@ -30,14 +54,13 @@ def seal(path: Path, record: Mapping[str, Any]) -> None:
 def read(path: Path) -> dict[str, Any]:
     """Read and check ``record.json``; the error's text is the bare reason."""
     try:
-        outer = json.loads((path / RECORD).read_bytes())
-        text = outer["record"]
-        if zlib.crc32(text.encode()) != outer["crc32"]:
+        outer = records.read(path / RECORD, Sealed, change="")
+        if zlib.crc32(outer["record"].encode()) != outer["crc32"]:
             raise DamagedRecord(f"{RECORD} does not match its own checksum")
-        return json.loads(text)
+        return dict(records.parse(outer["record"], CheckpointRecord, where=RECORD, change=""))
     except FileNotFoundError as error:
         raise DamagedRecord(f"{RECORD} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, records.RecordError) as error:
         raise DamagedRecord(f"{RECORD} cannot be read ({error})") from error
 
 

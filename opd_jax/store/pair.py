@@ -122,8 +122,10 @@ def resolve(ref: str) -> Reference:
             f"{run} has no run.json: expected the workdir of a run before the @ of {ref!r}; "
             "give that folder"
         )
-    stored = ModelSpec(param_dtype=record["config"]["student.param_dtype"]).stored_dtype("float32")
-    folder = path_of(record["config"]["student.path"])
+    stored = ModelSpec(param_dtype=workdirs.setting(record, "student.param_dtype")).stored_dtype(
+        "float32"
+    )
+    folder = path_of(workdirs.setting(record, "student.path"))
     # The weights come from the checkpoint; of the folder only the rest is used.
     workdirs.check_model(workdir, record, "student", folder, weights=step == "0")
     if step == "0":

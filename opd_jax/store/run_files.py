@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import annotated_types
+import pydantic
+from typing_extensions import TypedDict
+
+from opd_jax import records
+from opd_jax.files import path_of
 from opd_jax.store import workdir as workdirs
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +50,117 @@ class RunFiles:
     teacher: str
 
 
+class RockRow(TypedDict):
+    """A type with a high Rock Score, in ``summary.json``."""
+
+    token_id: int
+    token: str
+    share: float  # of all KL
+    kl_mean: float  # nats
+    token_share: float
+    member: bool
+
+
+Evaluation = dict[str, float | None]  # ``heldout.FIELDS``; null: not measured
+
+
+@pydantic.with_config(records.OPEN)
+class Summary(TypedDict):
+    """What ``summary.json`` holds, written at the end of every process of a run."""
+
+    before: Evaluation
+    after: Evaluation
+    steps: int
+    seconds: float
+    compiles: int
+    first_step_s: float | None
+    median_s: dict[str, float]
+    phase_share: dict[str, float]
+    is_finished: bool
+    rocks: list[RockRow]
+
+
+class Sample(TypedDict):
+    """A decoded answer, in ``samples.jsonl``."""
+
+    prompt: str
+    answer: str
+    ids: list[int]
+    kl_nats: list[float]  # of each id
+    truncated: bool
+
+
+class SamplesLine(TypedDict):
+    """A line of ``samples.jsonl``."""
+
+    step: int
+    samples: list[Sample]
+
+
+@pydantic.with_config(records.OPEN)
+class GradedLine(TypedDict):
+    """A line of ``graded.jsonl``: which answers to which held-out prompts were right."""
+
+    step: int
+    index: list[int]
+    correct: list[list[bool]]
+
+
+@pydantic.with_config(records.OPEN)
+class Arm(TypedDict):
+    """An arm of a sweep, over its seeds."""
+
+    arm: str
+    runs: list[str]
+    seeds: list[int]
+    normaliser: str
+    masked_share: float | None
+    metrics: dict[str, dict[str, Any]]
+
+
+@pydantic.with_config(records.OPEN)
+class Comparison(TypedDict):
+    """An arm against the baseline, by one metric."""
+
+    arm: str
+    metric: str
+    delta: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    p_adjusted: float | None
+
+
+@pydantic.with_config(records.OPEN)
+class Sweep(TypedDict):
+    """What ``sweep.json`` holds."""
+
+    baseline: str
+    arms: Annotated[list[Arm], annotated_types.MinLen(1)]
+    comparisons: list[Comparison]
+
+
+MetricValues = dict[str, float | int | None]  # a line of metrics.jsonl
+_CHANGE = "put back a copy, or run the same command again from a good checkpoint"
+
+
 def read(workdir: str | os.PathLike) -> RunFiles:
     """Read the files of a run.
 
     Raises:
       WorkdirError: one is missing, cannot be read, or has no measurement.
     """
-    folder = Path(workdir)
-    lines = read_lines(folder / "metrics.jsonl")
-    summary = parse(folder / "summary.json", read_text(folder / "summary.json"))
-    config = parse(folder / "run.json", read_text(folder / "run.json")).get("config", {})
+    folder = Path(path_of(workdir))
+    lines = metrics(folder)
+    told = summary(folder)
+    settings = record(folder)
     run = RunFiles(
         train_kl=series(lines, "kl_nats"),
         heldout_kl=series(lines, "eval/kl_nats"),
         accuracy=series(lines, "eval/accuracy"),
-        rocks=sorted(summary.get("rocks", []), key=lambda row: -row["share"]),
-        student=model_name(config.get("student.path", "student")),
-        teacher=model_name(config.get("teacher.path", "teacher")),
+        rocks=sorted(map(dict, told["rocks"]), key=lambda row: -row["share"]),
+        student=model_name(workdirs.setting(settings, "student.path") or "student"),
+        teacher=model_name(workdirs.setting(settings, "teacher.path") or "teacher"),
     )
     if not (run.train_kl.steps or run.heldout_kl.steps or run.accuracy.steps):
         raise workdirs.WorkdirError(
@@ -69,53 +170,89 @@ def read(workdir: str | os.PathLike) -> RunFiles:
     return run
 
 
+def record(workdir: Path) -> dict[str, Any]:
+    """The ``run.json`` of a run that must be there.
+
+    Raises:
+      WorkdirError: it is missing or damaged.
+    """
+    return dict(load(workdir / "run.json", workdirs.RunRecord))
+
+
+def summary(workdir: Path) -> Summary:
+    """The ``summary.json`` of a run.
+
+    Raises:
+      WorkdirError: it is missing or damaged.
+    """
+    return load(workdir / "summary.json", Summary)
+
+
+def metrics(workdir: Path) -> list[MetricValues]:
+    """The lines of ``metrics.jsonl``.
+
+    Raises:
+      WorkdirError: it is missing or damaged.
+    """
+    path = workdir / "metrics.jsonl"
+    found = load_lines(path, MetricValues)
+    for number, line in enumerate(found, 1):
+        if type(line.get("step")) is not int:
+            raise workdirs.WorkdirError(
+                f"{path} is damaged in line {number}: field 'step' is {line.get('step')!r}; "
+                f"expected a whole number; {_CHANGE}"
+            )
+    return found
+
+
+def load(path: Path, kind: type[T]) -> T:
+    """Read a JSON file of a run.
+
+    Raises:
+      WorkdirError: it is missing, damaged, or not of that kind.
+    """
+    try:
+        return records.read(path, kind, change=_CHANGE)
+    except (OSError, records.RecordError) as error:
+        raise _unread(path, error) from error
+
+
+def load_lines(path: Path, kind: type[T]) -> list[T]:
+    """Read the JSON lines of a run's file, without a last one that is still being written.
+
+    Raises:
+      WorkdirError: it is missing, damaged, or not of that kind.
+    """
+    try:
+        return list(records.lines(path, kind, change=_CHANGE))
+    except (OSError, records.RecordError) as error:
+        raise _unread(path, error) from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a run's file, whatever they hold.
+
+    Raises:
+      WorkdirError: as :func:`load_lines`.
+    """
+    return load_lines(path, dict[str, Any])
+
+
+def _unread(path: Path, error: Exception) -> workdirs.WorkdirError:
+    if not isinstance(error, OSError):
+        return workdirs.WorkdirError(str(error))
+    return workdirs.WorkdirError(
+        f"cannot read {path} ({error.strerror}); expected the folder of a run that has ended "
+        "or was stopped, with run.json, metrics.jsonl and summary.json; give its --workdir, "
+        "or let the run end first"
+    )
+
+
 def series(lines: Sequence[Mapping[str, Any]], name: str) -> Series:
     """The values of one metric where it was measured (null says that it was not)."""
     pairs = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     pairs = [(step, value) for step, value in pairs if math.isfinite(value)]
     return Series([step for step, _ in pairs], [value for _, value in pairs])
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file, without a last one that is still being written.
-
-    Raises:
-      WorkdirError: it cannot be read.
-    """
-    whole = read_text(path).rpartition("\n")[0]
-    # Not splitlines(): it also splits at U+2028, which a JSON string may hold.
-    return [parse(path, line) for line in whole.split("\n") if line]
-
-
-def read_text(path: Path) -> str:
-    """The text of a run's file.
-
-    Raises:
-      WorkdirError: it cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise workdirs.WorkdirError(
-            f"cannot read {path} ({error.strerror}); expected the folder of a run that has ended "
-            "or was stopped, with run.json, metrics.jsonl and summary.json; give its --workdir, "
-            "or let the run end first"
-        ) from error
-
-
-def parse(path: Path, text: str) -> dict[str, Any]:
-    """The JSON of a run's file.
-
-    Raises:
-      WorkdirError: it is not JSON.
-    """
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise workdirs.WorkdirError(
-            f"{path} is damaged ({error}): {text[:80]!r}; expected JSON objects as a run writes "
-            "them; put back a copy, or run the same command again from a good checkpoint"
-        ) from error
 
 
 def model_name(path: str) -> str:

@@ -59,7 +59,7 @@ def table(workdir: str, out: str, *, step: int | None = None) -> int:
             f"{path} exists: expected a file name that is free; move it away or give another --out"
         )
     record = workdirs.require_run(folder)
-    source = path_of(record["config"]["student.path"])
+    source = path_of(workdirs.setting(record, "student.path"))
     tokenizer = tokenizers.load(source)
     template = jax.eval_shape(lambda: rock.init(hf_config.read_config(source).vocab_size))
     with checkpoint.open(folder) as saves:

@@ -16,11 +16,14 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import jax
+import pydantic
+from typing_extensions import TypedDict
 
 from opd_jax import config as settings
+from opd_jax import records
 from opd_jax.files import write_atomic
 from opd_jax.store import fingerprint
 
@@ -30,11 +33,50 @@ PACKAGES += ("transformers", "ml-collections", "libtpu")
 # Where a run may go on with other values: how long, what is watched and written, and on which mesh.
 MAY_CHANGE = ("train.steps", "log.*", "checkpoint.*", "eval.*", "mesh.*")
 
+_PUT_BACK = "put back a copy, or give another --workdir"
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
 class WorkdirError(RuntimeError):
     """The workdir cannot be used for this run; the message says why and what to do."""
+
+
+class FilesOfModel(TypedDict):
+    """A model, or a file of prompts, that a run was started on."""
+
+    path: str
+    files: dict[str, str]  # name -> fingerprint
+
+
+def _typed(found: dict[str, Any]) -> dict[str, Any]:
+    """A flat config whose known keys are of their type."""
+    for key in settings.recorded().keys() & found.keys():
+        settings.check_type(key, found[key])
+    return found
+
+
+def setting(record: Mapping[str, Any], key: str) -> Any:
+    """A key of the config in ``run.json``; one that is younger than the run by its default."""
+    return record["config"].get(key, settings.recorded()[key][1])
+
+
+class Resumed(TypedDict):
+    """Another start of a run."""
+
+    changed: dict[str, Any]
+
+
+@pydantic.with_config(records.OPEN)
+class RunRecord(TypedDict):
+    """What ``run.json`` holds."""
+
+    config: Annotated[dict[str, Any], pydantic.AfterValidator(_typed)]  # flat, dotted keys
+    command: NotRequired[list[str]]
+    time: NotRequired[str]  # UTC, as TIME
+    data: NotRequired[str]  # digest of the training prompts
+    stop_ids: NotRequired[list[int]]
+    inputs: NotRequired[dict[str, FilesOfModel]]
+    resumed: NotRequired[list[Resumed]]
 
 
 def write_run(workdir: str | os.PathLike, record: Mapping[str, Any]) -> None:
@@ -60,22 +102,19 @@ def read_run(workdir: str | os.PathLike) -> dict[str, Any] | None:
     """Read ``run.json``; None if there is none.
 
     Raises:
-      WorkdirError: it is not JSON.
+      WorkdirError: it is not the record of a run.
     """
     path = Path(workdir) / "run.json"
     try:
-        return json.loads(path.read_text())
+        return dict(records.read(path, RunRecord, change=_PUT_BACK))
     except FileNotFoundError:
         return None
+    except records.RecordError as error:
+        raise WorkdirError(str(error)) from error
     except OSError as error:  # a file in its place, no right to read
         raise WorkdirError(
             f"{workdir} cannot be the workdir ({error}): expected a folder that can be read and "
             "written; make it one or give another --workdir"
-        ) from error
-    except ValueError as error:
-        raise WorkdirError(
-            f"{path} is damaged ({error}); expected the JSON record of a run; put back a copy, or "
-            "give another --workdir"
         ) from error
 
 
@@ -141,7 +180,7 @@ def check_same_run(
     """
     old, new = _plain(old), _plain(new)
     # A key that is younger than the run had the effect of its default.
-    younger = _plain(settings.flatten(settings.defaults()))
+    younger = _plain({key: default for key, (_, default) in settings.recorded().items()})
     old |= {k: v for k, v in younger.items() if k in new and k not in old}
     absent = "(absent)"
     keys = [k for k in sorted({*old, *new}) if old.get(k, absent) != new.get(k, absent)]
@@ -159,6 +198,13 @@ def check_same_run(
         )
 
 
+@pydantic.with_config(records.OPEN)
+class MetricsLine(TypedDict):
+    """A line of ``metrics.jsonl``: values by name, null where nothing was measured."""
+
+    step: int
+
+
 def begun(workdir: str | os.PathLike) -> int:
     """The last training step that ``metrics.jsonl`` tells of; 0 without any."""
     path, last = Path(workdir) / "metrics.jsonl", 0
@@ -166,9 +212,9 @@ def begun(workdir: str | os.PathLike) -> int:
         return 0
     with path.open("rb") as lines:
         for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: said elsewhere
-                values = json.loads(line)
-                last = max(last, int(values["step"])) if "loss" in values else last
+            with contextlib.suppress(records.RecordError):  # damaged: said elsewhere
+                values = records.parse(line, MetricsLine, where="", change="")
+                last = max(last, values["step"]) if "loss" in values else last
     return last
 
 

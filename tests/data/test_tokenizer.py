@@ -1,5 +1,9 @@
 """Tokenizers: loading, rendering, stop ids and equality, on small real BPE tokenizers."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -210,3 +214,11 @@ def test_token_text_keeps_the_space_of_sentencepiece_tokens():
 def test_token_text_tells_all_ids_apart(tokenizer):
     texts = [tok.token_text(tokenizer, i) for i in range(len(tokenizer))]
     assert len(set(texts)) == len(texts)
+
+
+def test_importing_says_nothing():
+    """transformers would announce that torch is missing, which is as it should be."""
+    env = {k: v for k, v in os.environ.items() if k != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+    command = [sys.executable, "-c", "import opd_jax.data.tokenizer"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""

@@ -310,5 +310,5 @@ def test_the_flags_of_a_collection_stand_beside_its_pieces(pair, rows, tmp_path)
             collect.write(tmp_path, pair, rows, **FLAGS)
     assert json.loads((tmp_path / collect.STARTED).read_text())["seed"] == 3
     (tmp_path / collect.STARTED).write_text("{")
-    with pytest.raises(CorpusError, match="is not JSON"):
+    with pytest.raises(CorpusError, match=r"is damaged \(not JSON"):
         collect.write(tmp_path, pair, rows, **FLAGS)

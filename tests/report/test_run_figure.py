@@ -6,6 +6,7 @@ import warnings
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
+import tiny_run
 
 from opd_jax import cli
 from opd_jax.report import run_figure, style
@@ -41,7 +42,7 @@ def write_run(folder, metrics=METRICS, rocks=ROCKS):
     folder.mkdir(exist_ok=True)
     lines = [json.dumps(line) + "\n" for line in metrics]
     (folder / "metrics.jsonl").write_text("".join(lines))
-    (folder / "summary.json").write_text(json.dumps({"rocks": list(rocks)}))
+    (folder / "summary.json").write_text(json.dumps(tiny_run.SUMMARY | {"rocks": list(rocks)}))
     config = {"student.path": "models/Small-1B/", "teacher.path": "embedded:teacher"}
     (folder / "run.json").write_text(json.dumps({"config": config}))
     return folder

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import tiny_run
 from scipy import stats as reference
 
 from opd_jax import spec
@@ -34,7 +35,8 @@ def write(
         "mean_length": 20.0,
     }
     before = after | {"accuracy": 0.25, "kl_nats": 2.0}
-    summary = {"before": before, "after": after, "steps": steps, "seconds": seconds}
+    told = {"before": before, "after": after, "steps": steps, "seconds": seconds}
+    summary = tiny_run.SUMMARY | told
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "run.json").write_text(json.dumps({"config": {}, "data": digest}))
     lines = [{"step": 0, "eval/accuracy": 0.5}]

@@ -11,10 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from opd_jax import files, processes
+from opd_jax import files, processes, records
 from opd_jax.data.prompts import Example
 from opd_jax.instrument import collect
-from opd_jax.instrument.corpus import Corpus, Occurrences
+from opd_jax.instrument.corpus import DAMAGED, Corpus, Occurrences, load_npz
 from opd_jax.pytrees import Params
 from opd_jax.store import checkpoint
 from opd_jax.store import pair as pairs
@@ -144,7 +144,11 @@ def score(
 def _enter(folder: Path, owner: Mapping[str, str]) -> None:
     """Claim a folder; steps of two runs, and scores under two teachers, have the same names."""
     path = folder / MANIFEST
-    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else owner
+    try:
+        change = f"remove {folder}, or give another folder"
+        held = records.read(path, dict[str, str], change=change) if path.exists() else owner
+    except records.RecordError as error:
+        raise MatrixError(str(error)) from error
     if held != owner:
         raise MatrixError(
             f"{folder} is of {held}, now it is {owner}: expected the same run and teacher to go "
@@ -174,5 +178,8 @@ def _is_of(path: Path, corpus: Corpus) -> bool:
     """Whether the file holds scores of this very corpus."""
     if not path.exists():
         return False
-    with np.load(path, allow_pickle=False) as file:
-        return np.array_equal(file["token_id"], corpus.token_id)
+    try:
+        with load_npz(path) as file:
+            return np.array_equal(file["token_id"], corpus.token_id)
+    except DAMAGED:
+        return False  # it is made again

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
+from opd_jax import config as settings
 from opd_jax import optim, stats
 from opd_jax.files import path_of
 from opd_jax.instrument import select
@@ -229,7 +230,8 @@ def _adam(run_dir: str | Path):
       OptimizerError: a run without Adam.
       WorkdirError: no run.
     """
-    record = workdirs.require_run(run_dir)["config"]
+    told = workdirs.require_run(run_dir)
+    record = {key: workdirs.setting(told, key) for key in settings.recorded()}
     if record["optim.name"] != "adamw":
         raise OptimizerError(
             f"{run_dir} was trained with optim.name {record['optim.name']!r}, which keeps no "
