@@ -93,6 +93,23 @@ def test_two_writers_never_meet_in_one_folder(tmp_path):
     assert len(list(tmp_path.iterdir())) == 120
 
 
+def test_a_lock_that_its_holder_has_just_removed_is_none(tmp_path, monkeypatch):
+    flock, calls = fcntl.flock, []
+
+    def late(lock, how):
+        if not calls:  # the other writer ends between our opening and our locking
+            (tmp_path / ".out.partial" / "lock").unlink()
+            (tmp_path / ".out.partial").rmdir()
+        calls.append(how)
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with files.new_folder(tmp_path / "out"):
+        assert (tmp_path / ".out.partial" / "lock").exists()
+    assert len(calls) == 2
+    assert names(tmp_path) == ["out"]
+
+
 def test_an_error_leaves_nothing_behind(tmp_path):
     def fill():
         with files.new_folder(tmp_path / "a" / "out") as folder:

@@ -46,7 +46,7 @@ def export(workdir: str, out: str, *, step: int | None = None, dtype: str | None
       FileExistsError: ``out`` holds something, or another process is writing it.
       ValueError: an unknown dtype.
     """
-    folder, target = Path(path_of(workdir)), Path(path_of(out))
+    folder, target = Path(path_of(workdir)), Path(out).expanduser()
     record = workdirs.require_run(folder)
     try:
         written = None if dtype is None else jnp.dtype(dtype)
