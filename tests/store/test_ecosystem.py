@@ -171,7 +171,7 @@ def texts() -> list[str]:
 def test_lm_eval_runs_on_an_export(exports, tmp_path, case):
     _, out = exports(case)
     rows = [
-        {"question": f"What is {i} + {21 - i}? ", "choice": 0, "answer": "21"} for i in range(6)
+        {"question": f"What is {i} + {21 - i}? ", "choice": i % 3, "answer": "21"} for i in range(6)
     ]
     tiny_run.write_lines(tmp_path / "rows.jsonl", rows)
     for name, rest in (("opd_choice", CHOICE), ("opd_generate", GENERATE)):
