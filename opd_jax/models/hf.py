@@ -8,7 +8,6 @@ is an error that names it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +20,13 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from typing_extensions import TypedDict
 
 from opd_jax import mesh as meshlib
-from opd_jax import processes
+from opd_jax import processes, records
 from opd_jax.files import new_folder
-from opd_jax.models import hf_folder, params, transformer
+from opd_jax.models import families, hf_folder, params, transformer
+from opd_jax.models.families import HEAD, Row
 from opd_jax.models.hf_config import (
     generation_eos,
     model_folder,
@@ -43,73 +44,15 @@ SINGLE = "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """How one Hugging Face tensor is made of one of our leaves.
+class Index(TypedDict):
+    """What ``model.safetensors.index.json`` holds."""
 
-    Attributes:
-      name: tensor name, with ``{}`` for the layer number.
-      leaf: path in our parameters.
-      groups: per axis of the Hugging Face tensor, which of our per-layer axes it merges, major
-        first.
-    """
-
-    name: str
-    leaf: tuple[str, ...]
-    groups: tuple[tuple[int, ...], ...]
-
-    @property
-    def is_stacked(self) -> bool:
-        """Whether our leaf holds all layers."""
-        return self.leaf[0] == "layers"
-
-    def shape(self, spec: ParamSpec) -> tuple[int, ...]:
-        """Shape of the Hugging Face tensor."""
-        sizes = spec.shape[1:] if self.is_stacked else spec.shape
-        return tuple(math.prod(sizes[axis] for axis in group) for group in self.groups)
-
-    def names(self, num_layers: int) -> list[str]:
-        """All tensor names of this row, in layer order."""
-        return [self.name.format(i) for i in range(num_layers)] if self.is_stacked else [self.name]
-
-
-def _layer(name: str, leaf: str, *groups: tuple[int, ...]) -> Row:
-    return Row("model.layers.{}." + name, ("layers", leaf), groups)
-
-
-_DENSE = (
-    Row("model.embed_tokens.weight", ("embed",), ((0,), (1,))),
-    _layer("input_layernorm.weight", "attn_norm", (0,)),
-    _layer("self_attn.q_proj.weight", "q", (1, 2, 3), (0,)),
-    _layer("self_attn.k_proj.weight", "k", (1, 2), (0,)),
-    _layer("self_attn.v_proj.weight", "v", (1, 2), (0,)),
-    _layer("self_attn.o_proj.weight", "o", (3,), (0, 1, 2)),
-    _layer("post_attention_layernorm.weight", "ffn_norm", (0,)),
-    _layer("mlp.gate_proj.weight", "gate", (1,), (0,)),
-    _layer("mlp.up_proj.weight", "up", (1,), (0,)),
-    _layer("mlp.down_proj.weight", "down", (1,), (0,)),
-    Row("model.norm.weight", ("final_norm",), ((0,),)),
-)
-_HEAD = Row("lm_head.weight", ("head",), ((0,), (1,)))
-TABLES: dict[str, tuple[Row, ...]] = {
-    "llama": _DENSE,
-    "qwen2": (
-        *_DENSE,
-        _layer("self_attn.q_proj.bias", "q_bias", (0, 1, 2)),
-        _layer("self_attn.k_proj.bias", "k_bias", (0, 1)),
-        _layer("self_attn.v_proj.bias", "v_bias", (0, 1)),
-    ),
-    "qwen3": (
-        *_DENSE,
-        _layer("self_attn.q_norm.weight", "q_norm", (0,)),
-        _layer("self_attn.k_norm.weight", "k_norm", (0,)),
-    ),
-}
+    weight_map: dict[str, str]  # tensor -> file
 
 
 def table(cfg: ModelConfig) -> tuple[Row, ...]:
-    """The rows of a model's family, with the head where it is not tied."""
-    return TABLES[cfg.model_type] if cfg.tied else (*TABLES[cfg.model_type], _HEAD)
+    """The tensors of a model."""
+    return families.rows(cfg.model_type, tied=cfg.tied)
 
 
 # --- reading the weights --------------------------------------------------------------------------
@@ -122,6 +65,7 @@ class _Weights:
         self.folder = folder
         self.handles: dict[str, Any] = {}
         for file in self._files():
+            records.regular(file)
             try:
                 handle = stack.enter_context(safe_open(file, framework="numpy"))
             except (SafetensorError, OSError) as error:
@@ -151,7 +95,13 @@ class _Weights:
                 f"no {SINGLE} or {INDEX} in {self.folder}: expected safetensors weights; download "
                 "them, or convert a *.bin checkpoint with transformers' save_pretrained"
             )
-        listed = set(read_json(index).get("weight_map", {}).values())
+        listed = set(read_json(index, Index)["weight_map"].values())
+        outside = sorted(name for name in listed if Path(name).name != name or name in ("", ".."))
+        if outside:
+            raise ValueError(
+                f"{index} lists {_some(outside)}: expected names of files in that folder; the "
+                "index is damaged or not to be trusted, so fetch the model again"
+            )
         files = [self.folder / name for name in sorted(listed)]
         absent = [file.name for file in files if not file.exists()]
         if absent or not files:
@@ -258,9 +208,9 @@ def _not_finite(folder: Path, name: str, values: np.ndarray, dtype) -> str:
 
 def _drop_equal_head(weights: _Weights, source: Path) -> None:
     """Accept a written-out head of a tied model if it is the embedding; raise if it is not."""
-    if _HEAD.name not in weights.handles or "model.embed_tokens.weight" not in weights.handles:
+    if HEAD.name not in weights.handles or "model.embed_tokens.weight" not in weights.handles:
         return
-    head, embed = weights.slice(_HEAD.name), weights.slice("model.embed_tokens.weight")
+    head, embed = weights.slice(HEAD.name), weights.slice("model.embed_tokens.weight")
     same, num_rows = head.get_shape() == embed.get_shape(), head.get_shape()[0]
     for start in range(0, num_rows if same else 0, 16_384):
         rows = slice(start, min(start + 16_384, num_rows))
@@ -272,7 +222,7 @@ def _drop_equal_head(weights: _Weights, source: Path) -> None:
             f"{tuple(embed.get_shape())}: expected equal values; set tie_word_embeddings to "
             "false or remove lm_head.weight"
         )
-    del weights.handles[_HEAD.name]
+    del weights.handles[HEAD.name]
 
 
 def load(

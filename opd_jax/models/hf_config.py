@@ -7,47 +7,96 @@ not implement is an error.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Required
 
 import jax.numpy as jnp
+import pydantic
+from typing_extensions import TypedDict
 
+from opd_jax import records
+from opd_jax.models.families import FAMILIES, Family
 from opd_jax.models.rope import Rope
 from opd_jax.models.transformer import ModelConfig
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+Size = Annotated[int, pydantic.Field(ge=1, le=1 << 26)]
+Positive = Annotated[float, pydantic.Field(gt=0)]
+Id = Annotated[int, pydantic.Field(ge=0, lt=1 << 31)]
+Ids = Id | list[Id] | None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+@pydantic.with_config(records.OPEN)
+class RopeFields(TypedDict, total=False):
+    """Rotary fields of a config.json."""
+
+    rope_type: str | None
+    type: str | None
+    rope_theta: Positive | None
+    factor: Positive | None
+    original_max_position_embeddings: Size | None
+    low_freq_factor: Positive | None
+    high_freq_factor: Positive | None
+    beta_fast: Positive | None
+    beta_slow: Positive | None
+    truncate: bool | None
+    attention_factor: Positive | None
+    mscale: float | None
+    mscale_all_dim: float | None
+    partial_rotary_factor: float | None
+
+
+@pydantic.with_config(records.OPEN)
+class HubConfig(TypedDict, total=False):
+    """The fields of a config.json that are read here, in all families."""
+
+    model_type: Required[str]
+    architectures: list[str] | None
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, pydantic.Field(ge=1, le=10_000)]
+    num_attention_heads: Size
+    num_key_value_heads: Size | None
+    head_dim: Annotated[int, pydantic.Field(ge=2, le=1 << 16, multiple_of=2)] | None
+    max_position_embeddings: Annotated[int, pydantic.Field(ge=1, lt=1 << 31)]
+    rms_norm_eps: Annotated[float, pydantic.Field(gt=0, lt=1)]
+    rope_theta: Positive | None
+    rope_scaling: RopeFields | None
+    rope_parameters: RopeFields | None
+    tie_word_embeddings: bool | None
+    use_sliding_window: bool | None
+    sliding_window: int | None
+    max_window_layers: int | None
+    layer_types: list[str] | None
+    eos_token_id: Ids
+
+
+@pydantic.with_config(records.OPEN)
+class Stops(TypedDict, total=False):
+    """The ids that end generation, in generation_config.json."""
+
+    eos_token_id: Ids
+
+
+def read_json(path: Path, kind: Any = dict[str, Any]) -> Any:
     """The JSON object in a file of a model folder.
+
+    Args:
+      path: the file.
+      kind: the type that it is checked against.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not JSON, or not an object.
+      ValueError: not JSON, or not of that kind.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return records.read(path, kind, change="the file is damaged, so fetch it again")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"no {path.name} in {path.parent}: expected a Hugging Face model folder (config.json "
             "and *.safetensors); download the whole model or correct the path"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): expected a Hugging Face {path.name}; the file is "
-            "damaged, so fetch it again"
-        ) from error
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{path} holds a JSON {type(value).__name__}: expected an object; fetch it again"
-        )
-    return value
 
 
 def model_folder(path) -> Path:
@@ -71,7 +120,7 @@ def generation_eos(path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         if name != "config.json" and not (path / name).exists():
             continue
-        eos = read_json(path / name).get("eos_token_id")
+        eos = read_json(path / name, Stops).get("eos_token_id")
         if eos is not None:
             return tuple(eos) if isinstance(eos, list) else (eos,)
     return ()
@@ -85,7 +134,7 @@ def read_config(path, *, dtype=jnp.float32) -> ModelConfig:
       ValueError: damaged JSON, or a model that is not implemented here.
     """
     path = model_folder(path) / "config.json"
-    return parse_config(read_json(path), dtype=dtype, source=str(path))
+    return parse_config(dict(read_json(path, HubConfig)), dtype=dtype, source=str(path))
 
 
 def parse_config(raw: dict[str, Any], *, dtype=jnp.float32, source="config.json") -> ModelConfig:
@@ -95,18 +144,20 @@ def parse_config(raw: dict[str, Any], *, dtype=jnp.float32, source="config.json"
       ValueError: a missing field, or one that asks for something that is not implemented here.
     """
     kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
+    if kind not in FAMILIES:
         raise ValueError(
             f"{source}: model_type {kind!r} is not supported: expected one of "
-            f"{', '.join(ARCHITECTURES)}; choose a model of these families"
+            f"{', '.join(FAMILIES)}; choose a model of these families"
         )
+    family = FAMILIES[kind]
     for name in raw.get("architectures") or ():
-        if name != ARCHITECTURES[kind]:
+        if name != family.architecture:
             raise ValueError(
                 f"{source}: architecture {name!r} is not supported: expected one of "
-                f"{', '.join(ARCHITECTURES.values())}; choose a causal language model"
+                f"{', '.join(f.architecture for f in FAMILIES.values())}; choose a causal "
+                "language model"
             )
-    _refuse(raw, kind, source)
+    _refuse(raw, family, source)
 
     def need(name: str):
         if raw.get(name) is None:
@@ -117,7 +168,7 @@ def parse_config(raw: dict[str, Any], *, dtype=jnp.float32, source="config.json"
         return raw[name]
 
     width, num_heads = need("hidden_size"), need("num_attention_heads")
-    head_dim = raw.get("head_dim") or (128 if kind == "qwen3" else width // num_heads)
+    head_dim = raw.get("head_dim") or family.head_dim or width // num_heads
     return ModelConfig(
         model_type=kind,
         vocab_size=need("vocab_size"),
@@ -130,26 +181,16 @@ def parse_config(raw: dict[str, Any], *, dtype=jnp.float32, source="config.json"
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         rope=_rope(raw, source),
         tied=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
         max_positions=need("max_position_embeddings"),
         dtype=dtype,
     )
 
 
-def _refuse(raw: dict[str, Any], kind: str, source: str) -> None:
+def _refuse(raw: dict[str, Any], family: Family, source: str) -> None:
     """Raise for fields whose value would silently change what the weights compute."""
-    plain = {
-        "hidden_act": "silu",
-        "mlp_bias": False,
-        "attention_bias": False,  # in llama and qwen3 it also puts a bias on o_proj
-        "partial_rotary_factor": 1.0,
-        "rope_interleaved": False,
-        "quantization_config": None,
-    }
-    if kind == "qwen2":
-        del plain["attention_bias"]  # not a field of this family: its biases are fixed
-    for name, expected in plain.items():
+    for name, expected in family.plain.items():
         found = raw.get(name)
         if found is not None and found != expected:
             raise ValueError(
@@ -170,9 +211,12 @@ def _refuse(raw: dict[str, Any], kind: str, source: str) -> None:
 
 def _rope(raw: dict[str, Any], source: str) -> Rope:
     # Older files say rope_theta and rope_scaling, newer ones keep both in rope_parameters.
-    old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
+    old, new = (
+        {name: value for name, value in (raw.get(group) or {}).items() if value is not None}
+        for group in ("rope_scaling", "rope_parameters")
+    )
     fields = {**new, **old}
-    theta = new.get("rope_theta", old.get("rope_theta", raw.get("rope_theta", 10_000.0)))
+    theta = new.get("rope_theta", old.get("rope_theta", raw.get("rope_theta") or 10_000.0))
     written = {x["rope_theta"] for x in (old, new, raw) if x.get("rope_theta") is not None}
     clash = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
     if len(written) > 1 or clash:
@@ -243,7 +287,7 @@ def config_json(cfg: ModelConfig, dtype) -> dict[str, Any]:
             rope["attention_factor"] = cfg.rope.attention_factor
     name = jnp.dtype(dtype).name
     raw = {
-        "architectures": [ARCHITECTURES[cfg.model_type]],
+        "architectures": [FAMILIES[cfg.model_type].architecture],
         "model_type": cfg.model_type,
         "dtype": name,
         "torch_dtype": name,
@@ -263,8 +307,4 @@ def config_json(cfg: ModelConfig, dtype) -> dict[str, Any]:
         "rope_parameters": {**rope, "rope_theta": cfg.rope.theta},
         "use_cache": True,
     }
-    if cfg.model_type == "qwen2":
-        raw["use_sliding_window"] = False
-    else:
-        raw["attention_bias"] = False
-    return raw
+    return raw | dict(FAMILIES[cfg.model_type].writes)

@@ -21,12 +21,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax import mesh
 from opd_jax.models import attention, kv_cache, linear
+from opd_jax.models.families import FAMILIES
 from opd_jax.models.kv_cache import Cache
 from opd_jax.models.params import ParamSpec, Specs
 from opd_jax.models.rope import Rope, rotate, rotations
 from opd_jax.pytrees import Params
 
-FAMILIES = ("llama", "qwen2", "qwen3")
 REMAT = ("none", "full", "dots")
 # Mixes the values of [B, T, ...] queries, keys and values, and says what to keep of them.
 _Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -71,7 +71,8 @@ class ModelConfig:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
         if self.model_type not in FAMILIES:
             raise ValueError(
-                f"model_type {self.model_type!r} is not supported: expected one of {FAMILIES}"
+                f"model_type {self.model_type!r} is not supported: expected one of "
+                f"{', '.join(FAMILIES)}"
             )
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r} is not known: expected one of {REMAT}")
