@@ -109,7 +109,11 @@ def _message(error: Exception) -> str | None:
     import jax
 
     from opd_jax import processes
+    from opd_jax.models import memory
 
+    if memory.is_exhausted(error):
+        change = "lower --batch, --max-new or --samples, or use more devices"
+        return memory.advice("running this command", error, (), change)
     if isinstance(error, jax.errors.JaxRuntimeError):
         return processes.explain(error)
     return str(error) if isinstance(error, _user_errors()) else None

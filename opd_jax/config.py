@@ -9,6 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
+import re
+import traceback
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +30,7 @@ from opd_jax.objective import NORMALISERS
 from opd_jax.rollout import sampling
 from opd_jax.spec import GROUPS, ConfigError, ModelSpec, RunConfig
 
+_MAX_CONFIG = 1 << 20  # bytes of a config file
 _Ids = list[pydantic.StrictInt]
 _TOP = ("profile", "init_from", "init_keep")  # text that belongs to no group
 # Fields that follow from others and are therefore not set by hand.
@@ -82,57 +87,103 @@ def load(argv: Sequence[str], **flag_values: str | None) -> tuple[ConfigDict, di
     Raises:
       ConfigError: an unknown key, flag or value, or a config file that does not load.
     """
+    named, rest = _config_flag(argv)
+    config = _from_file(named)
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "FILE[:arg]",
-        flag_values=values,
-        lock_config=True,
-        sys_argv=["opd-jax", *argv],
-    )
-    for name, default in flag_values.items():
-        flags.DEFINE_string(name, default, "", flag_values=values)
     try:
-        rest = values(["opd-jax", *argv])
-        config = values["config"].value
-        if config is not None:
-            config.keys()  # a file that did not load is told on the first access
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, lock_config=True, sys_argv=["opd-jax", *rest]
+        )
+        for name, default in flag_values.items():
+            flags.DEFINE_string(name, default, "", flag_values=values)
+        left = values(["opd-jax", *rest])
     except (AttributeError, KeyError) as error:
-        raise ConfigError(_unknown_key(argv, error)) from error
-    except OSError as error:
-        raise ConfigError(_unread_file(argv, error)) from error
-    except (flags.Error, TypeError) as error:
-        if own := _from_file(error):
-            raise ConfigError(own) from error
+        raise ConfigError(_unknown_key(rest, error)) from error
+    except (flags.Error, TypeError, ValueError) as error:
         raise ConfigError(f"{error}; see opd-jax train --help") from error
-    if rest[1:]:
-        raise ConfigError(f"unexpected arguments {rest[1:]}: expected flags --name=value")
-    if config is None:
-        raise ConfigError("no --config given: expected --config=FILE[:arg], e.g. configs/demo.py")
+    if left[1:]:
+        raise ConfigError(f"unexpected arguments {left[1:]}: expected flags --name=value")
     return config, {name: values[name].value for name in flag_values}
 
 
-def _from_file(error: BaseException | None) -> str:
-    """The message that a config file raised, below what absl wraps around it; or empty."""
-    message = ""
-    while error is not None:
-        if isinstance(error, ConfigError):
-            message = str(error)  # the innermost is the one without a traceback in its text
-        error = error.__cause__ or error.__context__
-    return message
+def _config_flag(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The value of ``--config``, and the other arguments."""
+    named, rest, items = "", [], list(argv)
+    while items:
+        item = items.pop(0)
+        name, equals, value = item.lstrip("-").partition("=")
+        if item.startswith("-") and name == "config":
+            named = value if equals else (items.pop(0) if items else "")
+        else:
+            rest.append(item)
+    if not named:
+        raise ConfigError("no --config given: expected --config=FILE[:arg], e.g. configs/demo.py")
+    return named, rest
 
 
-def _unread_file(argv: Sequence[str], error: OSError) -> str:
+def _from_file(named: str) -> ConfigDict:
+    """Run ``get_config`` of a config file: ``FILE`` or ``FILE:arg``.
+
+    Raises:
+      ConfigError: there is no such file, or it fails; shows the line of the file that did.
+    """
+    name, colon, arg = named.partition(":")
+    path = path_of(name)
     expected = "expected a Python file with get_config(arg), e.g. configs/demo.py"
-    given = [item.lstrip("-") for item in argv]
-    for name, value in zip(given, [*given[1:], ""], strict=True):
-        if name.startswith("config=") or name == "config":
-            path = (name.partition("=")[2] or value).partition(":")[0]
-            if not Path(path).is_file():
-                return f"config file {path!r} does not exist: {expected}; change --config"
-            return f"config file {path!r} failed: {error.__cause__ or error}: {expected}; mend it"
-    return f"{error}: {expected}; change --config"
+    try:
+        records.regular(Path(path), _MAX_CONFIG)
+        source = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"config file {name!r} does not exist: {expected}; change --config"
+        ) from error
+    except (OSError, records.RecordError) as error:
+        raise ConfigError(f"config file {name!r} cannot be read ({error}): {expected}") from error
+    module = types.ModuleType("config_file")
+    module.__file__ = path
+    try:
+        exec(compile(source, path, "exec"), module.__dict__)
+        get_config = module.get_config
+        found = get_config(arg) if colon else get_config()
+    except ConfigError:
+        raise
+    except SyntaxError as error:
+        raise ConfigError(
+            f"config file {name!r} is not Python: line {error.lineno}: "
+            f"{(error.text or '').strip()!r}: {error.msg}: {expected}; mend it"
+        ) from error
+    except AttributeError as error:
+        if not hasattr(module, "get_config"):
+            raise ConfigError(
+                f"config file {name!r} has no get_config: {expected}; add one"
+            ) from error
+        raise ConfigError(_failed(name, path, error)) from error
+    except (Exception, SystemExit) as error:  # a config file may raise anything
+        raise ConfigError(_failed(name, path, error)) from error
+    if not isinstance(found, ConfigDict):
+        raise ConfigError(
+            f"config file {name!r} returned a {type(found).__name__}: expected what "
+            "opd_jax.config.defaults() gives, with changed values; return that"
+        )
+    return found
+
+
+def _failed(name: str, path: str, error: BaseException) -> str:
+    """A failed config file in words: its own line, not ours."""
+    own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    where = ""
+    if own:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        number = own[-1].lineno or 1
+        where = f" in line {number}, {lines[number - 1].strip()!r}"
+    message = " ".join(str(error).split())[:300]
+    known = flatten(defaults())
+    key = re.search(r'"(\w+)"', message)
+    near = _nearest(key[1], {k.rpartition(".")[2]: 0 for k in known}) if key else ""
+    return (
+        f"config file {name!r} failed{where}: {type(error).__name__}: {message}{near}: expected it "
+        "to return a config; mend it"
+    )
 
 
 def _unknown_key(argv: Sequence[str], error: Exception) -> str:
@@ -145,7 +196,7 @@ def _unknown_key(argv: Sequence[str], error: Exception) -> str:
                 f"unknown config key {key[7:]!r}{_nearest(key[7:], known)}; expected a key of the "
                 f"config file; change --{key}"
             )
-    return f"the config file failed: {type(error).__name__}: {error}"
+    return f"a flag failed: {type(error).__name__}: {error}; see opd-jax train --help"
 
 
 def _nearest(name: str, known: Mapping[str, Any]) -> str:
@@ -186,6 +237,7 @@ def resolve(config: ConfigDict) -> RunConfig:
     merged = {k: v for k, v in known.items()} | flatten(given)
     for key in known:
         check_type(key, merged[key])
+        _check_range(key, merged[key])
     groups = {name: {} for name in GROUPS}
     for key, value in merged.items():
         group, _, name = key.partition(".")
@@ -237,6 +289,18 @@ def check_type(key: str, value: Any) -> None:
             f"{key} is {value!r}{more}: expected a {name} such as {_example(key, default)}; set "
             f"--config.{key}"
         ) from error
+
+
+def _check_range(key: str, value: Any) -> None:
+    """What no key may be: numbers that the devices have no room for, or that are none."""
+    if isinstance(value, int) and not isinstance(value, bool) and key != "seed":
+        ok, expected = -(2**31) <= value < 2**31, "a number of at most 2^31 - 1"
+    elif isinstance(value, float):
+        ok, expected = math.isfinite(value), "a finite number"
+    else:
+        return
+    if not ok:
+        raise ConfigError(f"{key} is {value!r}: expected {expected}; set --config.{key}")
 
 
 def _example(key: str, default: Any) -> str:

@@ -12,6 +12,7 @@ ORDER: list[str | tuple[str, list]] = [
     # the ground
     "files",
     "records",
+    "bounded",
     "processes",
     "mesh",
     "pytrees",
@@ -29,7 +30,9 @@ ORDER: list[str | tuple[str, list]] = [
             "rope",
             "attention",
             "kv_cache",
+            "families",
             "transformer",
+            "memory",
             "hf_config",
             "hf_folder",
             "hf",

@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opd_jax import bounded
 from opd_jax.data import tokenizer as tokenizers
 
 if TYPE_CHECKING:
@@ -183,12 +184,25 @@ def digest(rows: Sequence[Example]) -> str:
 
 
 def _tokenise(spec, tokenizer, *, completion) -> tuple[list[Example], Counts]:
+    """Tokenise all records, each within bounds: a template or a pattern may never end."""
+    records = read(spec.path)
+
+    def work(begin: Callable[[str], None]) -> tuple[list[Example], Counts]:
+        return _tokenise_all(records, spec, tokenizer, completion, begin)
+
+    return bounded.run(work, change="mend the chat template or the tokenizer, or drop the line")
+
+
+def _tokenise_all(records, spec, tokenizer, completion, begin) -> tuple[list[Example], Counts]:
     kept, tally = [], {"dropped": 0, "truncated": 0, "dropped_completions": 0}
     arguments = dict(spec.template)
-    for record in read(spec.path):
+    for record in records:
         where = f"{spec.path}:{record.line}"
+        begin(f"{where}: rendering and tokenising the prompt")
         try:
             ids = tokenizers.render(tokenizer, record.prompt, now=spec.now, **arguments)
+        except MemoryError:
+            raise
         except Exception as error:  # a chat template may raise anything
             raise ValueError(f"{where}: {error}") from error
         response = ()

@@ -18,8 +18,11 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
+from opd_jax import records
+
 Messages = Sequence[Mapping[str, Any]]  # [{"role": ..., "content": ...}, ...]
 
+_MAX_FILE = 1 << 30  # bytes; the largest tokenizers have some 30 MB
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 _VISIBLE = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 
@@ -43,6 +46,9 @@ def load(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
             f"no tokenizer.json in {folder} (found {', '.join(found) or 'nothing'}): expected a "
             "fast tokenizer; copy the tokenizer files of the original model into the folder"
         )
+    for pattern in ("*.json", "*.jinja", "*.model", "*.txt", "*chat_templates/*"):
+        for file in folder.glob(pattern):
+            records.regular(file, _MAX_FILE)  # a pipe or a device would be read for ever
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the Rust reader raises bare Exception
@@ -247,6 +253,8 @@ def check_render(
     for who, tokenizer in (("student", student), ("teacher", teacher)):
         try:
             both.append(render(tokenizer, messages, now=now, **template_kwargs))
+        except MemoryError:
+            raise
         except Exception as error:  # a template may raise anything
             raise ValueError(f"the {who}'s tokenizer cannot render the prompt: {error}") from error
     ours, theirs = both

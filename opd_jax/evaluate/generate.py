@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -14,7 +16,7 @@ from opd_jax.data import prompts as prompt_files
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.evaluate import grading
 from opd_jax.files import path_of
-from opd_jax.models import hf, hf_config
+from opd_jax.models import hf, hf_config, memory
 from opd_jax.rollout import answers as drawing
 from opd_jax.rollout.sampling import Sampler
 
@@ -60,8 +62,12 @@ def generate(
         ("batch", batch, 1),
         ("limit", limit, 0),
     ):
-        if value < least:
-            raise ValueError(f"{name} is {value}: expected at least {least}; set --{name}")
+        if not least <= value < 2**31:
+            raise ValueError(f"{name} is {value}: expected {least} to 2^31 - 1; set --{name}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}: expected 0 to 2^32 - 1; set --seed")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature is {temperature}: expected at least 0; set --temperature")
     folder, prompts = path_of(model), path_of(prompts)
     tokenizer = tokenizers.load(folder)
     stop_ids = tokenizers.stop_ids(tokenizer, hf_config.generation_eos(folder))
@@ -77,6 +83,20 @@ def generate(
     rows = rows[:limit] if limit else rows
     mesh = meshlib.make()
     num_ids = tokenizers.num_ids(tokenizer, cfg.vocab_size, "model")
+    width = max(len(row.ids) for row in rows)
+    size = meshlib.batch_rows(min(batch, len(rows)), mesh)
+    held = dataclasses.replace(cfg, dtype=jnp.dtype(dtype).name)
+    memory.check(
+        [
+            memory.Need("the model", memory.weights(held, dtype, mesh), "use more devices"),
+            memory.Need(
+                "keys and values",
+                memory.cache(held, size * samples, width + max_new, mesh),
+                "lower --batch, --samples or --max-new",
+            ),
+        ],
+        mesh,
+    )
     cfg, params = hf.load(folder, dtype=dtype, mesh=mesh, num_ids=num_ids)
     sampler = Sampler(
         vocab_size=num_ids,
@@ -94,8 +114,8 @@ def generate(
             cfg=cfg,
             sampler=sampler,
             max_new=max_new,
-            width=max(len(row.ids) for row in rows),
-            size=meshlib.batch_rows(min(batch, len(rows)), mesh),
+            width=width,
+            size=size,
             samples=samples,
         )
         for rollouts, real in drawn:

@@ -22,6 +22,7 @@ from opd_jax.data import prompts as prompt_files
 from opd_jax.data.prompts import Example
 from opd_jax.instrument import corpus as corpora
 from opd_jax.instrument.corpus import Corpus, CorpusError, Occurrences, TypeStats
+from opd_jax.models import memory
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Params, RockState, Rollout, TokenKL
@@ -100,6 +101,10 @@ def write(
         for stale in sorted(folder.glob("answers-*.npz"))[pieces:]:
             stale.unlink()  # what follows a damaged piece would be out of order
     size = meshlib.batch_rows(min(batch, len(rows)), pair.mesh)
+    slots = corpora.padded(max(len(row.ids) for row in rows)) + max_new
+    cells = memory.cache(cfg or pair.cfg.student, size * samples, slots, pair.mesh)
+    lower = "lower --batch, --samples or --max-new"
+    memory.check([memory.Need("keys and values", cells, lower)], pair.mesh)
     draw = functools.partial(
         decode.sample,
         pair.student if writer is None else writer,

@@ -79,9 +79,9 @@ class Flags:
         least = {"limit": 1, "max_new": 1, "max_prompt": 1, "samples": 1, "batch": 1, "k": 1}
         for name, smallest in (least | {"temperature": 0, "seed": 0}).items():
             value = getattr(self, name)
-            if value is not None and value < smallest:
+            if value is not None and not smallest <= value < 2**31:
                 raise RocksError(
-                    f"{flag(name)} is {value}: expected at least {smallest}; change {flag(name)}"
+                    f"{flag(name)} is {value}: expected {smallest} to 2^31 - 1; change {flag(name)}"
                 )
         select.Rule(self.score, self.skip_top, self.min_count)  # raises
         self._check_source()

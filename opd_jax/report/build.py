@@ -181,7 +181,8 @@ def _page(
         plates = [curve_figures.runs(files)]
         body = _run_table(found) + markup.plates(plates)
         sections.append(("training", "Training", body))
-    sections.append(("sweep", "Arms and seeds", _sweep(swept, arms)))
+    with run_files.used(Path("sweep.json")):
+        sections.append(("sweep", "Arms and seeds", _sweep(swept, arms)))
     data: dict[str, Any] = {"heat": page_data.HEAT}
     sections.append(("rocks", "Rock Tokens", _rocks(folder)))
     if folder is not None:
@@ -239,20 +240,27 @@ def _tiles(found: Mapping[str, Path], folder: Path | None) -> str:
                     )
                 )
     summary = rock_figures.read(folder, "summary.json") if folder else None
-    if summary:
-        k = summary["k"]
-        coverage, null = summary["coverage"], summary["coverage_null"]
-        tiles.append((f"KL in the top {k} types", f"{coverage:.1%}", f"null {null:.1%}"))
-        halves, null = summary["split_half"], summary["split_half_null"]
-        tiles.append(("Found again, Jaccard", f"{halves:.2f}", f"null {null:.2f}"))
-        median, whole = summary["density_median"], summary["density_corpus"]
-        tiles.append(("Rocks in an answer", f"{median:.1%}", f"whole corpus {whole:.1%}"))
+    if folder and summary:
+        with run_files.used(folder / "summary.json"):
+            tiles += _rock_tiles(summary)
     cells = "".join(
         f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(value)}"
         f"<small>{html.escape(small)}</small></dd></div>"
         for label, value, small in tiles
     )
     return f'<dl class="tiles">{cells}</dl>' if tiles else ""
+
+
+def _rock_tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    k = summary["k"]
+    numbers = {name: summary[name] for name in ("coverage", "split_half", "density_median")}
+    beside = {n: summary[n] for n in ("coverage_null", "split_half_null", "density_corpus")}
+    (coverage, halves, median), (null, found, whole) = numbers.values(), beside.values()
+    return [
+        (f"KL in the top {k} types", f"{coverage:.1%}", f"null {null:.1%}"),
+        ("Found again, Jaccard", f"{halves:.2f}", f"null {found:.2f}"),
+        ("Rocks in an answer", f"{median:.1%}", f"whole corpus {whole:.1%}"),
+    ]
 
 
 def _run_table(found: Mapping[str, Path]) -> str:
@@ -325,7 +333,8 @@ def _rocks(folder: Path | None) -> str:
     if folder is None:
         return markup.missing("No rocks were given.", "opd-jax rocks --run=RUN --out=DIR")
     manifest = rock_figures.read(folder, "rocks.json") or {}
-    said = ", ".join(f"{k} {manifest[k]}" for k in ("student", "teacher", "writer", "prompts"))
+    with run_files.used(folder / "rocks.json"):
+        said = ", ".join(f"{k} {manifest[k]}" for k in ("student", "teacher", "writer", "prompts"))
     text = f'<p class="note">Measured with {html.escape(said)}.</p>'
     text += markup.plates(rock_figures.plates(folder)) + _context(folder)
     if not (folder / "selection.json").exists():
@@ -343,22 +352,27 @@ def _context(folder: Path) -> str:
     told = rock_figures.read(folder, "context.json")
     if told is None:
         return ""
+    with run_files.used(folder / "context.json"):
+        note = _context_note(told)
+    return (
+        '<div class="plate"><h3>Which rocks stay in like contexts?</h3>'
+        f'<p class="note">{html.escape(note)}</p></div>'
+    )
+
+
+def _context_note(told: Mapping[str, Any]) -> str:
     default, k = told["default"], told["k"]
     kept, by_chance = (
         [row["rocks_kept"] for row in rows]
         for rows in (told["grid"], [row["control"] for row in told["grid"]])
     )
-    note = (
+    return (
         f"{default['rocks_kept']} of {k} rocks are among the top {k} when a type counts by its "
         "high-loss occurrences in contexts like one another's (window "
         f"{default['window']}, similarity {default['gamma']}). Control, as many occurrences drawn "
         f"without regard to loss: {default['control']['rocks_kept']}. Over all {len(kept)} "
         f"settings tried, {min(kept)} to {max(kept)} stay, of the control {min(by_chance)} to "
         f"{max(by_chance)}."
-    )
-    return (
-        '<div class="plate"><h3>Which rocks stay in like contexts?</h3>'
-        f'<p class="note">{html.escape(note)}</p></div>'
     )
 
 
@@ -367,7 +381,8 @@ def _types(folder: Path) -> tuple[str, dict[str, Any] | None]:
         return markup.missing(
             "The table of types is not there.", "opd-jax rocks --run=RUN --out=DIR"
         ), None
-    data, count = page_data.types(folder / "types.csv")
+    with run_files.used(folder / "types.csv"):
+        data, count = page_data.types(folder / "types.csv")
     note = f"All {count:,} types that were seen"
     if count > page_data.MAX_TYPES:
         note = f"The first {page_data.MAX_TYPES:,} of {count:,} types by rank; types.csv has all"
@@ -378,8 +393,9 @@ def _answers(
     folder: Path | None, found: Mapping[str, Path], files: Mapping[str, RunFiles]
 ) -> list[dict[str, Any]]:
     reader = rock_figures.read(folder, "reader.json") if folder else None
-    if reader:
-        return page_data.from_reader(reader)
+    if folder and reader:
+        with run_files.used(folder / "reader.json"):
+            return page_data.from_reader(reader)
     rocks = {name: files[name].rocks for name in found}
     parts = [page_data.from_samples(path, name, rocks[name]) for name, path in found.items()]
     return [answer for part in parts for answer in part][: page_data.MAX_ANSWERS]

@@ -82,15 +82,19 @@ def plates(out_dir: str | os.PathLike) -> list[Plate]:
             ("controls", lambda: controls(selection["controls"])),
             ("groups", lambda: groups(selection["groups"])),
         ]
-        made += [draw() for key, draw in steps if selection.get(key)]
-    if references := read(folder, "references.json"):
-        made.append(study_figures.references(references))
-    if gradients := read(folder, "gradients.json"):
-        made.append(study_figures.geometry(gradients))
-    if persistence := read(folder, "persistence.json"):
-        made += study_figures.persistence(persistence)
-    if optimizer := read(folder, "optimizer.json"):
-        made.append(study_figures.optimizer(optimizer))
+        with run_files.used(folder / "selection.json"):
+            made += [draw() for key, draw in steps if selection.get(key)]
+    studies: dict[str, Callable[[dict[str, Any]], Plate | list[Plate]]] = {
+        "references": study_figures.references,
+        "gradients": study_figures.geometry,
+        "persistence": study_figures.persistence,
+        "optimizer": study_figures.optimizer,
+    }
+    for name, draw in studies.items():
+        if told := read(folder, f"{name}.json"):
+            with run_files.used(folder / f"{name}.json"):
+                drawn = draw(told)
+                made += drawn if isinstance(drawn, list) else [drawn]
     return made
 
 

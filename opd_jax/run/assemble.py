@@ -18,15 +18,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from opd_jax import bounded, optim, steps
 from opd_jax import mesh as meshlib
-from opd_jax import optim, steps
 from opd_jax.data import batches
 from opd_jax.data import prompts as prompt_files
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.data.prompts import Example
 from opd_jax.evaluate.heldout import EvalPlan
 from opd_jax.files import path_of
-from opd_jax.models import hf, hf_config, params, transformer
+from opd_jax.models import hf, hf_config, memory, params, transformer
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Params, TrainState
@@ -136,6 +136,7 @@ def assemble(
                 "--config.data.max_prompt or --config.rollout.max_new"
             )
     bias_V = _bias(run, vocab_size, student.vocab_size)
+    memory.check(needs(run, cfg, mesh), mesh)
     return Assembly(
         run=run,
         mesh=mesh,
@@ -149,6 +150,27 @@ def assemble(
         plan=_eval_plan(run, policy, heldout, shards, bias_V),
         bias_V=bias_V,
     )
+
+
+def needs(run: RunConfig, cfg: ObjectiveConfig, mesh: Mesh) -> list[memory.Need]:
+    """What is in memory together, at the least, while the student samples or is updated."""
+    assert cfg.teacher is not None
+    f32 = jnp.float32
+    stored = run.student.stored_dtype("float32")
+    moments = {"adamw": 2, "sgd": 1, "signsgd": 1}[run.optim.name]
+    rows, slots = run.train.prompts * run.rollout.samples, run.data.widths[-1] + run.rollout.max_new
+    eval_rows = (run.eval.batch or rows) * run.eval.samples if run.eval.every else 0
+    parts = "raise --config.mesh.fsdp or .model, which split it"
+    fewer = "lower --config.rollout.samples, .max_new, --config.train.prompts or data.max_prompt"
+    if eval_rows > rows:
+        rows, fewer = eval_rows, "lower --config.eval.batch or .samples"
+    teacher_dtype = run.teacher.stored_dtype(cfg.teacher.dtype)
+    return [
+        memory.Need("the student", memory.weights(cfg.student, stored, mesh), parts),
+        memory.Need("its optimizer", moments * memory.weights(cfg.student, f32, mesh), parts),
+        memory.Need("the teacher", memory.weights(cfg.teacher, teacher_dtype, mesh), parts),
+        memory.Need("keys and values", memory.cache(cfg.student, rows, slots, mesh), fewer),
+    ]
 
 
 def model_config(spec: ModelSpec, path: str) -> ModelConfig:
@@ -344,8 +366,7 @@ def _read_prompts(
         template=run.data.template,
         now=now,
     )
-    for record in prompt_files.read(spec.path)[:_RENDERED]:
-        tokenizers.check_render(tokenizer, other, record.prompt, now=now, **dict(spec.template))
+    _check_rendering(spec, tokenizer, other)
     rows, counts = prompt_files.examples(spec, tokenizer)
     say(f"prompts: {counts} ({run.data.prompts})")
     heldout: Sequence[Example] = ()
@@ -354,6 +375,19 @@ def _read_prompts(
         heldout, counts = prompt_files.examples(spec, tokenizer)
         say(f"held out: {counts} ({run.data.heldout})")
     return rows, heldout
+
+
+def _check_rendering(spec: prompt_files.PromptSpec, tokenizer: Any, other: Any) -> None:
+    """Render the first prompts by both tokenizers, each within bounds."""
+    records = prompt_files.read(spec.path)[:_RENDERED]
+
+    def work(begin: Callable[[str], None]) -> None:
+        for record in records:
+            begin(f"{spec.path}:{record.line}: rendering and tokenising the prompt")
+            arguments = dict(spec.template)
+            tokenizers.check_render(tokenizer, other, record.prompt, now=spec.now, **arguments)
+
+    bounded.run(work, change="mend the chat template or the tokenizer, or drop the line")
 
 
 def _eval_plan(

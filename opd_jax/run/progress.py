@@ -33,11 +33,13 @@ class Timer:
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
         self._seconds: dict[str, float] = {}
+        self.running = ""  # the phase that began last
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[Callable[[Any], Any]]:
         """Time a block; gives a function that takes arrays to wait for and returns them."""
         waiting = []
+        self.running = name
 
         def done(values):
             waiting.append(values)

@@ -26,6 +26,7 @@ from opd_jax.spec import ConfigError, RunConfig
 from opd_jax.store import run_files
 from opd_jax.store import workdir as workdirs
 
+_MOST_SEEDS = 10_000
 BASELINE = "full"  # plain distillation, where it is among the arms
 # What the arms are about; everything else must be equal between them.
 _OF_AN_ARM = ("rock.*", "train.normaliser")
@@ -52,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", required=True, help="a new folder, or that of the sweep")
     parser.add_argument("--baseline", default="", help="the arm to compare with; default: full")
     flags, overrides = parser.parse_known_args(list(argv))
+    if flags.seeds > _MOST_SEEDS:
+        raise ConfigError(f"seeds {flags.seeds}: expected at most {_MOST_SEEDS}; set --seeds")
     stop = processes.Stop()
     sweep(
         flags.config,

@@ -24,6 +24,7 @@ from opd_jax.data import batches
 from opd_jax.data.batches import Batch
 from opd_jax.evaluate import heldout
 from opd_jax.files import path_of
+from opd_jax.models import memory
 from opd_jax.processes import say
 from opd_jax.pytrees import Mean, Params, Rollout, TrainState
 from opd_jax.rollout import decode
@@ -75,7 +76,37 @@ def train(
         stop or processes.Stop() as stop,
     ):
         entry.enter(folder, parts, saves, command=command, now=now, say=say)
-        return _Loop(parts, folder, saves, stop, started).run()
+        loop = _Loop(parts, folder, saves, stop, started)
+        try:
+            return loop.run()
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            if not memory.is_exhausted(error):
+                raise
+            raise memory.FitError(_memory_advice(parts, loop.timer.running, error)) from error
+
+
+# Who ran out of memory: in words, and what lowers its part.
+_FITTING = {
+    "": ("loading the models", "raise --config.mesh.fsdp or .model, which split them"),
+    "rollout": (
+        "sampling answers",
+        "lower --config.train.prompts, --config.rollout.samples or .max_new",
+    ),
+    "teacher": ("the teacher read the answers", "raise --config.train.microbatches"),
+    "update": (
+        "updating the student",
+        "raise --config.train.microbatches, set --config.student.remat=full, or lower "
+        "--config.rollout.max_new",
+    ),
+    "eval": ("evaluating", "lower --config.eval.batch or .samples, or --config.rollout.max_new"),
+}
+_FITTING |= {"data": _FITTING["rollout"], "samples": _FITTING["teacher"]}
+
+
+def _memory_advice(parts: Assembly, phase: str, error: BaseException) -> str:
+    what, change = _FITTING.get(phase, _FITTING[""])
+    resident = assemble.needs(parts.run, parts.cfg, parts.mesh)[:3]
+    return memory.advice(what, error, resident if phase else [], change)
 
 
 def one_step(

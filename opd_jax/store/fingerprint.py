@@ -26,6 +26,10 @@ _TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
     "chat_templates/*",
+    "additional_chat_templates/*",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
 )
 _WEIGHTS = ("model*.safetensors",)
 

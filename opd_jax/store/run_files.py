@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -236,6 +237,37 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
       WorkdirError: as :func:`load_lines`.
     """
     return load_lines(path, dict[str, Any])
+
+
+# What goes wrong where JSON has another form than the code that reads it expects.
+_OF_ANOTHER_FORM = (
+    KeyError,
+    TypeError,
+    ValueError,
+    IndexError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+
+
+@contextlib.contextmanager
+def used(path: Path) -> Iterator[None]:
+    """Use what a file without a declared type holds: if it has another form, the file is damaged.
+
+    Raises:
+      WorkdirError: it has.
+    """
+    try:
+        yield
+    except workdirs.WorkdirError:
+        raise
+    except _OF_ANOTHER_FORM as error:
+        what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)[:200]
+        raise workdirs.WorkdirError(
+            f"{path} is damaged ({type(error).__name__}: {what}); expected what its command "
+            f"writes; {_CHANGE}"
+        ) from error
 
 
 def _unread(path: Path, error: Exception) -> workdirs.WorkdirError:
