@@ -9,7 +9,7 @@ import shutil
 import warnings
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import rocks_out
@@ -164,13 +164,13 @@ def test_the_files_of_the_instrument(results, name):
     @given(documents(json.loads(whole)))
     def fuzz(data):
         path.write_bytes(data)
-        with matplotlib.rc_context(style.STYLE):
+        with plt.rc_context(style.STYLE):
             survives(lambda: rock_figures.plates(results / "out"))
         survives(lambda: build._context(results / "out"))
         survives(lambda: build._tiles({}, results / "out"))
         survives(lambda: build._answers(results / "out", {}, {}))
         survives(lambda: build._check_rocks(results / "out", results / "run"))
-        matplotlib.pyplot.close("all")
+        plt.close("all")
 
     try:
         fuzz()
