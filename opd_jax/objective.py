@@ -63,6 +63,20 @@ class ObjectiveConfig:
             )
 
 
+class Predicted(struct.PyTreeNode):
+    """What the T-1 positions that predict something predict; numpy or JAX, as the rollout was."""
+
+    ids_BT: jax.Array  # [B, T-1] i32, the predicted id
+    given_BT: jax.Array  # [B, T-1] i32, the id that stands at the position
+    mask_BT: jax.Array  # [B, T-1] bool, the predicted id was sampled and is scored
+
+
+def predicted(rollout: Rollout) -> Predicted:
+    """The alignment: position t stands for the id at t+1, whether it is one of the answer's."""
+    ids_BT = rollout.ids_BT
+    return Predicted(ids_BT[:, 1:], ids_BT[:, :-1], rollout.mask_BT[:, 1:])
+
+
 class Targets(struct.PyTreeNode):
     """What is predicted at each of the T-1 positions that predict something."""
 
@@ -77,7 +91,7 @@ def inputs(
     rollout: Rollout,
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Bool[Array, "B T"]]:
     """Model inputs of the predicting positions: ids, positions and validity, each [B, T-1]."""
-    ids_BT = rollout.ids_BT[:, :-1]
+    ids_BT = predicted(rollout).given_BT
     valid_BT = jnp.arange(ids_BT.shape[1])[None, :] >= rollout.start_B[:, None]
     return ids_BT, transformer.positions(valid_BT), valid_BT
 
@@ -88,9 +102,10 @@ def targets(rollout: Rollout, state: RockState, key: jax.Array, *, cfg: Objectiv
     ``key`` draws the randomly gated and the probed positions; draw once per optimizer step, before
     any split.
     """
-    ids_BT, mask_BT = rollout.ids_BT[:, 1:], rollout.mask_BT[:, 1:]
+    next_ = predicted(rollout)
+    ids_BT, mask_BT = next_.ids_BT, next_.mask_BT
     gate_key, probe_key = jax.random.split(key)
-    key_BT = ids_BT if cfg.rock.key == "label" else rollout.ids_BT[:, :-1]
+    key_BT = ids_BT if cfg.rock.key == "label" else next_.given_BT
     gated_BT = rock.gated(state, key_BT, cfg=cfg.rock, key=gate_key) & mask_BT
     weight_BT = rock.weights(state, key_BT, cfg=cfg.rock, gated_BT=gated_BT) * mask_BT
     importance_BT = rock.importance(weight_BT, mask_BT, probe_key, cfg=cfg.rock)

@@ -79,6 +79,7 @@ ORDER: list[str | tuple[str, list]] = [
         [
             "assemble",
             "entry",
+            "digest",
             "narrate",
             "writers",
             "progress",

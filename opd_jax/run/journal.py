@@ -11,7 +11,7 @@ from typing import Any
 from opd_jax import config
 from opd_jax.evaluate.heldout import Graded
 from opd_jax.pytrees import RockState
-from opd_jax.run import narrate, writers
+from opd_jax.run import digest, writers
 from opd_jax.spec import RunConfig
 from opd_jax.store import run_files
 
@@ -44,7 +44,7 @@ class Journal:
             writer.write(step, values)
 
     def samples(self, step: int, chosen: Sequence[Mapping[str, Any]]) -> None:
-        """Record what :func:`narrate.samples` decoded."""
+        """Record what :func:`digest.samples` decoded."""
         self._samples.write(step, {"samples": chosen})
 
     def evaluation(self, step: int, result: Mapping[str, float | None], graded: Graded) -> None:
@@ -64,7 +64,7 @@ class Journal:
         """
         if not self._has_rocks(step):
             return
-        top = narrate.rock_table(state, self.tokenizer, _TOP)
+        top = digest.rock_table(state, self.tokenizer, _TOP)
         names = ("token_id", "token", "share", "member")
         self.last_rocks = {
             "step": step,

@@ -28,7 +28,7 @@ from opd_jax.models import memory
 from opd_jax.processes import say
 from opd_jax.pytrees import Mean, Params, Rollout, TrainState
 from opd_jax.rollout import decode
-from opd_jax.run import assemble, entry, journal, narrate, progress
+from opd_jax.run import assemble, digest, entry, journal, narrate, progress
 from opd_jax.run.assemble import Assembly
 from opd_jax.spec import RunConfig
 from opd_jax.store import checkpoint, run_files
@@ -429,7 +429,7 @@ class _Loop:
             state.params, self.teacher, answers, state.rock, cfg=self.parts.cfg
         )
         host, kl_BT = meshlib.to_host((answers, tokens.reverse_BT))
-        chosen = narrate.samples(host, kl_BT, self.parts.tokenizer, self.run_cfg.log.samples)
+        chosen = digest.samples(host, kl_BT, self.parts.tokenizer, self.run_cfg.log.samples)
         self.journal.samples(step, chosen)
         if chosen:
             say(f"sample, step {step}: {narrate.sample_text(chosen[0], self.parts.tokenizer)}")
@@ -444,10 +444,10 @@ class _Loop:
             "compiles": sum(assemble.programs().values()),
             "compiles_by_program": assemble.programs(),
             "first_step_s": self.first_step_s,
-            **narrate.phase_seconds([*self.took, self.timer.take()]),
+            **digest.phase_seconds([*self.took, self.timer.take()]),
             "is_finished": is_finished,
             "stopped_by": None if is_finished else self.stop.signal,
-            "rocks": narrate.rock_table(state.rock, self.parts.tokenizer, self.run_cfg.log.rocks),
+            "rocks": digest.rock_table(state.rock, self.parts.tokenizer, self.run_cfg.log.rocks),
         }
         if jax.process_index() == 0:
             text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)

@@ -8,7 +8,7 @@ import tiny_run
 from opd_jax import config, rock
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.evaluate import heldout
-from opd_jax.run import narrate
+from opd_jax.run import digest, narrate
 
 tiny = tiny_run.tiny
 
@@ -69,12 +69,12 @@ def test_the_rock_table_ranks_by_carried_kl():
     ids = jnp.asarray([[7, 7, 9, 11]])
     kl = jnp.asarray([[1.0, 2.0, 4.0, 1.0]])
     state = rock.update(rock.init(640, cfg=cfg), ids, kl, jnp.ones((1, 4), bool), cfg=cfg)
-    table = narrate.rock_table(state, tokenizer, 2)
+    table = digest.rock_table(state, tokenizer, 2)
     assert [row["token_id"] for row in table] == [9, 7]
     np.testing.assert_allclose([row["share"] for row in table], [4 / 8, 3 / 8])
     np.testing.assert_allclose([row["kl_mean"] for row in table], [4.0, 1.5])
     np.testing.assert_allclose([row["token_share"] for row in table], [1 / 4, 2 / 4])
-    assert narrate.rock_table(rock.init(640), tokenizer, 5) == []
+    assert digest.rock_table(rock.init(640), tokenizer, 5) == []
 
 
 def test_the_conclusion_has_both_sides_and_the_table():
@@ -99,7 +99,7 @@ def test_shares_are_of_all_timed_seconds_and_medians_of_steps():
         {"update": 2.0, "host": 0.0, "step": 2.0},
         {"save": 4.0},
     ]
-    times = narrate.phase_seconds(took)
+    times = digest.phase_seconds(took)
     assert times["median_s"] == {"host": 1.0, "samples": 0.0, "step": 4.0, "update": 2.0}
     assert times["phase_share"] == {
         "update": 0.3,
@@ -111,4 +111,4 @@ def test_shares_are_of_all_timed_seconds_and_medians_of_steps():
     text = narrate.time_text(times | {"first_step_s": 9.0})
     assert "update 30%" in text
     assert "median step 4.00s, first step after 9.0s" in text
-    assert narrate.phase_seconds([{"save": 1.0}]) == {"median_s": {}, "phase_share": {}}
+    assert digest.phase_seconds([{"save": 1.0}]) == {"median_s": {}, "phase_share": {}}
