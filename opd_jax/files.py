@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+TIME = "%Y-%m-%dT%H:%M:%SZ"  # how a moment is written, in UTC
 EMBEDDED = "embedded:"  # prefix of paths inside the package's own demo pair
 
 

@@ -6,7 +6,6 @@ models and a prompt must render to the same ids. Both are checked here, before t
 
 from __future__ import annotations
 
-import datetime
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,14 +15,13 @@ from typing import Any, cast
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 # isort: split
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import chat_template_utils
 
 from opd_jax import records
+from opd_jax.data import templates
 
 Messages = Sequence[Mapping[str, Any]]  # [{"role": ..., "content": ...}, ...]
 
 _MAX_FILE = 1 << 30  # bytes; the largest tokenizers have some 30 MB
-_TIME = "%Y-%m-%dT%H:%M:%SZ"
 _VISIBLE = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 
 
@@ -91,7 +89,7 @@ def render(
             "chat_template.jinja to the folder, or write the data with `prompt` strings"
         )
     else:
-        _set_clock(tokenizer, now)
+        templates.set_clock(tokenizer, now)
         ids = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             add_generation_prompt=True,
@@ -105,17 +103,6 @@ def render(
             f"the prompt {messages!r} renders to no ids: expected at least one; remove or fill it"
         )
     return ids
-
-
-def _set_clock(tokenizer: PreTrainedTokenizerFast, now: str | None) -> None:
-    """Make ``strftime_now`` in the tokenizer's chat template tell the time ``now``.
-
-    It cannot be passed: transformers lets templates see plain data only. The compiled template is
-    the one that it will use, since it keeps them.
-    """
-    then = datetime.datetime.now() if now is None else datetime.datetime.strptime(now, _TIME)
-    compiled = chat_template_utils._compile_jinja_template(tokenizer.get_chat_template())
-    compiled.globals["strftime_now"] = then.strftime
 
 
 def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -23,7 +23,7 @@ import pydantic
 from typing_extensions import TypedDict
 
 from opd_jax import config as settings
-from opd_jax import records
+from opd_jax import files, records
 from opd_jax.files import write_atomic
 from opd_jax.store import fingerprint
 
@@ -34,7 +34,6 @@ PACKAGES += ("transformers", "ml-collections", "libtpu")
 MAY_CHANGE = ("train.steps", "log.*", "checkpoint.*", "eval.*", "mesh.*")
 
 _PUT_BACK = "put back a copy, or give another --workdir"
-TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
 class WorkdirError(RuntimeError):
@@ -72,7 +71,7 @@ class RunRecord(TypedDict):
 
     config: Annotated[dict[str, Any], pydantic.AfterValidator(_typed)]  # flat, dotted keys
     command: NotRequired[list[str]]
-    time: NotRequired[str]  # UTC, as TIME
+    time: NotRequired[str]  # UTC, as files.TIME
     data: NotRequired[str]  # digest of the training prompts
     stop_ids: NotRequired[list[int]]
     inputs: NotRequired[dict[str, FilesOfModel]]
@@ -167,7 +166,7 @@ def describe(
 
 def timestamp() -> str:
     """The time now, as ``run.json`` has it (UTC)."""
-    return time.strftime(TIME, time.gmtime())
+    return time.strftime(files.TIME, time.gmtime())
 
 
 def check_same_run(
