@@ -391,13 +391,13 @@ def _check(run: RunConfig) -> None:
     rule(run.log.every >= 1, "log.every", "at least 1")
     rule(run.checkpoint.keep >= 1, "checkpoint.keep", "at least 1")
     rule(run.checkpoint.best in ("", "accuracy", "kl_nats"), "checkpoint.best", "accuracy, kl_nats")
+    for name in ("prompts", "samples"):
+        rule(getattr(run.eval, name) >= 1, f"eval.{name}", "at least 1")
+    rule(run.eval.temperature >= 0, "eval.temperature", "at least 0 (0: greedy)")
+    rule(run.eval.batch >= 0, "eval.batch", "at least 0 (0: prompts x samples of a step)")
+    rule(run.eval.kl_prompts >= 0, "eval.kl_prompts", "at least 0 (0: not measured)")
     if run.eval.every:
         rule(bool(run.data.heldout), "data.heldout", "a JSONL file, since eval.every is above 0")
-        for name in ("prompts", "samples"):
-            rule(getattr(run.eval, name) >= 1, f"eval.{name}", "at least 1")
-        rule(run.eval.temperature >= 0, "eval.temperature", "at least 0 (0: greedy)")
-        rule(run.eval.batch >= 0, "eval.batch", "at least 0 (0: prompts x samples of a step)")
-        rule(run.eval.kl_prompts >= 0, "eval.kl_prompts", "at least 0 (0: not measured)")
     else:
         rule(not run.checkpoint.best, "checkpoint.best", "empty, since eval.every is 0")
     _ = run.profiled, run.kept  # raise

@@ -277,3 +277,18 @@ def test_parse_arg_refuses_what_it_does_not_know(arg, parts):
 def test_path_of_finds_the_embedded_pair():
     assert (Path(config.path_of("embedded:teacher")) / "config.json").is_file()
     assert config.path_of("models/x") == "models/x"
+
+
+@pytest.mark.parametrize(
+    ("lines", "shown"),
+    [
+        (["x = 1", "y = x / 0"], "in line 5, 'y = x / 0': ZeroDivisionError: division by zero"),
+        (["raise SystemExit(3)"], "in line 4, 'raise SystemExit(3)': SystemExit: 3"),
+        (["int('x')"], "ValueError: invalid literal for int() with base 10: 'x'"),
+    ],
+)
+def test_a_file_that_fails_shows_its_own_line(tmp_path, lines, shown):
+    with pytest.raises(ConfigError) as error:
+        load(path=write(tmp_path, lines))
+    assert shown in str(error.value)
+    assert "site-packages" not in str(error.value)
