@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from opd_jax import mesh
+from opd_jax import mesh, rules
 
 DIRECTIONS = ("reverse", "forward", "jsd", "skew_reverse", "skew_forward")
 
@@ -61,28 +61,16 @@ class KLSpec:
     ce: float = 0.0
 
     def __post_init__(self):
-        if self.direction not in DIRECTIONS:
-            raise ValueError(
-                f"kl.direction {self.direction!r}: expected one of {DIRECTIONS}; "
-                "set --config.kl.direction"
-            )
-        for name, low, high, open_ends in (
-            ("temperature", 0.0, float("inf"), True),
-            ("beta", 0.0, 1.0, True),
-            ("skew", 0.0, 1.0, True),
-            ("ce", 0.0, 1.0, False),
-        ):
-            value = getattr(self, name)
-            inside = low < value < high if open_ends else low <= value <= high
-            if not inside:
-                raise ValueError(
-                    f"kl.{name} {value}: expected a number between {low} and {high}"
-                    f"{' (ends excluded)' if open_ends else ''}; set --config.kl.{name}"
-                )
-        if self.chunk < 0:
-            raise ValueError(
-                f"kl.chunk {self.chunk}: expected rows per chunk, or 0; set --config.kl.chunk"
-            )
+        rules.check(
+            self,
+            "kl",
+            ("direction", self.direction in DIRECTIONS, f"one of {DIRECTIONS}"),
+            ("temperature", 0 < self.temperature < float("inf"), "a finite number above 0"),
+            ("beta", 0 < self.beta < 1, "a weight between 0 and 1, ends excluded"),
+            ("skew", 0 < self.skew < 1, "a share between 0 and 1, ends excluded"),
+            ("ce", 0 <= self.ce <= 1, "a share from 0 to 1"),
+            ("chunk", self.chunk >= 0, "rows per chunk, or 0"),
+        )
 
     @property
     def is_default_divergence(self) -> bool:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax import kl, mesh, rock
+from opd_jax import kl, mesh, rock, rules
 from opd_jax.kl import KLSpec
 from opd_jax.models import transformer
 from opd_jax.models.transformer import ModelConfig
@@ -51,16 +51,12 @@ class ObjectiveConfig:
     microbatches: int = 1
 
     def __post_init__(self):
-        if self.normaliser not in NORMALISERS:
-            raise ValueError(
-                f"train.normaliser {self.normaliser!r}: expected one of {NORMALISERS}; "
-                "set --config.train.normaliser"
-            )
-        if self.microbatches < 1:
-            raise ValueError(
-                f"train.microbatches {self.microbatches}: expected at least 1; "
-                "set --config.train.microbatches"
-            )
+        rules.check(
+            self,
+            "train",
+            ("normaliser", self.normaliser in NORMALISERS, f"one of {NORMALISERS}"),
+            ("microbatches", self.microbatches >= 1, "at least 1"),
+        )
 
 
 class Predicted(struct.PyTreeNode):

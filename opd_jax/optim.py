@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from opd_jax import rules
+
 NAMES = ("adamw", "sgd", "signsgd")
 DECAYS = ("matrices", "all")
 
@@ -44,7 +46,9 @@ class OptimSpec:
     clip: float = 1.0
 
     def __post_init__(self):
-        for name, ok, expected in (
+        rules.check(
+            self,
+            "optim",
             ("name", self.name in NAMES, f"one of {NAMES}"),
             ("lr", self.lr > 0, "above 0"),
             ("min_lr", 0 <= self.min_lr <= self.lr, f"from 0 to optim.lr ({self.lr})"),
@@ -56,12 +60,7 @@ class OptimSpec:
             ("decay", self.decay in DECAYS, f"one of {DECAYS}"),
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
             ("clip", self.clip >= 0, "at least 0 (0: off)"),
-        ):
-            if not ok:
-                raise ValueError(
-                    f"optim.{name} {getattr(self, name)!r}: expected {expected}; "
-                    f"set --config.optim.{name}"
-                )
+        )
 
 
 def schedule(spec: OptimSpec) -> optax.Schedule:

@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax import mesh
+from opd_jax import mesh, rules
 from opd_jax.pytrees import RockState
 
 MODES = ("off", "static", "ema", "adaptive", "random")
@@ -83,33 +83,42 @@ class RockConfig:
     until: int = 0
 
     def __post_init__(self):
-        def check(ok, name, expected):
-            if not ok:
-                raise ValueError(
-                    f"rock.{name} {getattr(self, name)!r}: expected {expected}; "
-                    f"set --config.rock.{name}"
-                )
-
-        check(self.mode in MODES, "mode", f"one of {MODES}")
-        check(self.score in SCORES, "score", f"one of {SCORES}")
-        check(self.top_k >= 1, "top_k", "at least 1")
-        check(self.skip_top >= 0, "skip_top", "at least 0")
-        check(0 < self.decay <= 1, "decay", "above 0, up to 1")
-        is_faster = 0 < self.fast_decay <= self.decay
-        check(is_faster, "fast_decay", f"above 0, up to rock.decay ({self.decay})")
-        check(0 <= self.inside <= 1, "inside", "a weight from 0 to 1")
-        check(self.every >= 1, "every", "at least 1")
-        check(self.exit_factor >= 1, "exit_factor", "at least 1")
-        check(0 < self.probe <= 1, "probe", "a share above 0, up to 1")
-        check(self.mode != "static" or self.ids, "ids", "the gated ids where rock.mode is 'static'")
-        check(self.key in KEYS, "key", f"one of {KEYS}")
-        check(0 <= self.share <= 1, "share", "a share from 0 to 1")
-        is_drawn = self.mode == "random"
-        check(not is_drawn or self.share > 0, "share", "above 0 where rock.mode is 'random'")
-        check(self.start >= 0, "start", "at least 0")
-        check(self.ramp >= 0, "ramp", "at least 0")
         is_later = self.until == 0 or self.until > self.start
-        check(is_later, "until", f"0 (never) or a step after rock.start ({self.start})")
+        rules.check(
+            self,
+            "rock",
+            ("mode", self.mode in MODES, f"one of {MODES}"),
+            ("score", self.score in SCORES, f"one of {SCORES}"),
+            ("top_k", self.top_k >= 1, "at least 1"),
+            ("skip_top", self.skip_top >= 0, "at least 0"),
+            ("min_count", self.min_count >= 0, "at least 0"),
+            ("persist", self.persist >= 0, "at least 0"),
+            ("decay", 0 < self.decay <= 1, "above 0, up to 1"),
+            (
+                "fast_decay",
+                0 < self.fast_decay <= self.decay,
+                f"above 0, up to rock.decay ({self.decay})",
+            ),
+            ("inside", 0 <= self.inside <= 1, "a weight from 0 to 1"),
+            ("every", self.every >= 1, "at least 1"),
+            ("exit_factor", self.exit_factor >= 1, "at least 1"),
+            ("probe", 0 < self.probe <= 1, "a share above 0, up to 1"),
+            (
+                "ids",
+                self.mode != "static" or bool(self.ids),
+                "the gated ids where rock.mode is 'static'",
+            ),
+            ("key", self.key in KEYS, f"one of {KEYS}"),
+            ("share", 0 <= self.share <= 1, "a share from 0 to 1"),
+            (
+                "share",
+                self.mode != "random" or self.share > 0,
+                "above 0 where rock.mode is 'random'",
+            ),
+            ("start", self.start >= 0, "at least 0"),
+            ("ramp", self.ramp >= 0, "at least 0"),
+            ("until", is_later, f"0 (never) or a step after rock.start ({self.start})"),
+        )
 
     @property
     def has_members(self) -> bool:

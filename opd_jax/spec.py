@@ -7,11 +7,16 @@ its type and its meaning are written once. Frozen and hashable, they may enter t
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
+from opd_jax import rules
+from opd_jax.data.prompts import DataSpec
 from opd_jax.kl import KLSpec
+from opd_jax.models.transformer import REMAT
+from opd_jax.objective import NORMALISERS
 from opd_jax.optim import OptimSpec
 from opd_jax.rock import RockConfig
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class ConfigError(ValueError):
@@ -26,6 +31,15 @@ class ModelSpec:
     param_dtype: str = "auto"  # auto: float32 for the student, the compute dtype for the teacher
     dtype: str = "auto"  # compute dtype; auto: bfloat16 on accelerators, float32 on CPU
     remat: str = "dots"  # what the backward pass keeps: none (all), dots, full (least memory)
+
+    def __post_init__(self):
+        rules.check(
+            self,
+            "",  # of two groups
+            ("remat", self.remat in REMAT, f"one of {REMAT}"),
+            ("dtype", self.dtype in DTYPES, f"one of {DTYPES}"),
+            ("param_dtype", self.param_dtype in DTYPES, f"one of {DTYPES}"),
+        )
 
     def stored_dtype(self, auto: str) -> str:
         """Dtype of the parameters, ``auto`` where the spec leaves it open."""
@@ -42,25 +56,6 @@ class MeshSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSpec:
-    """Prompts to train on and to evaluate on."""
-
-    prompts: str = ""  # JSONL with messages or prompt, optional answer
-    heldout: str = ""  # the same, for evaluation; may be empty where eval.every is 0
-    max_prompt: int = 512  # ids
-    too_long: str = "drop"  # drop, left_truncate or error
-    buckets: tuple[int, ...] = ()  # padded prompt widths, each compiled once; (): (max_prompt,)
-    shuffle: bool = True
-    epochs: int = 0  # 0: as many as the steps need
-    template: tuple[tuple[str, Any], ...] = ()  # chat template arguments, (name, value) pairs
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Padded prompt widths in use."""
-        return self.buckets or (self.max_prompt,)
-
-
-@dataclasses.dataclass(frozen=True)
 class RolloutSpec:
     """How the student samples its answers."""
 
@@ -72,6 +67,19 @@ class RolloutSpec:
     min_p: float = 0.0
     bias: tuple[tuple[int, float], ...] = ()  # (id, logit bias) pairs
     buckets: tuple[int, ...] = ()  # answer widths the update is cropped to; (): (max_new,)
+
+    def __post_init__(self):
+        rules.check(
+            self,
+            "rollout",
+            ("samples", self.samples >= 1, "at least 1"),
+            ("max_new", self.max_new >= 1, "at least 1"),
+            ("temperature", self.temperature > 0, "above 0: a policy that samples"),
+            ("top_k", self.top_k >= 0, "0 (off) or a number of ids"),
+            ("top_p", 0 < self.top_p <= 1, "a probability mass above 0, up to 1 (off)"),
+            ("min_p", 0 <= self.min_p <= 1, "a share of the largest probability from 0 (off) to 1"),
+            rules.widths("buckets", self.buckets, self.max_new),
+        )
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -88,6 +96,16 @@ class TrainSpec:
     microbatches: int = 1  # equal pieces a step's rows are scanned in
     normaliser: str = "tokens"  # or weight; per_sequence for comparison
 
+    def __post_init__(self):
+        rules.check(
+            self,
+            "train",
+            ("steps", self.steps >= 0, "at least 0"),
+            ("prompts", self.prompts >= 1, "at least 1"),
+            ("microbatches", self.microbatches >= 1, "at least 1"),
+            ("normaliser", self.normaliser in NORMALISERS, f"one of {NORMALISERS}"),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalSpec:
@@ -99,6 +117,19 @@ class EvalSpec:
     samples: int = 1  # graded answers per prompt
     kl_prompts: int = 32  # held-out prompts for KL, on fresh samples of the policy itself
     batch: int = 0  # prompts at a time; 0: train.prompts x rollout.samples
+    grader: str = "math"  # numeric, choice, exact, or one's own: module:function, file.py:function
+
+    def __post_init__(self):
+        rules.check(
+            self,
+            "eval",
+            ("every", self.every >= 0, "at least 0 (0: never)"),
+            ("prompts", self.prompts >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "at least 0 (0: greedy)"),
+            ("samples", self.samples >= 1, "at least 1"),
+            ("kl_prompts", self.kl_prompts >= 0, "at least 0 (0: not measured)"),
+            ("batch", self.batch >= 0, "at least 0 (0: prompts x samples of a step)"),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +139,15 @@ class CheckpointSpec:
     every: int = 100  # steps; 0: only at the end
     keep: int = 3  # newest checkpoints
     best: str = ""  # also keep the best by accuracy or kl_nats, from evaluation
+
+    def __post_init__(self):
+        rules.check(
+            self,
+            "checkpoint",
+            ("every", self.every >= 0, "at least 0 (0: only at the end)"),
+            ("keep", self.keep >= 1, "at least 1"),
+            ("best", self.best in ("", "accuracy", "kl_nats"), "accuracy, kl_nats or nothing"),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +160,16 @@ class LogSpec:
     rocks: int = 10  # top types printed at the end
     tensorboard: bool = False
     wandb: str = ""  # project name; empty: off
+
+    def __post_init__(self):
+        rules.check(
+            self,
+            "log",
+            ("every", self.every >= 1, "at least 1"),
+            ("samples_every", self.samples_every >= 0, "at least 0 (0: never)"),
+            ("samples", self.samples >= 0, "at least 0"),
+            ("rocks", self.rocks >= 0, "at least 0"),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -166,7 +166,7 @@ def test_the_files_of_the_instrument(results, name):
         path.write_bytes(data)
         with plt.rc_context(style.STYLE):
             survives(lambda: rock_figures.plates(results / "out"))
-        survives(lambda: build._context(results / "out"))
+        survives(lambda: rock_figures.studies(results / "out"))
         survives(lambda: build._tiles({}, results / "out"))
         survives(lambda: build._answers(results / "out", {}, {}))
         survives(lambda: build._check_rocks(results / "out", results / "run"))
@@ -312,8 +312,7 @@ def test_the_files_of_a_tokenizer(model, name, monkeypatch):
         tokenizers.num_ids(tokenizer, 640, "student")
         tokenizers.stop_ids(tokenizer, hf_config.generation_eos(model))
         tokenizers.pad_id(tokenizer)
-        spec = prompt_files.PromptSpec(str(model / "prompts.jsonl"))
-        prompt_files.examples(spec, tokenizer)
+        prompt_files.examples(model / "prompts.jsonl", prompt_files.DataSpec(), tokenizer)
 
     (model / "prompts.jsonl").write_text('{"messages": [{"role": "user", "content": "1 + 1"}]}\n')
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd_jax import bounded
+from opd_jax import bounded, rules
 from opd_jax.data import tokenizer as tokenizers
 
 if TYPE_CHECKING:
@@ -24,44 +24,31 @@ TOO_LONG = ("drop", "left_truncate", "error")
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptSpec:
-    """Where prompts come from, how long they may be, and in which order they are seen.
+class DataSpec:
+    """The prompts to train on and to evaluate on: group ``data``.
 
     Raises:
-      ValueError: a field is outside its range, or the buckets cannot hold the longest prompt.
+      RuleError: a field is outside its range, or the buckets cannot hold the longest prompt.
     """
 
-    path: str
-    max_prompt: int = 1024  # ids
-    too_long: str = "drop"  # or "left_truncate", "error"
-    seed: int = 0
+    prompts: str = ""  # JSONL with messages or prompt, optional answer
+    heldout: str = ""  # the same, for evaluation; may be empty where eval.every is 0
+    max_prompt: int = 512  # ids
+    too_long: str = "drop"  # drop, left_truncate or error
+    buckets: tuple[int, ...] = ()  # padded prompt widths, each compiled once; (): (max_prompt,)
     shuffle: bool = True
-    epochs: int | None = None  # None: endless
-    buckets: tuple[int, ...] = ()  # padded prompt widths; () stands for (max_prompt,)
-    template: tuple[tuple[str, Any], ...] = ()  # chat template arguments, as (name, value) pairs
-    now: str | None = None  # the date that a template writes, 2026-11-26T10:00:00Z; None: today
+    epochs: int = 0  # 0: as many as the steps need
+    template: tuple[tuple[str, Any], ...] = ()  # chat template arguments, (name, value) pairs
 
     def __post_init__(self):
-        if self.too_long not in TOO_LONG:
-            raise ValueError(
-                f"too_long is {self.too_long!r}: expected one of {TOO_LONG}; change it"
-            )
-        if self.max_prompt < 1 or (self.epochs is not None and self.epochs < 1):
-            raise ValueError(
-                f"max_prompt is {self.max_prompt} and epochs {self.epochs}: expected both at least "
-                "1 (epochs None for endless); change them"
-            )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}: expected 0 to 2^32 - 1; change it")
-        if list(self.widths) != sorted(set(self.widths)) or self.widths[0] < 1:
-            raise ValueError(
-                f"buckets are {self.buckets}: expected increasing positive widths; sort them"
-            )
-        if self.widths[-1] < self.max_prompt:
-            raise ValueError(
-                f"the widest bucket is {self.widths[-1]} and max_prompt {self.max_prompt}: "
-                "expected a bucket that holds the longest prompt; add one, or lower max_prompt"
-            )
+        rules.check(
+            self,
+            "data",
+            ("too_long", self.too_long in TOO_LONG, f"one of {TOO_LONG}"),
+            ("max_prompt", self.max_prompt >= 1, "at least 1"),
+            ("epochs", self.epochs >= 0, "at least 0 (0: as many as the steps need)"),
+            rules.widths("buckets", self.buckets, self.max_prompt),
+        )
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -133,27 +120,42 @@ def read(path: str | Path) -> list[Record]:
     return records
 
 
-def examples(spec: PromptSpec, tokenizer: PreTrainedTokenizerFast) -> tuple[list[Example], Counts]:
+def examples(
+    path: str | Path,
+    spec: DataSpec,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    now: str | None = None,
+) -> tuple[list[Example], Counts]:
     """Read and tokenise the prompts, once, and count what the length limit did to them.
+
+    Args:
+      path: JSON lines; ``spec.prompts`` or ``spec.heldout`` in a run.
+      spec: how long a prompt may be, and how it is rendered.
+      tokenizer: renders.
+      now: the date that a chat template writes, as ``files.TIME``; None: today.
 
     Raises:
       FileNotFoundError, ValueError: as :func:`read`; a prompt that cannot be rendered; a prompt
         over the limit where ``spec.too_long`` is "error"; no prompt left.
     """
-    return _tokenise(spec, tokenizer, completion=None)
+    return _tokenise(Path(path), spec, tokenizer, now, completion=None)
 
 
 def completions(
-    spec: PromptSpec,
+    path: str | Path,
+    spec: DataSpec,
     tokenizer: PreTrainedTokenizerFast,
     *,
     max_new: int,
     eos_id: int | None = None,
     too_long: str = "drop",
+    now: str | None = None,
 ) -> tuple[list[Example], Counts]:
     """Read and tokenise prompts with their ``completion``, EOS appended, for off-policy training.
 
     Args:
+      path, spec, tokenizer, now: as of :func:`examples`.
       max_new: most completion ids, EOS included.
       eos_id: the id that ends a completion; None for the tokenizer's own.
       too_long: "drop" (counted) or "error", for completions over ``max_new``.
@@ -172,7 +174,7 @@ def completions(
             f"the EOS id is {end!r}: expected one id to end completions with; set eos_token in "
             "tokenizer_config.json, or pass eos_id"
         )
-    return _tokenise(spec, tokenizer, completion=(max_new, end, too_long))
+    return _tokenise(Path(path), spec, tokenizer, now, completion=(max_new, end, too_long))
 
 
 def digest(rows: Sequence[Example]) -> str:
@@ -183,24 +185,28 @@ def digest(rows: Sequence[Example]) -> str:
     return state.hexdigest()[:16]
 
 
-def _tokenise(spec, tokenizer, *, completion) -> tuple[list[Example], Counts]:
+def _tokenise(
+    path: Path, spec: DataSpec, tokenizer, now, *, completion
+) -> tuple[list[Example], Counts]:
     """Tokenise all records, each within bounds: a template or a pattern may never end."""
-    records = read(spec.path)
+    records = read(path)
 
     def work(begin: Callable[[str], None]) -> tuple[list[Example], Counts]:
-        return _tokenise_all(records, spec, tokenizer, completion, begin)
+        return _tokenise_all(path, records, spec, tokenizer, now, completion, begin)
 
     return bounded.run(work, change="mend the chat template or the tokenizer, or drop the line")
 
 
-def _tokenise_all(records, spec, tokenizer, completion, begin) -> tuple[list[Example], Counts]:
+def _tokenise_all(
+    path, records, spec, tokenizer, now, completion, begin
+) -> tuple[list[Example], Counts]:
     kept, tally = [], {"dropped": 0, "truncated": 0, "dropped_completions": 0}
     arguments = dict(spec.template)
     for record in records:
-        where = f"{spec.path}:{record.line}"
+        where = f"{path}:{record.line}"
         begin(f"{where}: rendering and tokenising the prompt")
         try:
-            ids = tokenizers.render(tokenizer, record.prompt, now=spec.now, **arguments)
+            ids = tokenizers.render(tokenizer, record.prompt, now=now, **arguments)
         except MemoryError:
             raise
         except Exception as error:  # a chat template may raise anything
@@ -228,7 +234,7 @@ def _tokenise_all(records, spec, tokenizer, completion, begin) -> tuple[list[Exa
     counts = Counts(kept=len(kept), **tally)
     if not kept:
         raise ValueError(
-            f"{spec.path}: {counts}: expected at least one to be left; raise max_prompt "
+            f"{path}: {counts}: expected at least one to be left; raise max_prompt "
             f"({spec.max_prompt} ids now) or the completion limit, or set too_long to "
             "'left_truncate'"
         )

@@ -14,7 +14,7 @@ from opd_jax import files
 from opd_jax import mesh as meshlib
 from opd_jax.data import prompts as prompt_files
 from opd_jax.data import tokenizer as tokenizers
-from opd_jax.evaluate import grading
+from opd_jax.evaluate import finding, grading
 from opd_jax.files import path_of
 from opd_jax.models import hf, hf_config, memory
 from opd_jax.rollout import answers as drawing
@@ -78,8 +78,8 @@ def generate(
             f"max-new is {max_new}: expected below the {cfg.max_positions} positions of {model}, "
             "which hold prompt and answer; lower --max-new"
         )
-    spec = prompt_files.PromptSpec(prompts, max_prompt=cfg.max_positions - max_new)
-    rows, counts = prompt_files.examples(spec, tokenizer)
+    spec = prompt_files.DataSpec(max_prompt=cfg.max_positions - max_new)
+    rows, counts = prompt_files.examples(prompts, spec, tokenizer)
     rows = rows[:limit] if limit else rows
     mesh = meshlib.make()
     num_ids = tokenizers.num_ids(tokenizer, cfg.vocab_size, "model")
@@ -104,7 +104,7 @@ def generate(
         stop_ids=stop_ids,
         pad_id=tokenizers.pad_id(tokenizer),
     )
-    lines, correct, graded = [], 0, 0
+    lines, correct, graded, unparsed = [], 0, 0, 0
     with jax.set_mesh(mesh):
         drawn = drawing.sample(
             params,
@@ -131,12 +131,26 @@ def generate(
                     "truncated": bool(host.truncated_B[index]),
                 }
                 if row.answer is not None:
-                    line |= {"gold": row.answer, "correct": grading.is_correct(text, row.answer)}
+                    verdict = grading.math(
+                        text,
+                        row.answer,
+                        truncated=line["truncated"],
+                        in_thought=finding.opens_thought(row.text),
+                    )
+                    line |= {
+                        "gold": row.answer,
+                        "correct": verdict.correct,
+                        "found": verdict.found,
+                        "reason": verdict.reason,
+                    }
                     graded += 1
-                    correct += line["correct"]
+                    correct += verdict.correct
+                    unparsed += verdict.is_unparsed
                 lines.append(json.dumps(line, ensure_ascii=False))
     if jax.process_index() == 0:
         target.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomic(target, "\n".join(lines) + "\n")
-    score = f", accuracy {correct / graded:.1%} of {graded}" if graded else ""
+    score = ""
+    if graded:
+        score = f", accuracy {correct / graded:.1%} of {graded}, unparsed {unparsed / graded:.1%}"
     return f"wrote {len(lines)} answers to {out}{score} ({counts})"

@@ -24,7 +24,16 @@ from opd_jax.store import workdir as workdirs
 
 # ``step_s`` is the median step and compares speeds. ``seconds`` is the whole run, with loading,
 # evaluating and compiling: arms that come later find their programs compiled.
-METRICS = ("accuracy", "kl_nats", "kl_gated", "kl_ungated", "mean_length", "seconds", "step_s")
+METRICS = (
+    "accuracy",
+    "unparsed_share",
+    "kl_nats",
+    "kl_gated",
+    "kl_ungated",
+    "mean_length",
+    "seconds",
+    "step_s",
+)
 _COLUMNS = 100
 
 

@@ -23,7 +23,7 @@ from opd_jax import mesh as meshlib
 from opd_jax.data import batches
 from opd_jax.data import prompts as prompt_files
 from opd_jax.data import tokenizer as tokenizers
-from opd_jax.data.prompts import Example
+from opd_jax.data.prompts import DataSpec, Example
 from opd_jax.evaluate.heldout import EvalPlan
 from opd_jax.files import path_of
 from opd_jax.models import hf, hf_config, memory, params, transformer
@@ -358,34 +358,27 @@ def _ended(run: RunConfig, num_rows: int, say: Callable[[str], None]) -> RunConf
 def _read_prompts(
     run: RunConfig, tokenizer: Any, other: Any, now: str | None, say: Callable[[str], None]
 ) -> tuple[Sequence[Example], Sequence[Example]]:
-    spec = prompt_files.PromptSpec(
-        path=path_of(run.data.prompts),
-        max_prompt=run.data.max_prompt,
-        too_long=run.data.too_long,
-        buckets=run.data.buckets,
-        template=run.data.template,
-        now=now,
-    )
-    _check_rendering(spec, tokenizer, other)
-    rows, counts = prompt_files.examples(spec, tokenizer)
+    read = functools.partial(prompt_files.examples, spec=run.data, tokenizer=tokenizer, now=now)
+    _check_rendering(run.data, tokenizer, other, now)
+    rows, counts = read(path_of(run.data.prompts))
     say(f"prompts: {counts} ({run.data.prompts})")
     heldout: Sequence[Example] = ()
     if run.eval.every:
-        spec = dataclasses.replace(spec, path=path_of(run.data.heldout))
-        heldout, counts = prompt_files.examples(spec, tokenizer)
+        heldout, counts = read(path_of(run.data.heldout))
         say(f"held out: {counts} ({run.data.heldout})")
     return rows, heldout
 
 
-def _check_rendering(spec: prompt_files.PromptSpec, tokenizer: Any, other: Any) -> None:
+def _check_rendering(data: DataSpec, tokenizer: Any, other: Any, now: str | None) -> None:
     """Render the first prompts by both tokenizers, each within bounds."""
-    records = prompt_files.read(spec.path)[:_RENDERED]
+    path = path_of(data.prompts)
+    records = prompt_files.read(path)[:_RENDERED]
 
     def work(begin: Callable[[str], None]) -> None:
         for record in records:
-            begin(f"{spec.path}:{record.line}: rendering and tokenising the prompt")
-            arguments = dict(spec.template)
-            tokenizers.check_render(tokenizer, other, record.prompt, now=spec.now, **arguments)
+            begin(f"{path}:{record.line}: rendering and tokenising the prompt")
+            arguments = dict(data.template)
+            tokenizers.check_render(tokenizer, other, record.prompt, now=now, **arguments)
 
     bounded.run(work, change="mend the chat template or the tokenizer, or drop the line")
 
@@ -413,6 +406,7 @@ def _eval_plan(
         num_kl=run.eval.kl_prompts,
         temperature=run.eval.temperature,
         samples=run.eval.samples,
+        grader=run.eval.grader,
         bias_V=bias_V,
     )
 

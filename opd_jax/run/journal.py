@@ -26,7 +26,7 @@ class Journal:
     ``metrics.jsonl``       every step and evaluation, also for TensorBoard and W&B
     ``samples.jsonl``       decoded answers with the KL of every token
     ``rocks.jsonl``         members, what they carry and the types with the highest Rock Score
-    ``graded.jsonl``        which held-out answers were right
+    ``graded.jsonl``        which held-out answers were right, and why
     ======================  =================================================================
     """
 
@@ -48,9 +48,11 @@ class Journal:
         self._samples.write(step, {"samples": chosen})
 
     def evaluation(self, step: int, result: Mapping[str, float | None], graded: Graded) -> None:
-        """Record an evaluation, and which answers were right."""
+        """Record an evaluation, and which answers were right and why."""
         self.step(step, {f"eval/{name}": value for name, value in result.items()})
-        self._graded.write(step, {"index": graded.index, "correct": graded.correct})
+        self._graded.write(
+            step, {"index": graded.index, "correct": graded.correct, "reason": graded.reason}
+        )
 
     def rocks(self, step: int, values: Mapping[str, float], state: RockState) -> None:
         """Record the members if they were refreshed in this step (the fixed ones: now and then).

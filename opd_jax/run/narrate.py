@@ -121,6 +121,7 @@ def evaluation_text(result: dict[str, float | None]) -> str:
     """An evaluation in one line; what was not measured is left out."""
     formats = {
         "accuracy": "accuracy {:.1%}",
+        "unparsed_share": "unparsed {:.1%}",
         "kl_nats": "KL {:.4f} nats",
         "kl_gated": "gated {:.4f}",
         "kl_ungated": "ungated {:.4f}",

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from opd_jax.data import batches
 from opd_jax.data import prompts as prompt_files
+from opd_jax.data.prompts import DataSpec
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
@@ -117,24 +118,21 @@ def test_read_refuses_a_missing_and_an_empty_file(tmp_path):
     [
         ({"too_long": "cut"}, "too_long is 'cut'"),
         ({"max_prompt": 0}, "max_prompt is 0"),
-        ({"epochs": 0}, "epochs 0"),
-        ({"seed": -1}, "seed is -1"),
+        ({"epochs": -1}, "epochs is -1"),
         ({"max_prompt": 8, "buckets": (8, 4)}, "increasing"),
         ({"max_prompt": 8, "buckets": (8, 8)}, "increasing"),
-        ({"max_prompt": 8, "buckets": (0, 8)}, "positive"),
-        ({"max_prompt": 9, "buckets": (4, 8)}, "widest bucket is 8 and max_prompt 9"),
+        ({"max_prompt": 8, "buckets": (0, 8)}, "increasing"),
+        ({"max_prompt": 9, "buckets": (4, 8)}, "increasing widths that reach 9"),
     ],
 )
 def test_spec_refuses_bad_fields(fields, message):
     with pytest.raises(ValueError, match=message):
-        prompt_files.PromptSpec("p.jsonl", **fields)
+        DataSpec(**fields)
 
 
 def test_spec_is_hashable_and_defaults_to_one_width():
-    spec = prompt_files.PromptSpec("p.jsonl", max_prompt=8, template=(("thinking", False),))
-    assert hash(spec) == hash(
-        prompt_files.PromptSpec("p.jsonl", max_prompt=8, template=spec.template)
-    )
+    spec = DataSpec(max_prompt=8, template=(("thinking", False),))
+    assert hash(spec) == hash(DataSpec(max_prompt=8, template=spec.template))
     assert spec.widths == (8,)
 
 
@@ -144,7 +142,7 @@ def test_spec_is_hashable_and_defaults_to_one_width():
 def test_examples_render_and_keep_the_line_index(tokenizer, tmp_path):
     rows = [{"prompt": "toolong"}, {"messages": [{"role": "user", "content": "ab"}], "answer": "5"}]
     path = write(tmp_path / "p.jsonl", rows)
-    kept, counts = prompt_files.examples(prompt_files.PromptSpec(path, max_prompt=3), tokenizer)
+    kept, counts = prompt_files.examples(path, DataSpec(max_prompt=3), tokenizer)
     (row,) = kept
     assert (row.text, row.answer, row.index, row.completion) == ("ab>", "5", 1, ())
     assert list(row.ids) == tokenizer.encode("ab>")
@@ -154,38 +152,34 @@ def test_examples_render_and_keep_the_line_index(tokenizer, tmp_path):
 
 def test_left_truncation_keeps_the_end_and_is_counted(tokenizer, tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": "abcdef"}, {"prompt": "gh"}])
-    spec = prompt_files.PromptSpec(path, max_prompt=3, too_long="left_truncate")
-    kept, counts = prompt_files.examples(spec, tokenizer)
+    spec = DataSpec(max_prompt=3, too_long="left_truncate")
+    kept, counts = prompt_files.examples(path, spec, tokenizer)
     assert [row.text for row in kept] == ["def", "gh"]
     assert counts == prompt_files.Counts(kept=2, truncated=1)
 
 
 def test_a_prompt_at_the_limit_is_kept(tokenizer, tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": "abc"}])
-    _, counts = prompt_files.examples(
-        prompt_files.PromptSpec(path, max_prompt=3, too_long="error"), tokenizer
-    )
+    _, counts = prompt_files.examples(path, DataSpec(max_prompt=3, too_long="error"), tokenizer)
     assert counts == prompt_files.Counts(kept=1)
 
 
 def test_too_long_can_be_an_error_with_file_and_line(tokenizer, tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": "abc"}, {"prompt": "abcd"}])
     with pytest.raises(ValueError, match=r"p\.jsonl:2: the prompt has 4 ids and max_prompt is 3"):
-        prompt_files.examples(
-            prompt_files.PromptSpec(path, max_prompt=3, too_long="error"), tokenizer
-        )
+        prompt_files.examples(path, DataSpec(max_prompt=3, too_long="error"), tokenizer)
 
 
 def test_dropping_every_prompt_is_an_error(tokenizer, tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": "abcd"}] * 2)
     with pytest.raises(ValueError, match=r"0 prompts kept.*2 dropped.*raise max_prompt"):
-        prompt_files.examples(prompt_files.PromptSpec(path, max_prompt=3), tokenizer)
+        prompt_files.examples(path, DataSpec(max_prompt=3), tokenizer)
 
 
 def test_a_prompt_that_the_template_refuses_names_file_and_line(tokenizer, tmp_path):
     path = write(tmp_path / "p.jsonl", [{"messages": [{"role": "tool", "content": "x"}]}])
     with pytest.raises(ValueError, match=r"p\.jsonl:1: no tools"):
-        prompt_files.examples(prompt_files.PromptSpec(path), tokenizer)
+        prompt_files.examples(path, DataSpec(), tokenizer)
 
 
 def test_digest_tells_data_apart():
@@ -306,14 +300,13 @@ def test_pad_refuses_what_does_not_fit(ids):
 
 
 def completion_file(tmp_path, *texts):
-    return prompt_files.PromptSpec(
-        write(tmp_path / "c.jsonl", [{"prompt": "ab", "completion": text} for text in texts])
-    )
+    rows = [{"prompt": "ab", "completion": text} for text in texts]
+    return write(tmp_path / "c.jsonl", rows)
 
 
 def test_completions_end_in_one_eos(tokenizer, tmp_path):
     rows, counts = prompt_files.completions(
-        completion_file(tmp_path, "xy", "z<eos>"), tokenizer, max_new=4
+        completion_file(tmp_path, "xy", "z<eos>"), DataSpec(), tokenizer, max_new=4
     )
     assert [row.completion for row in rows] == [
         (*tokenizer.encode("xy"), 0),
@@ -321,33 +314,33 @@ def test_completions_end_in_one_eos(tokenizer, tmp_path):
     ]
     assert counts == prompt_files.Counts(kept=2)
     rows, _ = prompt_files.completions(
-        completion_file(tmp_path, "xy"), tokenizer, max_new=4, eos_id=9
+        completion_file(tmp_path, "xy"), DataSpec(), tokenizer, max_new=4, eos_id=9
     )
     assert rows[0].completion[-1] == 9
 
 
 def test_too_long_completions_are_counted_or_an_error(tokenizer, tmp_path):
-    spec = completion_file(tmp_path, "xy", "xyz")
-    rows, counts = prompt_files.completions(spec, tokenizer, max_new=3)
+    path = completion_file(tmp_path, "xy", "xyz")
+    rows, counts = prompt_files.completions(path, DataSpec(), tokenizer, max_new=3)
     assert [row.index for row in rows] == [0]
     assert counts == prompt_files.Counts(kept=1, dropped_completions=1)
     with pytest.raises(ValueError, match=r"c\.jsonl:2: the completion has 4 ids with EOS"):
-        prompt_files.completions(spec, tokenizer, max_new=3, too_long="error")
+        prompt_files.completions(path, DataSpec(), tokenizer, max_new=3, too_long="error")
     with pytest.raises(ValueError, match=r"0 prompts kept.*2 dropped for a too long completion"):
-        prompt_files.completions(spec, tokenizer, max_new=2)
+        prompt_files.completions(path, DataSpec(), tokenizer, max_new=2)
 
 
 def test_completions_refuse_bad_arguments_and_lines_without_one(tokenizer, tmp_path):
-    spec = prompt_files.PromptSpec(write(tmp_path / "c.jsonl", [{"prompt": "a"}]))
+    path = write(tmp_path / "c.jsonl", [{"prompt": "a"}])
     with pytest.raises(ValueError, match=r"c\.jsonl:1: no `completion`"):
-        prompt_files.completions(spec, tokenizer, max_new=3)
+        prompt_files.completions(path, DataSpec(), tokenizer, max_new=3)
     with pytest.raises(ValueError, match="too_long 'cut'"):
-        prompt_files.completions(spec, tokenizer, max_new=3, too_long="cut")
+        prompt_files.completions(path, DataSpec(), tokenizer, max_new=3, too_long="cut")
     with pytest.raises(ValueError, match="max_new 0"):
-        prompt_files.completions(spec, tokenizer, max_new=0)
+        prompt_files.completions(path, DataSpec(), tokenizer, max_new=0)
     mute = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="the EOS id is None"):
-        prompt_files.completions(spec, mute, max_new=3)
+        prompt_files.completions(path, DataSpec(), mute, max_new=3)
 
 
 def test_pad_completions_masks_the_completion_and_its_eos():

@@ -34,7 +34,7 @@ def pair(tiny):
 
 @pytest.fixture(scope="module")
 def rows(tiny, pair):
-    return prompt_files.examples(prompt_files.PromptSpec(f"{tiny}/prompts.jsonl"), pair.tokenizer)[
+    return prompt_files.examples(f"{tiny}/prompts.jsonl", prompt_files.DataSpec(), pair.tokenizer)[
         0
     ][:10]
 

@@ -11,6 +11,7 @@ import tiny_run
 from opd_jax.data import prompts as prompt_files
 from opd_jax.instrument import collect, corpus
 from opd_jax.instrument.corpus import Occurrences
+from opd_jax.instrument.rule import Rule
 from opd_jax.instrument.studies import matrix, persistence
 from opd_jax.instrument.studies.matrix import MatrixError
 from opd_jax.store import pair as pairs
@@ -21,8 +22,8 @@ tiny, one_device, workdir = tiny_run.tiny, tiny_run.one_device, tiny_run.workdir
 @pytest.fixture
 def job(tiny, workdir, one_device):
     pair = pairs.open_pair(f"{workdir}@last", str(tiny / "teacher"), say=lambda line: None)
-    spec = prompt_files.PromptSpec(path=str(tiny / "prompts.jsonl"), max_prompt=48)
-    rows = prompt_files.examples(spec, pair.tokenizer)[0][:6]
+    spec = prompt_files.DataSpec(max_prompt=48)
+    rows = prompt_files.examples(tiny / "prompts.jsonl", spec, pair.tokenizer)[0][:6]
     return dict(
         run_dir=workdir,
         pair=pair,
@@ -46,7 +47,7 @@ def test_a_run_gives_its_matrix_and_goes_on_where_it_was_killed(job, tmp_path, m
         matrix.of_run(tmp_path, **job, with_teacher=True)
     found = matrix.of_run(tmp_path, **job, with_teacher=True)
     assert len(scored) == 8 + (3 * 4 - 7)
-    told = dict(k=3, min_count=1, resamples=200, token_text=job["pair"].text)
+    told = dict(k=3, rule=Rule(), resamples=200, token_text=job["pair"].text)
     result = persistence.analyse(found, **told)
     assert result["models"] == ["step-0", "step-2", "step-4"]
     assert result["corpora"] == ["step-0", "step-2", "step-4", "teacher"]
