@@ -418,9 +418,9 @@ def test_a_bad_setting_names_its_flag(bad):
 
 
 def test_settings_that_need_each_other_are_checked():
-    with pytest.raises(ValueError, match=r"share is 0\.0: expected above 0 .*--config\.rock\.share"):
+    with pytest.raises(ValueError, match=r"share is 0\.0: expected above 0.*--config\.rock\.share"):
         RockConfig("random")
-    with pytest.raises(ValueError, match=r"until 5: .*after rock\.start \(5\)"):
+    with pytest.raises(ValueError, match=r"until is 5: .*after rock\.start \(5\)"):
         RockConfig(start=5, until=5)
     assert RockConfig(start=5, until=6).until == 6
 
