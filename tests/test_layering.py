@@ -60,7 +60,21 @@ ORDER: list[str | tuple[str, list]] = [
         ],
     ),
     # what is done with it
-    ("evaluate", ["grading", "heldout", "generate"]),
+    (
+        "evaluate",
+        [
+            "arithmetic",
+            "cleaning",
+            "finding",
+            "quantities",
+            "judge",
+            "structure",
+            "equality",
+            "grading",
+            "heldout",
+            "generate",
+        ],
+    ),
     (
         "report",
         [

@@ -1,242 +1,304 @@
-r"""Answer extraction and checking, on the host.
+r"""Graders: whether a response is right, and why.
 
-A response is correct when the answer it marks equals the gold answer. The mark is looked for in a
-fixed order, and a response without one is wrong: the last number of a text is not an answer.
+A grader finds the answer in a response (:mod:`finding` has the rules, and which responses have
+none) and compares it with the gold answer. Four are named:
 
-1. The last complete, non-empty ``\boxed{...}`` or ``\fbox{...}``.
-2. The last line ``#### x`` where x is a plain number, or where nothing follows it (as GSM8K writes
-   it; other such lines are headings).
-3. What follows the last ``answer is`` or ``answer:``, up to the end of the sentence or line.
+=========== ====================================================================================
+``math``    numbers, words, expressions, lists, intervals, sets, matrices: :mod:`equality`
+``numeric`` numbers only, exactly; a response that is one number and nothing else is read as it
+``choice``  the letter of an option, whatever its case, also "(B) text", or "B" alone
+``exact``   the text, without its case and spacing; a response without a mark is its own answer
+=========== ====================================================================================
 
-Two answers are equal when they are the same plain number (exactly: 0.5, 1/2, ``\frac{1}{2}``), or
-the same string after normalisation, or, for a gold that is neither a number nor a word, when
-math-verify finds them equal. A gold that is a plain number or a word is never handed to
-math-verify, so those grades are the same with and without it.
+A user's own is named ``module:function`` or ``path/to/file.py:function``. It is called with the
+response as it is and the gold answer, and returns a :class:`Verdict`, or whether the response is
+right, or None where it finds no answer.
+
+A response without a recognisable answer is wrong, and counted apart (``unparsed``): many of them
+tell of another format, not of wrong answers.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib
 import importlib.util
-import os
 import re
-import subprocess
-import sys
-import threading
-from fractions import Fraction
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
 
-_TOKENS = re.compile(r"\\{1,4}(?:boxed|fbox)\s{0,3}\{|\\[{}\\]|[{}]")
-_HASHES = re.compile(r"^[ \t]{0,8}####[ \t]{1,8}(\S.*)$", re.MULTILINE)
-_ANSWER = re.compile(
-    r"\banswer(?:\s{1,3}is\b|[*_]{0,3}\s{0,3}[:=])[*_:\s]{0,8}(?=[^\s*_:])", re.IGNORECASE
-)
-_SENTENCE_END = re.compile(r"[.?](?=\s|[*_]+(?:\s|$)|$)")
-
-_DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
-_NUMBER = re.compile(rf"({_DECIMAL})(?:[eE]([+-]?[0-9]{{1,3}}))?")
-_RATIO = re.compile(rf"({_DECIMAL})/({_DECIMAL})")
-_LATEX_RATIO = re.compile(rf"([0-9]*)\\frac(?:\{{({_DECIMAL})\}}\{{({_DECIMAL})\}}|([0-9])([0-9]))")
-_MIXED = re.compile(r"([0-9]+) +([0-9]+)/([0-9]+)")
-_UNIT = re.compile(r"\\(?:text|mathrm|textrm|mbox)\{[^{}]*\}$")
-_MAGNITUDE = re.compile(r"hundred|thousand|million|billion|trillion|dozen", re.IGNORECASE)
-_WORD = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
-_VARIABLE = re.compile(r"^\\?[A-Za-z]\w? ?= ?(?=[^=])")
-
-_DIGITS = 400  # longer strings are no plain numbers, and nothing math-verify should be given
-_HEAVY = re.compile(r"\^[^a-zA-Z+*=,]{0,40}\^|\^\{?-?\s*[0-9]{4,}|[0-9]{4,}\s*!|!\s*!|\\uparrow")
-_SECONDS = 5
+from opd_jax.evaluate import arithmetic, cleaning, equality, finding, quantities
+from opd_jax.files import path_of
 
 
-def is_correct(text: str, gold: str) -> bool:
-    """Whether a response marks the gold answer as its answer.
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What became of one response.
 
-    Any response text is graded; without a marked answer it is wrong. A gold may itself be a worked
-    solution that marks its answer.
+    Attributes:
+      correct: whether it is right.
+      reason: a few words, the same for all responses of a kind, to be counted.
+      found: its answer as it is written; None where there is none, and then it is not correct.
+    """
+
+    correct: bool
+    reason: str
+    found: str | None = None
+
+    @property
+    def is_unparsed(self) -> bool:
+        """Whether no answer was recognised."""
+        return self.found is None
+
+
+class GraderError(ValueError):
+    """A grader that does not exist, or a user's own that failed; the message says what to do."""
+
+
+class Grader(Protocol):
+    """What grades responses."""
+
+    def __call__(
+        self, text: str, gold: str, *, truncated: bool = False, in_thought: bool = False
+    ) -> Verdict:
+        """Grade a response.
+
+        Args:
+          text: the response.
+          gold: the right answer.
+          truncated: whether the response was cut by its length limit.
+          in_thought: whether its prompt ends inside a thought.
+        """
+        ...
+
+
+def math(text: str, gold: str, *, truncated: bool = False, in_thought: bool = False) -> Verdict:
+    """The grader ``math``.
 
     Raises:
       ValueError: the gold answer is empty.
-      RuntimeError: the gold is an expression, the strings differ, and math-verify is missing.
+      JudgeError: the gold is an expression, the texts differ, and math-verify is missing.
     """
-    marked = extract(gold)
+    gold = gold_answer(gold)
+    found = finding.find(text, truncated=truncated, in_thought=in_thought)
+    if found.answer is None:
+        return Verdict(False, found.missing)
+    is_equal, reason = equality.compare(found.answer, gold)
+    return Verdict(is_equal, reason, found.answer)
+
+
+def numeric(text: str, gold: str, *, truncated: bool = False, in_thought: bool = False) -> Verdict:
+    """The grader ``numeric``.
+
+    Raises:
+      ValueError: the gold answer is no number.
+    """
+    expected = _quantity(gold_answer(gold))
+    if expected is None:
+        raise ValueError(
+            f"the gold answer {gold!r} is no number: expected one for the grader numeric; use the "
+            "grader math or exact"
+        )
+    found = finding.find(text, truncated=truncated, in_thought=in_thought)
+    answer = found.answer
+    if answer is None:
+        answer = found.rest.strip() if found.rest and not truncated else None
+        if answer is None or found.missing != finding.NO_ANSWER or _quantity(answer) is None:
+            return Verdict(False, found.missing)
+    number = _quantity(answer)
+    if number is None and "=" in answer:
+        number = _quantity(answer.rpartition("=")[2])
+    if number is None:
+        return Verdict(False, equality.OTHER_KIND, answer)
+    is_equal = number.equals(expected)
+    return Verdict(is_equal, equality.NUMBER if is_equal else equality.OTHER_NUMBER, answer)
+
+
+def choice(text: str, gold: str, *, truncated: bool = False, in_thought: bool = False) -> Verdict:
+    """The grader ``choice``.
+
+    Raises:
+      ValueError: the gold answer names no letter.
+    """
+    expected = _letter(gold_answer(gold))
+    if expected is None:
+        raise ValueError(
+            f"the gold answer {gold!r} has no letter: expected one such as B for the grader "
+            "choice; use the grader exact"
+        )
+    found = finding.find(text, truncated=truncated, in_thought=in_thought)
+    answer = found.answer
+    if (answer is None or _letter(answer) is None) and found.rest is not None:
+        answer = _chosen(found.rest, truncated) or answer
+    if answer is None:
+        return Verdict(False, found.missing)
+    named = _letter(answer)
+    if named is None:
+        return Verdict(False, equality.OTHER_KIND, answer)
+    is_equal = named == expected
+    return Verdict(is_equal, equality.CHOICE if is_equal else equality.OTHER_CHOICE, answer)
+
+
+def exact(text: str, gold: str, *, truncated: bool = False, in_thought: bool = False) -> Verdict:
+    """The grader ``exact``.
+
+    Raises:
+      ValueError: the gold answer is empty.
+    """
+    gold = gold_answer(gold)
+    found = finding.find(text, truncated=truncated, in_thought=in_thought)
+    answer = found.answer
+    if answer is None and found.missing == finding.NO_ANSWER and not truncated:
+        answer = (found.rest or "").strip() or None
+    if answer is None:
+        return Verdict(False, found.missing)
+    is_equal = _folded(answer) == _folded(gold)
+    return Verdict(is_equal, equality.TEXT if is_equal else equality.OTHER_TEXT, answer)
+
+
+GRADERS: dict[str, Grader] = {"math": math, "numeric": numeric, "choice": choice, "exact": exact}
+
+
+def named(name: str) -> Grader:
+    """The grader of a name, as the config has it; a user's own is imported.
+
+    Raises:
+      GraderError: there is none, or it cannot be imported.
+    """
+    return GRADERS[name] if name in GRADERS else _imported(name)
+
+
+@functools.cache
+def _imported(name: str) -> Grader:
+    """A user's own grader, imported once."""
+    place, colon, function = name.rpartition(":")
+    if not colon or not place or not function.isidentifier():
+        raise GraderError(
+            f"there is no grader {name!r}: expected one of {', '.join(GRADERS)}, or a function of "
+            "your own as module:function or file.py:function; set that"
+        )
+    try:
+        module = _module(place)
+    except Exception as error:  # a module may raise anything
+        raise GraderError(
+            f"the grader {name!r} cannot be imported ({type(error).__name__}: {error}): expected "
+            "module:function or file.py:function; mend it"
+        ) from error
+    own = getattr(module, function, None)
+    if not callable(own):
+        raise GraderError(
+            f"{place} has no function {function}: expected the one that the grader {name!r} "
+            "names; correct it"
+        )
+    return _own(name, own)
+
+
+def is_correct(text: str, gold: str) -> bool:
+    """Whether a response marks the gold answer as its answer, by the grader ``math``.
+
+    Raises:
+      ValueError, JudgeError: as :func:`math`.
+    """
+    return math(text, gold).correct
+
+
+def gold_answer(gold: str) -> str:
+    """The answer of a gold, which may itself be a worked solution that marks its answer.
+
+    Raises:
+      ValueError: it is empty.
+    """
+    marked = finding.find(gold).answer
     gold = gold if marked is None else marked
     if not gold.strip():
         raise ValueError(
             "the gold answer is empty: expected a number, a word or an expression; fill `answer`"
         )
-    found = extract(text)
-    return found is not None and is_equal(found, gold)
+    return gold
 
 
-def extract(text: str) -> str | None:
-    """The answer that a text marks, by the order in the module's docstring; None without a mark."""
-    boxed = _last_box(text)
-    if boxed is not None:
-        return boxed
-    end = len(text.rstrip())
-    for match in reversed(list(_HASHES.finditer(text))):
-        if number(match[1]) is not None or match.end() >= end:
-            return match[1].strip()
-    start = max((match.end() for match in _ANSWER.finditer(text)), default=None)
-    if start is None:
-        return None
-    line = text[start:].split("\n", maxsplit=1)[0]
-    return _SENTENCE_END.split(line, maxsplit=1)[0].strip(" \t\r*_") or None
+def _module(place: str) -> Any:
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    path = Path(path_of(place))
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file")
+    spec = importlib.util.spec_from_file_location(f"grader_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def is_equal(answer: str, gold: str) -> bool:
-    """Whether two answers are equal, as numbers, as strings, or as expressions.
+def _own(name: str, function: Callable[[str, str], Any]) -> Grader:
+    """A user's function as a grader."""
 
-    Raises:
-      RuntimeError: the gold is an expression, the strings differ, and math-verify is missing.
-    """
-    if len(answer) > max(_DIGITS, 4 * len(gold)):
-        return False  # rambling, not an answer; and what follows need not be fast on long text
-    expected, found = number(gold), number(answer)
-    if found is None and "=" not in gold:
-        found = number(_VARIABLE.sub("", _strip(answer)))
-    if expected is not None:
-        return found == expected
-    left, right = _normalise(answer), _normalise(gold)
-    if left == right:
-        return True
-    if _WORD.fullmatch(_strip(gold)):
-        return len(right) > 1 and left.casefold() == right.casefold()
-    return _verify(answer, gold)
+    def grade(
+        text: str, gold: str, *, truncated: bool = False, in_thought: bool = False
+    ) -> Verdict:
+        try:
+            told = function(text, gold)
+        except Exception as error:
+            raise GraderError(
+                f"the grader {name} failed on the gold {gold!r} and the response "
+                f"{text[:200]!r} ({type(error).__name__}: {error}): expected a verdict; mend it"
+            ) from error
+        if isinstance(told, Verdict):
+            return told
+        if told is None:
+            return Verdict(False, finding.NO_ANSWER)
+        if told in (True, False):
+            return Verdict(bool(told), "right" if told else "wrong", text)
+        raise GraderError(
+            f"the grader {name} returned {told!r}: expected True, False, None or a Verdict; mend it"
+        )
+
+    return grade
 
 
-def number(text: str) -> Fraction | None:
-    r"""Exact value of a plain number; None for anything else.
-
-    Plain: a sign, thousands separators, decimals, ``3/4``, ``\frac{3}{4}``, ``1 3/4``, ``1e-3``; a
-    currency or percent sign (50% reads 50), a final period and a ``\text{unit}`` are left out.
-    """
-    if len(text) > _DIGITS:
-        return None
-    body = _strip(text)
-    unit = _UNIT.search(body)
-    if unit and unit.start() and not _MAGNITUDE.search(unit[0]):
-        body = body[: unit.start()]
-    body = re.sub(r"\^\s?\{?\s?\\circ\s?\}?$", "", body.replace("°", "").strip())
-    body = body.replace("\\$", "").replace("\\%", "").strip("$%€£ ")
-    sign = 1
-    if body[:1] in ("-", "+"):
-        sign = -1 if body[0] == "-" else 1
-        body = body[1:].lstrip(" $")
+def _quantity(text: str) -> quantities.Quantity | None:
     try:
-        value = _magnitude(body.strip())
-    except ZeroDivisionError:
+        return quantities.read(cleaning.clean(text))
+    except (arithmetic.TooLargeError, RecursionError):
         return None
-    return None if value is None else sign * value
 
 
-def _magnitude(body: str) -> Fraction | None:
-    """Value of an unsigned number."""
-    if match := _NUMBER.fullmatch(body):
-        return _decimal(match[1]) * Fraction(10) ** int(match[2] or 0)
-    if match := _RATIO.fullmatch(re.sub(r" ?/ ?", "/", body)):
-        return _decimal(match[1]) / _decimal(match[2])
-    if match := _MIXED.fullmatch(re.sub(r" ?/ ?", "/", body)):
-        return int(match[1]) + Fraction(int(match[2]), int(match[3]))
-    if match := _LATEX_RATIO.fullmatch(body.replace(" ", "")):
-        top, bottom = match[2] or match[4], match[3] or match[5]
-        return int(match[1] or 0) + _decimal(top) / _decimal(bottom)
-    return None
+_LETTER = re.compile(
+    r"(?:(?:the )?(?:correct |best |right )?(?:option|choice|answer)s?(?: is|:)? )?"
+    r"(?:\(([A-Za-z])\)|([A-Za-z])(?=$|[).:]))\)?\s?[.):]?(?P<text>(?:\s.*)?)",
+    re.DOTALL | re.IGNORECASE,
+)
+_TWO = re.compile(
+    r"\(?\b[A-Z]\b\)?\s?(?:and|or|,|&|/)\s?\(?[A-Z]\b|^\s?(?:and|or|,|&|/)\s?\(?[A-Z]\b"
+)
+_PROSE = (
+    r"\b(?:option|choice) \(?([A-Z])\b\)? is (?:the )?(?:correct|right|best)",
+    r"\b(?:correct|right|best) (?:option|choice|answer)(?: is|:) ?[*_(\[]{0,4}([A-Z])\b",
+    r"\b(?:choose|select|pick) (?:option |choice )?[*_(]{0,4}([A-Z])\b",
+)
+_CHOSEN = tuple(re.compile(pattern, re.IGNORECASE) for pattern in _PROSE)
 
 
-def _decimal(digits: str) -> Fraction:
-    digits = digits.replace(",", "").rstrip(".")
-    return Fraction(digits)
+def _letter(text: str) -> str | None:
+    """The option that an answer names, in upper case; None for none, or for more than one."""
+    match = _LETTER.fullmatch(cleaning.clean(text)[:2000])
+    if match is None or _TWO.search(match["text"]):
+        return None
+    return (match[1] or match[2]).upper()
 
 
-def _last_box(text: str) -> str | None:
-    r"""Content of the box that opens last among the complete, non-empty ones."""
-    opened: list[int | None] = []  # where each open brace's content starts, None for plain braces
-    best, answer = -1, None
-    for match in _TOKENS.finditer(text):
-        token = match[0]
-        if token == "{":
-            opened.append(None)
-        elif token == "}":
-            start = opened.pop() if opened else None
-            if start is not None and start > best and text[start : match.start()].strip():
-                best, answer = start, text[start : match.start()].strip()
-        elif token.endswith("{") and len(token) > 2:
-            opened.append(match.end())
-    return answer
+def _chosen(text: str, truncated: bool) -> str | None:
+    """What a response without a mark chooses in words, or says and nothing else."""
+    lines = [line for line in text.strip().split("\n") if line.strip()]
+    if not truncated and lines and _letter(text.strip()[:200]) and len(lines) <= 2:
+        return text.strip()
+    found = [match for pattern in _CHOSEN for match in pattern.finditer(text)]
+    last = max(found, key=lambda match: match.start(), default=None)
+    return last[1] if last else None
 
 
-def _strip(text: str) -> str:
-    """Take off what carries no meaning: maths delimiters, emphasis, spacing, a final period."""
-    text = text.replace("−", "-").replace("{,}", ",").replace("\\dfrac", "\\frac")
-    text = text.replace("\\tfrac", "\\frac").replace("\\left", "").replace("\\right", "")
-    text = re.sub(r"\\[,!;: ]|[\u2009\u202f]", "", text)
-    text = re.sub(r"[\s~]+", " ", text).strip()
-    previous = None
-    while previous != text:
-        previous = text
-        text = text.strip().removesuffix(".").strip("*`").strip()
-        for left, right in (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("{", "}")):
-            inner = text[len(left) : len(text) - len(right)]
-            is_wrapped = len(text) > len(left) + len(right)
-            if is_wrapped and text.startswith(left) and text.endswith(right):
-                if left in inner or right in inner:
-                    continue
-                text = inner
-        if match := re.fullmatch(r"\\(?:text|mathrm|textbf|mbox|textrm)\{([^{}]*)\}", text):
-            text = match[1]
-    return text
-
-
-def _normalise(text: str) -> str:
-    """String form in which equal answers are equal strings."""
-    text = _strip(text)
-    if match := re.fullmatch(r"\(([A-Za-z])\)", text):
-        return match[1]  # the letter of a choice
-    if _WORD.fullmatch(text):
-        return text
-    text = re.sub(r"\\(?:text|mathrm|textbf|mbox|textrm)\{([^{}]*)\}", r"\1", text)
-    return re.sub(r"[\s$]", "", text)
-
-
-def _verify(answer: str, gold: str) -> bool:
-    """Ask math-verify whether two expressions are equal; False for what it cannot read."""
-    if importlib.util.find_spec("math_verify") is None:
-        raise RuntimeError(
-            f"the gold answer {gold!r} is an expression, the response says {answer!r}, and "
-            "math-verify is not installed: expected it for comparing expressions; "
-            "pip install 'opd-jax[eval]'"
-        )
-    if len(answer) > 2 * _DIGITS or _HEAVY.search(answer):
-        return False  # a power tower keeps sympy busy inside one C call, where no alarm reaches it
-    if threading.current_thread() is threading.main_thread():
-        return _is_equal_expression(answer, gold)
-    # math-verify's time limit is an alarm signal, which only a main thread may set: lend it one.
-    code = "import sys, opd_jax.evaluate.grading as g; print(g._is_equal_expression(*sys.argv[1:]))"
-    try:
-        child = subprocess.run(
-            [sys.executable, "-c", code, answer, gold],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-    except (ValueError, subprocess.TimeoutExpired):  # ValueError: a NUL or half a surrogate pair
-        return False
-    if child.returncode:
-        raise RuntimeError(
-            f"math-verify failed in a process of its own (exit {child.returncode}): expected a "
-            f"verdict on {answer!r}; grade from the main thread. It said: {child.stderr[-400:]}"
-        )
-    return child.stdout.strip().endswith("True")
-
-
-def _is_equal_expression(answer: str, gold: str) -> bool:
-    import math_verify
-
-    try:
-        expected, found = (
-            math_verify.parse(f"${_strip(side)}$", parsing_timeout=_SECONDS)
-            for side in (gold, answer)
-        )
-        return bool(math_verify.verify(expected, found, timeout_seconds=_SECONDS))
-    except Exception:  # sympy raises whatever it likes on text that is not mathematics
-        return False
+def _folded(text: str) -> str:
+    return re.sub(r"\s+", " ", cleaning.peel(text)).strip().casefold()

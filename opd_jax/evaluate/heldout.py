@@ -20,13 +20,21 @@ from jax.sharding import Mesh
 from opd_jax import mesh as meshlib
 from opd_jax import pytrees, steps
 from opd_jax.data.prompts import Example
-from opd_jax.evaluate import grading
+from opd_jax.evaluate import finding, grading
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Mean, Params, RockState, Rollout
 from opd_jax.rollout import answers as drawing
 from opd_jax.rollout.sampling import Sampler
 
-FIELDS = ("accuracy", "kl_nats", "kl_gated", "kl_ungated", "mean_length", "truncated_share")
+FIELDS = (
+    "accuracy",
+    "unparsed_share",
+    "kl_nats",
+    "kl_gated",
+    "kl_ungated",
+    "mean_length",
+    "truncated_share",
+)
 EMPTY: dict[str, float | None] = dict.fromkeys(FIELDS)
 
 
@@ -37,16 +45,29 @@ class Graded:
     Attributes:
       index: ``Example.index`` of every graded prompt: the same prompt in every run on that file.
       correct: prompt by prompt, whether each of its sampled answers is right.
+      reason: prompt by prompt, why, as ``grading.Verdict`` says.
+      unparsed: prompt by prompt, whether each of its samples holds no recognisable answer.
     """
 
     index: tuple[int, ...] = ()
     correct: tuple[tuple[bool, ...], ...] = ()
+    reason: tuple[tuple[str, ...], ...] = ()
+    unparsed: tuple[tuple[bool, ...], ...] = ()
 
     @property
     def accuracy(self) -> float | None:
         """Share of right answers; None without any."""
-        answers = [is_right for row in self.correct for is_right in row]
-        return sum(answers) / len(answers) if answers else None
+        return _share(self.correct)
+
+    @property
+    def unparsed_share(self) -> float | None:
+        """Share of answers without a recognisable answer; None without any."""
+        return _share(self.unparsed)
+
+
+def _share(rows: Sequence[Sequence[bool]]) -> float | None:
+    found = [value for row in rows for value in row]
+    return sum(found) / len(found) if found else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +83,7 @@ class EvalPlan:
       num_kl: prompts for KL; 0: none.
       temperature: of graded answers; 0 is greedy.
       samples: graded answers per prompt.
+      grader: of answers: a name of ``grading.GRADERS``, or a function of the user's own.
       bias_V: logit bias of the policy, also in evaluation.
     """
 
@@ -73,6 +95,7 @@ class EvalPlan:
     num_kl: int
     temperature: float = 0.0
     samples: int = 1
+    grader: str = "math"
     bias_V: jax.Array | None = None
 
     @property
@@ -86,23 +109,51 @@ class EvalPlan:
         }
 
     @property
-    def grader(self) -> Sampler:
+    def graded_sampler(self) -> Sampler:
         """The sampler of graded answers: the policy's ids at the plan's temperature, unfiltered."""
         return dataclasses.replace(
             self.policy, temperature=self.temperature, top_k=0, top_p=1.0, min_p=0.0
         )
 
 
-def grade(rows: Sequence[Example], answers: Sequence[str], samples: int) -> Graded:
-    """Grade ``samples`` answers per row; rows without an answer of their own are left out."""
-    index, correct = [], []
+def grade(
+    rows: Sequence[Example],
+    answers: Sequence[str],
+    samples: int,
+    *,
+    truncated: Sequence[bool] = (),
+    grader: str = "math",
+) -> Graded:
+    """Grade ``samples`` answers per row; rows without an answer of their own are left out.
+
+    Args:
+      rows: prompts.
+      answers: row by row, ``samples`` of each.
+      samples: answers per row.
+      truncated: of each answer, whether its length limit cut it; default: none.
+      grader: as :class:`EvalPlan` has it.
+
+    Raises:
+      ValueError: a gold answer that the grader cannot use.
+      GraderError: there is no such grader, or a user's own failed.
+    """
+    cut = truncated or [False] * len(answers)
+    judge = grading.named(grader)
+    index, verdicts = [], []
     for number, row in enumerate(rows):
         if row.answer is None:
             continue
-        own = answers[number * samples : (number + 1) * samples]
+        in_thought = finding.opens_thought(row.text)
+        own = range(number * samples, (number + 1) * samples)
         index.append(row.index)
-        correct.append(tuple(grading.is_correct(text, row.answer) for text in own))
-    return Graded(tuple(index), tuple(correct))
+        verdicts.append(
+            [judge(answers[i], row.answer, truncated=cut[i], in_thought=in_thought) for i in own]
+        )
+
+    def each(name: str) -> tuple[tuple, ...]:
+        return tuple(tuple(getattr(verdict, name) for verdict in row) for row in verdicts)
+
+    return Graded(tuple(index), each("correct"), each("reason"), each("is_unparsed"))
 
 
 def heldout_kl(
@@ -156,34 +207,37 @@ def evaluate(
       cfg, plan: static.
 
     Returns:
-      ``FIELDS``: accuracy, kl_nats, kl_gated, kl_ungated (nats per token), mean_length (tokens) and
-      truncated_share, the last two of the samples that KL was measured on (of the graded answers
-      where there are none); and which answers were right.
+      ``FIELDS``: accuracy, unparsed_share (graded answers without a recognisable answer), kl_nats,
+      kl_gated, kl_ungated (nats per token), mean_length (tokens) and truncated_share, the last two
+      of the samples that KL was measured on (of the graded answers where there are none); and which
+      answers were right.
     """
     result, graded = dict(EMPTY), Graded()
     graded_key, kl_key = jax.random.split(key)
     graded_rows = [row for row in rows if row.answer is not None][: plan.num_graded]
     if graded_rows:
         answers: list[str] = []
-        num_tokens = num_truncated = 0
+        truncated: list[bool] = []
+        num_tokens = 0
         for rollouts, real in drawing.sample(
             params,
             graded_rows,
             graded_key,
             mesh,
             cfg=cfg.student,
-            sampler=plan.grader,
+            sampler=plan.graded_sampler,
             samples=plan.samples,
             **plan.drawing,
         ):
             answers += drawing.texts(rollouts, real, tokenizer)
             host = meshlib.to_host(rollouts)
             num_tokens += int(host.mask_BT[:real].sum())
-            num_truncated += int(host.truncated_B[:real].sum())
-        graded = grade(graded_rows, answers, plan.samples)
+            truncated += host.truncated_B[:real].tolist()
+        graded = grade(graded_rows, answers, plan.samples, truncated=truncated, grader=plan.grader)
         result["accuracy"] = graded.accuracy
+        result["unparsed_share"] = graded.unparsed_share
         result["mean_length"] = num_tokens / len(answers)
-        result["truncated_share"] = num_truncated / len(answers)
+        result["truncated_share"] = sum(truncated) / len(answers)
     if plan.num_kl:
         drawn = drawing.sample(
             params,

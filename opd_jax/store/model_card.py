@@ -108,6 +108,10 @@ def _results(workdir: Path, config: Record, step: int) -> list[str]:
         if problems:
             over = " and ".join(map(str, problems))
             notes.append(f"{stats.LEVEL:.0%} intervals are Wilson's over {over} problems.")
+        if any(found[at].get("eval/unparsed_share") is not None for at in steps):
+            shares = [found[at].get("eval/unparsed_share") for at in steps]
+            shown = ["" if share is None else f"{share:.1%}" for share in shares]
+            rows.append(("responses without a recognisable answer", *shown))
         temperature = config.get("eval.temperature")
         notes.append(
             "Answers are greedy." if not temperature else f"Answers at temperature {temperature:g}."

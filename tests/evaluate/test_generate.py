@@ -34,7 +34,8 @@ def test_one_line_per_answer(tiny, tmp_path, capsys):
     prompts = tiny_run.read_lines(tiny / "prompts.jsonl")
     for line in lines:
         assert line.keys() == {
-            *("index", "prompt", "answer", "tokens", "truncated", "gold", "correct")
+            *("index", "prompt", "answer", "tokens", "truncated"),
+            *("gold", "correct", "found", "reason"),
         }
         assert prompts[line["index"]]["prompt"] in line["prompt"]
         assert line["gold"] == prompts[line["index"]]["answer"]
@@ -44,7 +45,9 @@ def test_one_line_per_answer(tiny, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "wrote 24 answers" in said
     share = sum(line["correct"] for line in lines) / 24
-    assert f"accuracy {share:.1%} of 24" in said
+    unparsed = sum(line["found"] is None for line in lines) / 24
+    assert f"accuracy {share:.1%} of 24, unparsed {unparsed:.1%}" in said
+    assert all(line["reason"] for line in lines)
 
 
 @pytest.mark.usefixtures("one_device")

@@ -69,7 +69,31 @@ def test_grading_counts_every_sample_of_rows_with_an_answer():
     assert graded.index == (0, 5)  # lines of the file
     assert graded.correct == ((True, False), (True, True))
     assert graded.accuracy == 0.75
-    assert heldout.grade(rows[1:2], answers[:2], 2).accuracy is None
+    assert graded.unparsed_share == 0
+    none = heldout.grade(rows[1:2], answers[:2], 2)
+    assert none.accuracy is none.unparsed_share is None
+
+
+def test_a_format_that_is_not_read_does_not_look_like_wrong_answers():
+    rows = [example(0, "4"), example(1, "5")]
+    graded = heldout.grade(rows, ["it is 4", "#### 4", "#### 6", "<think>5"], 2)
+    assert graded.correct == ((False, True), (False, False))
+    assert graded.unparsed == ((True, False), (False, True))
+    assert graded.reason[0] == ("no answer", "same text")
+    assert graded.unparsed_share == 0.5
+
+
+def test_prompt_length_and_grader_reach_the_grading(tmp_path):
+    """A thought that the prompt opened, a cut answer, and a function of the user's own."""
+    row = dataclasses.replace(example(0, "4"), text="2 + 2?<think>")
+    plain = example(1, "4")
+    graded = heldout.grade([row, plain], ["#### 4", "#### 4"], 1, truncated=[False, True])
+    assert graded.correct == ((False,), (False,))
+    assert graded.reason == (("unfinished thought",), ("unfinished answer",))
+    own = tmp_path / "own.py"
+    own.write_text("def grade(text, gold):\n    return gold in text\n")
+    assert heldout.grade([plain], ["is 4"], 1, grader=f"{own}:grade").accuracy == 1
+    assert heldout.grade([plain], ["4"], 1, grader="numeric").accuracy == 1
 
 
 def test_kl_is_that_of_the_full_logits(parts):
@@ -142,15 +166,17 @@ def test_which_answers_are_right_comes_with_the_accuracy(parts, monkeypatch):
     rows[1] = dataclasses.replace(rows[1], answer=None)
     asked = []
 
-    def is_correct(text, answer):
+    def grade(text, answer, **how):
         asked.append((text, answer))
-        return len(asked) in (1, 4)  # of two answers a row
+        is_right = len(asked) in (1, 4)  # of two answers a row
+        return grading.Verdict(is_right, "so", None if len(asked) in (2, 6) else text)
 
-    monkeypatch.setattr(grading, "is_correct", is_correct)
+    monkeypatch.setitem(grading.GRADERS, "math", grade)
     result, graded = graded_run(parts, rows, num_graded=5, num_kl=0, samples=2, temperature=1.0)
     assert graded.index == (10, 12, 13, 14)
     assert graded.correct == ((True, False), (False, True), (False, False), (False, False))
-    assert result["accuracy"] == 2 / 8
+    assert result["accuracy"] == result["unparsed_share"] == 2 / 8
+    assert graded.unparsed[0] == (False, True)
     assert [answer for _, answer in asked[::2]] == [rows[i].answer for i in (0, 2, 3, 4)]
     assert graded_run(parts, rows, num_graded=0, num_kl=0)[1] == heldout.Graded()
 
@@ -160,9 +186,13 @@ def test_graded_answers_are_greedy_and_unfiltered(parts):
     plan = dataclasses.replace(
         made.plan, policy=dataclasses.replace(made.policy, top_k=3, top_p=0.5), temperature=0.0
     )
-    assert plan.grader.temperature == 0
-    assert (plan.grader.top_k, plan.grader.top_p, plan.grader.min_p) == (0, 1.0, 0.0)
-    assert plan.grader.stop_ids == made.policy.stop_ids
+    assert plan.graded_sampler.temperature == 0
+    assert (
+        plan.graded_sampler.top_k,
+        plan.graded_sampler.top_p,
+        plan.graded_sampler.min_p,
+    ) == (0, 1.0, 0.0)
+    assert plan.graded_sampler.stop_ids == made.policy.stop_ids
 
 
 def test_the_same_programs_serve_a_second_evaluation(parts):

@@ -102,7 +102,8 @@ def test_rocks_are_written_when_they_are_refreshed(
 
 def test_a_resume_cuts_every_file_where_it_goes_on(run, tokenizer, state, tmp_path):
     run = dataclasses.replace(run, rock=RockConfig("ema"))
-    graded = heldout.Graded((4, 7), ((True, False), (False, False)))
+    reasons = (("same number", "no answer"), ("another number", "no answer"))
+    graded = heldout.Graded((4, 7), ((True, False), (False, False)), reasons)
     with journal.open(tmp_path, run, tokenizer, None) as opened:
         for step in range(4):
             opened.samples(step, [])
@@ -110,7 +111,12 @@ def test_a_resume_cuts_every_file_where_it_goes_on(run, tokenizer, state, tmp_pa
             opened.step(step + 1, {"loss": 1.0})
             opened.evaluation(step + 1, {"accuracy": 0.25}, graded)
     line = tiny_run.read_lines(tmp_path / "graded.jsonl")[0]
-    assert line == {"step": 1, "index": [4, 7], "correct": [[True, False], [False, False]]}
+    assert line == {
+        "step": 1,
+        "index": [4, 7],
+        "correct": [[True, False], [False, False]],
+        "reason": [list(row) for row in reasons],
+    }
     assert rock_steps(tmp_path, run, tokenizer, state, restored=2, steps=(3,)) == [1, 2, 3]
     # A step's samples are written before its update.
     expected = {"metrics": [1, 1, 2, 2], "graded": [1, 2], "samples": [0, 1]}
