@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 
 from opd_jax import cli, config
-from opd_jax.instrument import select
+from opd_jax.instrument import controls as select
 from opd_jax.rock import RockConfig
 from opd_jax.spec import ConfigError
 

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
-from opd_jax.instrument import select
+from opd_jax.instrument import controls as select
 
 EXTRAS = ("references", "gradients", "context", "persistence", "optimizer")
 MAX_NEW = 256  # most ids of an answer where no run says otherwise

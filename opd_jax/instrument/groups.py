@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax.instrument import select
+from opd_jax.instrument import controls as select
 from opd_jax.instrument.corpus import Occurrences, TypeStats
 
 GROUPS = (

@@ -16,9 +16,9 @@ import numpy as np
 from scipy import sparse
 
 from opd_jax import stats
-from opd_jax.instrument import select
+from opd_jax.instrument import controls as select
+from opd_jax.instrument.controls import Rule, SelectError
 from opd_jax.instrument.corpus import Occurrences, TypeStats
-from opd_jax.instrument.select import Rule, SelectError
 
 # find_rock_cutoff.py and test_stability.py of the code published with arXiv 2605.09253.
 K_GRID = (5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 750, 1000, 1500, 2000, 3000)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax.instrument import select
+from opd_jax.instrument import controls as select
 from opd_jax.instrument.corpus import Corpus, Occurrences, TypeStats
 
 _COLUMNS = (

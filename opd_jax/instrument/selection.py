@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from opd_jax import stats
-from opd_jax.instrument import groups, null, select
+from opd_jax.instrument import controls as select
+from opd_jax.instrument import groups, null
+from opd_jax.instrument.controls import Rule
 from opd_jax.instrument.corpus import Occurrences, TypeStats
-from opd_jax.instrument.select import Rule
 
 RESAMPLES = 1000  # bootstrap draws of an interval
 PERMUTATIONS = 100  # shuffles of the null, and random halvings

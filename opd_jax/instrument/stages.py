@@ -15,10 +15,12 @@ import jax
 import numpy as np
 
 from opd_jax import processes
-from opd_jax.instrument import collect, followups, groups, outputs, select, selection
+from opd_jax.instrument import collect, groups, outputs, selection
+from opd_jax.instrument import controls as select
 from opd_jax.instrument import corpus as corpora
 from opd_jax.instrument.corpus import TypeStats
 from opd_jax.instrument.flags import Flags, RocksError, parse
+from opd_jax.instrument.studies import references as followups
 from opd_jax.instrument.workbench import SELECTED, Workbench
 from opd_jax.processes import say
 

@@ -27,7 +27,8 @@ from opd_jax import mesh as meshlib
 from opd_jax.data import prompts as prompt_files
 from opd_jax.data.prompts import Example
 from opd_jax.files import path_of
-from opd_jax.instrument import collect, select
+from opd_jax.instrument import collect
+from opd_jax.instrument import controls as select
 from opd_jax.instrument import corpus as corpora
 from opd_jax.instrument.corpus import Corpus, Occurrences, TypeStats
 from opd_jax.instrument.flags import MAX_NEW, Flags, RocksError, flag

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from opd_jax.instrument import null, select
+from opd_jax.instrument import controls as select
+from opd_jax.instrument import null
+from opd_jax.instrument.controls import Rule, SelectError
 from opd_jax.instrument.corpus import Occurrences, TypeStats
-from opd_jax.instrument.select import Rule, SelectError
 
 RNG = np.random.default_rng
 OFFSET = 100  # ids start here: the table numbers only the types seen

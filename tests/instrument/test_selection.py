@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from opd_jax.instrument import null, select, selection
+from opd_jax.instrument import controls as select
+from opd_jax.instrument import null, selection
+from opd_jax.instrument.controls import Rule, SelectError
 from opd_jax.instrument.corpus import Occurrences, TypeStats
-from opd_jax.instrument.select import Rule, SelectError
 
 VOCAB = 60
 WORDS = ["$", " the", ".", "1", "\n", " apples", "So", "="]

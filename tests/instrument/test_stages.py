@@ -10,9 +10,11 @@ import pytest
 import tiny_run
 
 from opd_jax import cli
-from opd_jax.instrument import collect, corpus, followups, select, stages
+from opd_jax.instrument import collect, corpus, stages
+from opd_jax.instrument import controls as select
 from opd_jax.instrument.corpus import Occurrences, TypeStats
 from opd_jax.instrument.flags import EXTRAS, Flags, parse
+from opd_jax.instrument.studies import references as followups
 
 tiny, one_device, workdir = tiny_run.tiny, tiny_run.one_device, tiny_run.workdir
 PLAN = tiny_run.PLAN

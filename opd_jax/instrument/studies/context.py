@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from opd_jax import mesh as meshlib
-from opd_jax.instrument import select
+from opd_jax.instrument import controls as select
 from opd_jax.instrument.corpus import Corpus, Occurrences, TypeStats
 from opd_jax.models import transformer
 from opd_jax.models.transformer import ModelConfig

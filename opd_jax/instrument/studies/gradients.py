@@ -21,7 +21,7 @@ section 2),
   head, :math:`g h^\top`.
 
 All is exact: every occurrence counts, none is sampled or capped. The passes are those of
-``gradient_sums``; a position costs three head-sized matmuls in the first, and three more, for its
+``passes``; a position costs three head-sized matmuls in the first, and three more, for its
 type's own head gradient, where the type is reported.
 """
 
@@ -37,8 +37,8 @@ import numpy as np
 from opd_jax import mesh as meshlib
 from opd_jax import stats
 from opd_jax.instrument.corpus import Corpus, Occurrences
-from opd_jax.instrument.studies import gradient_sums
-from opd_jax.instrument.studies.gradient_sums import Logits
+from opd_jax.instrument.studies import passes
+from opd_jax.instrument.studies.passes import Logits
 from opd_jax.store.pair import Pair
 
 MATCHED = (2, 8)  # occurrences that norms are compared at
@@ -87,8 +87,8 @@ def geometry(
     ids = _checked(groups, count_V)
     with jax.set_mesh(pair.mesh):
         size = meshlib.batch_rows(min(batch, len(corpus.answers)), pair.mesh)
-        found = gradient_sums.logits(corpus, pair, ids, count_V, batch=size, has_head=True)
-        head = gradient_sums.heads(corpus, pair, ids, count_V, found.head_VD, batch=size)
+        found = passes.logits(corpus, pair, ids, count_V, batch=size, has_head=True)
+        head = passes.heads(corpus, pair, ids, count_V, found.head_VD, batch=size)
     rows = _types(ids, corpus.token_id, count_V, found, head)
     named = {
         group: [
@@ -139,7 +139,7 @@ def rank_types(
     ids = np.flatnonzero(count_V >= max(min_count, 1))
     with jax.set_mesh(pair.mesh):
         size = meshlib.batch_rows(min(batch, len(corpus.answers)), pair.mesh)
-        found = gradient_sums.logits(corpus, pair, ids, count_V, batch=size)
+        found = passes.logits(corpus, pair, ids, count_V, batch=size)
     norm_V, alignment_V = np.full((2, len(count_V)), -np.inf)
     own = found.beside["balanced"]
     norm_V[ids] = own["norm"]

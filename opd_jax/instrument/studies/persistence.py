@@ -23,7 +23,7 @@ import numpy as np
 import scipy.stats
 
 from opd_jax import stats
-from opd_jax.instrument import select
+from opd_jax.instrument import controls as select
 from opd_jax.instrument.corpus import TypeStats
 from opd_jax.instrument.studies import pooled
 from opd_jax.instrument.studies.matrix import Matrix

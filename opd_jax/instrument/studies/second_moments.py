@@ -22,7 +22,7 @@ import scipy.stats
 from opd_jax import config as settings
 from opd_jax import optim, stats
 from opd_jax.files import path_of
-from opd_jax.instrument import select
+from opd_jax.instrument import controls as select
 from opd_jax.instrument.corpus import Occurrences, TypeStats
 from opd_jax.instrument.studies import persistence
 from opd_jax.models import hf_config, params, transformer

@@ -10,7 +10,7 @@ import pytest
 import tiny_run
 
 from opd_jax import mesh
-from opd_jax.instrument import select
+from opd_jax.instrument import controls as select
 from opd_jax.instrument.corpus import Corpus, Occurrences, TypeStats
 from opd_jax.instrument.studies import context
 from opd_jax.instrument.studies.context import Parameters

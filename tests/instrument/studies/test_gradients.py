@@ -9,7 +9,7 @@ import pytest
 
 from opd_jax import mesh
 from opd_jax.instrument.corpus import Corpus, Occurrences
-from opd_jax.instrument.studies import gradient_sums, gradients, logit_gradients
+from opd_jax.instrument.studies import gradients, logit_sums, passes
 from opd_jax.kl import KLSpec
 from opd_jax.models import params, transformer
 from opd_jax.models.transformer import ModelConfig
@@ -178,7 +178,7 @@ def test_bf16_models_are_summed_in_f32():
 
 def test_types_share_a_pass_until_the_budget_is_full():
     count = np.array([2, 9, 1, 3, 1, 2])
-    groups = gradient_sums._groups(np.arange(6), count, 5)
+    groups = passes._groups(np.arange(6), count, 5)
     assert list(groups) == [[0], [1], [2, 3, 4], [5]]
 
 
@@ -186,10 +186,10 @@ def test_budgets_do_not_matter(monkeypatch):
     """One type a pass, and states of one type in several pieces."""
     corpus, pair = make_corpus(), make_pair()
     expected = report(corpus, pair)
-    monkeypatch.setattr(gradient_sums, "_TYPES_BYTES", 1)
-    monkeypatch.setattr(gradient_sums, "_STATES_BYTES", 300)  # about three positions
-    monkeypatch.setattr(gradient_sums, "_ROWS", 2)
-    monkeypatch.setattr(gradient_sums, "_FEW_ROWS", 1)
+    monkeypatch.setattr(passes, "_TYPES_BYTES", 1)
+    monkeypatch.setattr(passes, "_STATES_BYTES", 300)  # about three positions
+    monkeypatch.setattr(passes, "_ROWS", 2)
+    monkeypatch.setattr(passes, "_FEW_ROWS", 1)
     got = report(corpus, pair, batch=2)
     for a, b in zip(got["types"], expected["types"], strict=True):
         for name, value in b.items():
@@ -215,11 +215,11 @@ def test_contributions_add_up_to_the_norm_of_the_whole(groups):
 def sums_of(pair, corpus, names):
     host, _ = next(corpus.batches(len(corpus.answers)))
     mask_BT = host.mask_BT[:, 1:]
-    slot_BT = np.where(mask_BT, 0, logit_gradients.DROPPED).astype(np.int32)
+    slot_BT = np.where(mask_BT, 0, logit_sums.DROPPED).astype(np.int32)
     with jax.set_mesh(pair.mesh):
-        sums = logit_gradients.zeros(names, cfg=pair.cfg, slots=1)
+        sums = logit_sums.zeros(names, cfg=pair.cfg, slots=1)
         placed = mesh.to_global((host, slot_BT, np.ones(slot_BT.shape, np.float32)), pair.mesh)
-        return logit_gradients.add_rollout(sums, pair.student, pair.teacher, *placed, cfg=pair.cfg)
+        return logit_sums.add_rollout(sums, pair.student, pair.teacher, *placed, cfg=pair.cfg)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -229,7 +229,7 @@ def test_sums_match_autodiff_of_an_unchunked_kl(tied):
     sums, square_BT = sums_of(pair, corpus, ("global_V", "head_VD", "types_KV"))
     host, index_B = next(corpus.batches(len(corpus.answers)))
     student, teacher = (plain(tree) for tree in (pair.student, pair.teacher))
-    hs, ht = logit_gradients.states(student, teacher, host, cfg=pair.cfg)
+    hs, ht = logit_sums.states(student, teacher, host, cfg=pair.cfg)
     wt = transformer.head(teacher, pair.cfg.teacher)
 
     def total(ws, shift_BTV):
@@ -327,7 +327,7 @@ def test_the_only_type_has_no_rest():
 
 @pytest.mark.parametrize("budget", [2**29, 1])
 def test_ranking_is_that_of_the_mean_gradients(monkeypatch, budget):
-    monkeypatch.setattr(gradient_sums, "_TYPES_BYTES", budget)
+    monkeypatch.setattr(passes, "_TYPES_BYTES", budget)
     corpus, pair = make_corpus(), make_pair((2, 1, 2))
     expected = expected_types(corpus, make_pair())
     ranked = gradients.rank_types(corpus, pair, scored(corpus), min_count=2, batch=4)
@@ -371,4 +371,4 @@ def test_bad_input():
     slot_BT = np.zeros((2, host.ids_BT.shape[1] - 1), np.int32)
     student, teacher = (plain(tree) for tree in (pair.student, pair.teacher))
     with pytest.raises(ValueError, match="expected 'reverse' at 1"):
-        logit_gradients.add_rollout({}, student, teacher, host, slot_BT, slot_BT, cfg=cfg)
+        logit_sums.add_rollout({}, student, teacher, host, slot_BT, slot_BT, cfg=cfg)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from opd_jax.instrument.controls import SelectError
 from opd_jax.instrument.corpus import Occurrences, TypeStats
-from opd_jax.instrument.select import SelectError
 from opd_jax.instrument.studies import persistence
 from opd_jax.instrument.studies.matrix import Matrix
 from opd_jax.instrument.studies.persistence import PersistenceError

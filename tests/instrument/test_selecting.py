@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from opd_jax.instrument import select
+from opd_jax.instrument import controls as select
+from opd_jax.instrument.controls import Rule, SelectError
 from opd_jax.instrument.corpus import Occurrences, TypeStats
-from opd_jax.instrument.select import Rule, SelectError
 
 VOCAB = 12
 IDS = np.array([3] * 6 + [1] * 4 + [7] * 4 + [0] * 2 + [5] * 2 + [9] + [2] * 12)

@@ -20,8 +20,8 @@ import numpy as np
 
 from opd_jax import mesh as meshlib
 from opd_jax.instrument.corpus import Corpus
-from opd_jax.instrument.studies import logit_gradients
-from opd_jax.instrument.studies.logit_gradients import DROPPED
+from opd_jax.instrument.studies import logit_sums
+from opd_jax.instrument.studies.logit_sums import DROPPED
 from opd_jax.store.pair import Pair
 
 _TYPES_BYTES = 2**29  # of the sums by type, on each vocabulary shard
@@ -37,7 +37,7 @@ class Logits:
     Attributes:
       square: ||g||^2 of every position.
       norm: of the whole, ``global`` and ``balanced``.
-      beside: each type's part beside either whole, as ``logit_gradients.compare_types`` has it.
+      beside: each type's part beside either whole, as ``logit_sums.compare_types`` has it.
       total_global: entries of the global sum added up.
       rest_contribution: to the global sum, of all types that were not asked for.
       head_VD: gradient of the output head.
@@ -61,7 +61,7 @@ def logits(corpus, pair: Pair, ids, count_V, *, batch: int, has_head: bool = Fal
     names = ("global_V", "balanced_V", *(("head_VD",) if has_head else ()), "types_KV")
     # Two more rows in the first pass: types of later passes, and types that nobody asks for.
     slot_V = np.where(np.isin(np.arange(len(count_V)), ids), len(pieces[0]), len(pieces[0]) + 1)
-    sums: logit_gradients.Sums = {}
+    sums: logit_sums.Sums = {}
     beside: dict[str, list] = {"global": [], "balanced": []}
     rest = 0.0
     for number, piece in enumerate(pieces):
@@ -70,10 +70,10 @@ def logits(corpus, pair: Pair, ids, count_V, *, batch: int, has_head: bool = Fal
             slot_V = np.full(len(count_V), DROPPED)
         slot_V[piece] = np.arange(len(piece))
         used = names if is_first else ("types_KV",)
-        added = logit_gradients.zeros(used, cfg=pair.cfg, slots=len(piece) + 2 * is_first)
+        added = logit_sums.zeros(used, cfg=pair.cfg, slots=len(piece) + 2 * is_first)
         for host, index_B, slot_BT, inverse_BT in _batches(corpus, pair, slot_V, inverse_V, batch):
             placed = meshlib.to_global(meshlib.own_rows((host, slot_BT, inverse_BT)), pair.mesh)
-            added, square_BT = logit_gradients.add_rollout(
+            added, square_BT = logit_sums.add_rollout(
                 added, pair.student, pair.teacher, *placed, cfg=pair.cfg
             )
             if is_first:
@@ -83,7 +83,7 @@ def logits(corpus, pair: Pair, ids, count_V, *, batch: int, has_head: bool = Fal
         for name, scale_V in scales.items():
             scale_K = np.ones(added["types_KV"].shape[0], np.float32)
             scale_K[: len(piece)] = scale_V[piece]
-            part = logit_gradients.compare_types(added["types_KV"], scale_K, sums[f"{name}_V"])
+            part = logit_sums.compare_types(added["types_KV"], scale_K, sums[f"{name}_V"])
             part = {key: np.asarray(x, np.float64) for key, x in meshlib.to_host(part).items()}
             beside[name].append({key: x[: len(piece)] for key, x in part.items()})
             if is_first and name == "global":
@@ -116,18 +116,16 @@ def heads(corpus: Corpus, pair: Pair, ids, count_V, whole_VD, *, batch: int) -> 
     found: dict[str, Any] = {"norm": {}, "dot": {}}
     pieces = states(corpus, pair, ids, count_V, batch)
     for token, parts in itertools.groupby(pieces, key=lambda piece: piece[0]):
-        sums = logit_gradients.zeros(("head_VD",), cfg=pair.cfg)
+        sums = logit_sums.zeros(("head_VD",), cfg=pair.cfg)
         for _, hs_ND, ht_NE in parts:
             for rows in _cut(hs_ND, ht_NE, meshlib.batch_shards(pair.mesh)):
                 placed = meshlib.to_global(meshlib.own_rows(rows), pair.mesh)
-                sums = logit_gradients.add_states(
+                sums = logit_sums.add_states(
                     sums, pair.student, pair.teacher, *placed, cfg=pair.cfg
                 )
-        norm, dot = meshlib.to_host(logit_gradients.norm_and_dot(sums["head_VD"], whole_VD))
+        norm, dot = meshlib.to_host(logit_sums.norm_and_dot(sums["head_VD"], whole_VD))
         found["norm"][token], found["dot"][token] = float(norm), float(dot)
-    found["norm_global"] = float(
-        meshlib.to_host(logit_gradients.norm_and_dot(whole_VD, whole_VD))[0]
-    )
+    found["norm_global"] = float(meshlib.to_host(logit_sums.norm_and_dot(whole_VD, whole_VD))[0])
     return found
 
 
@@ -149,9 +147,7 @@ def states(
         held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for host, _, slot_BT, _ in _batches(corpus, pair, slot_V, np.zeros(len(count_V)), batch):
             rollout = meshlib.to_global(meshlib.own_rows(host), pair.mesh)
-            both = meshlib.to_host(
-                logit_gradients.states(pair.student, pair.teacher, rollout, cfg=cfg)
-            )
+            both = meshlib.to_host(logit_sums.states(pair.student, pair.teacher, rollout, cfg=cfg))
             chosen = slot_BT != DROPPED
             held.append((slot_BT[chosen], both[0][chosen], both[1][chosen]))
             if len(group) == 1 and sum(len(slot) for slot, _, _ in held) >= most:

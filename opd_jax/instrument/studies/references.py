@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax.instrument import collect, null, outputs, select, selection
+from opd_jax.instrument import collect, null, outputs, selection
+from opd_jax.instrument import controls as select
 from opd_jax.instrument.corpus import Occurrences, TypeStats
 from opd_jax.instrument.workbench import Workbench
 
-NUM_RANDOM = (
-    200  # types of the group "random", as in compute_logit_gradients.py of the paper's code
-)
+NUM_RANDOM = 200  # types of the group "random", as in compute_logit_sums.py of the paper's code
 
 
 def references(bench: Workbench) -> dict[str, Any]:
