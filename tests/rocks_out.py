@@ -11,6 +11,7 @@ from opd_jax.instrument import corpus
 
 TOKENS = ["␣the", "⏎", ",", "␣$", "=", "1", "2", "␣so", "Wait", "␣a", "</script>", "␣x_1$", "中"]
 ARMS = ("full", "rock", "share_matched")
+STUDIES = ("references", "gradients", "context", "persistence", "optimizer")
 TEXT = {10: "</script><b>&amp;", 11: "␣$x_1$"}  # what a page must show as it is
 
 
@@ -38,6 +39,7 @@ def make_out(folder: Path, *, types: int = 300, k: int = 20, seed: int = 0) -> P
             "teacher": "embedded:teacher",
             "writer": "student",
             "prompts": "folder/" * 20,
+            "studies": {name: f"What of {name}?" for name in STUDIES},
         },
     )
     rows = []

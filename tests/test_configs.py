@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 
 from opd_jax import cli, config
-from opd_jax.instrument import controls as select
+from opd_jax.instrument import controls
 from opd_jax.rock import RockConfig
 from opd_jax.spec import ConfigError
 
@@ -73,7 +73,7 @@ def test_the_table_of_arms_is_whole(rocks):
 
 def test_the_lists_are_those_that_the_analysis_writes():
     gradients = {"top_gradient_norm", "top_gradient_alignment"}
-    assert {*LISTS} == {"rock", *select.CONTROLS} | gradients
+    assert {*LISTS} == {"rock", *controls.CONTROLS} | gradients
 
 
 @pytest.mark.parametrize("base", ["demo", "smollm2"])

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from opd_jax import files, processes, records, rock, steps
+from opd_jax import files, objective, processes, records, rock, steps
 from opd_jax import mesh as meshlib
 from opd_jax.data import batches
 from opd_jax.data import prompts as prompt_files
@@ -204,8 +204,8 @@ def _measure(
     params: Params, teacher: Params, answers: Rollout, state: RockState, *, cfg: ObjectiveConfig
 ) -> tuple[TokenKL, RockState]:
     _, tokens = steps.eval_step(params, teacher, answers, state, cfg=cfg)
-    ids_BT, mask_BT = answers.ids_BT[:, 1:], answers.mask_BT[:, 1:]
-    return tokens, rock.update(state, ids_BT, tokens.reverse_BT, mask_BT, cfg=_PLAIN)
+    next_ = objective.predicted(answers)
+    return tokens, rock.update(state, next_.ids_BT, tokens.reverse_BT, next_.mask_BT, cfg=_PLAIN)
 
 
 def _sample(draw: Callable[..., Rollout], batch: Sequence[Example], pair: Pair) -> Rollout:

@@ -22,7 +22,7 @@ import numpy as np
 import pydantic
 from typing_extensions import TypedDict
 
-from opd_jax import files, records
+from opd_jax import files, objective, records
 from opd_jax.pytrees import RockState, Rollout
 
 MANIFEST = "corpus.json"
@@ -139,10 +139,11 @@ class Corpus:
           values_BT: [B, T - 1, ...], at the positions that predict, as the steps return them.
           rollout, index_B: what :meth:`batches` gave.
         """
+        mask_BT = objective.predicted(rollout).mask_BT
         for row, index in enumerate(index_B):
             if index >= 0:
                 first, last = self.offset_A[index], self.offset_A[index + 1]
-                out[first:last] = values_BT[row][rollout.mask_BT[row, 1:]]
+                out[first:last] = values_BT[row][mask_BT[row]]
 
 
 @dataclasses.dataclass(frozen=True)

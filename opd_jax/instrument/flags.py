@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 
-from opd_jax.instrument import controls as select
+from opd_jax import command
+from opd_jax.instrument.metrics import METRICS
+from opd_jax.instrument.rule import Rule
 
-EXTRAS = ("references", "gradients", "context", "persistence", "optimizer")
 MAX_NEW = 256  # most ids of an answer where no run says otherwise
 # What shapes the answers: not to be given together with answers that are there already.
 _WRITING = ("prompts", "limit", "max_new", "max_prompt", "samples", "temperature", "writer")
@@ -65,12 +65,6 @@ class Flags:
                 f"--step is {self.step} without --run: expected the step of a run; give --run, or "
                 "write the student as RUN@STEP"
             )
-        unknown = [name for name in self.extras if name not in EXTRAS]
-        if unknown:
-            raise RocksError(
-                f"--with names {', '.join(unknown)}: expected a comma list of "
-                f"{', '.join(EXTRAS)}; change --with"
-            )
         if self.checkpoints and "persistence" not in self.extras:
             raise RocksError(
                 f"--checkpoints names {', '.join(map(str, self.checkpoints))} without "
@@ -83,8 +77,13 @@ class Flags:
                 raise RocksError(
                     f"{flag(name)} is {value}: expected {smallest} to 2^31 - 1; change {flag(name)}"
                 )
-        select.Rule(self.score, self.skip_top, self.min_count)  # raises
+        _ = self.rule  # raises
         self._check_source()
+
+    @property
+    def rule(self) -> Rule:
+        """How types are ranked."""
+        return Rule(self.score, self.skip_top, self.min_count)
 
     def _check_source(self) -> None:
         """Either answers are there, or there are prompts to answer."""
@@ -106,15 +105,16 @@ def flag(name: str) -> str:
     return "--with" if name == "extras" else f"--{name.replace('_', '-')}"
 
 
-def parse(argv: Sequence[str]) -> Flags:
-    """Read the command line of ``opd-jax rocks``.
+def parse(argv: Sequence[str], studies: Sequence[str] = ()) -> Flags:
+    """Read the command line of ``opd-jax rocks``, whose help names the further studies.
 
     Raises:
       RocksError, SelectError: see :class:`Flags`.
     """
-    parser = argparse.ArgumentParser(
-        "opd-jax rocks",
-        description="Find the tokens that carry most of the KL between a student and its teacher.",
+    parser = command.Parser(
+        "rocks",
+        "Find the tokens that carry most of the KL between a student and its teacher.",
+        "--run=runs/demo --out=rocks",
     )
     add = parser.add_argument
     add("--out", required=True, help="folder of the results; the same command goes on in it")
@@ -140,11 +140,10 @@ def parse(argv: Sequence[str]) -> Flags:
     add("--k", type=int, default=100, help="number of rocks; default: 100")
     add("--skip-top", type=int, default=0, help="most frequent types that may not be rocks")
     add("--min-count", type=int, default=1, help="occurrences that a rock needs; default: 1")
-    add("--score", default="rock", help=f"what ranks types: {', '.join(select.METRICS)}")
-    add("--with", dest="extras", default="", help=f"further questions: {','.join(EXTRAS)}")
+    add("--score", default="rock", help=f"what ranks types: {', '.join(METRICS)}")
+    add("--with", dest="extras", default="", help=f"further questions: {','.join(studies)}")
     add("--checkpoints", default="", help="steps that persistence compares with 0; default: all")
-    add("--mesh-fsdp", type=int, default=1, help="devices that share the parameters")
-    add("--mesh-model", type=int, default=1, help="devices that share heads and vocabulary")
+    command.add_mesh(parser)
     values = vars(parser.parse_args(argv))
     extras = dict.fromkeys(filter(None, values.pop("extras").split(",")))
     steps = _steps(values.pop("checkpoints"))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax.instrument import controls as select
+from opd_jax.instrument import shares
 from opd_jax.instrument.corpus import Occurrences, TypeStats
 
 GROUPS = (
@@ -145,9 +145,9 @@ def table(
                 "group": name,
                 "types": len(ids),
                 "rocks": len(rocks),
-                "token_share": select.token_share(stats, ids),
-                "kl_share": select.coverage(stats, ids),
-                "rock_token_share": select.token_share(stats, rocks),
+                "token_share": shares.token_share(stats, ids),
+                "kl_share": shares.coverage(stats, ids),
+                "rock_token_share": shares.token_share(stats, rocks),
             }
         )
     return rows

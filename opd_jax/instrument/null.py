@@ -16,9 +16,10 @@ import numpy as np
 from scipy import sparse
 
 from opd_jax import stats
-from opd_jax.instrument import controls as select
-from opd_jax.instrument.controls import Rule, SelectError
+from opd_jax.instrument import metrics, shares
 from opd_jax.instrument.corpus import Occurrences, TypeStats
+from opd_jax.instrument.metrics import SelectError
+from opd_jax.instrument.rule import Rule
 
 # find_rock_cutoff.py and test_stability.py of the code published with arXiv 2605.09253.
 K_GRID = (5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 750, 1000, 1500, 2000, 3000)
@@ -168,7 +169,7 @@ def nested(
     ]
 
 
-def metrics(
+def by_metric(
     table: Table,
     k: int,
     *,
@@ -189,11 +190,11 @@ def metrics(
       rng: draws them.
       other: a second corpus with the rows and columns of the first, for the joint metrics.
     """
-    names = (*select.METRICS, *(select.JOINT if other is not None else ()))
+    names = (*metrics.METRICS, *(metrics.JOINT if other is not None else ()))
 
     def ranked(weight_P: np.ndarray | None) -> Mapping[str, np.ndarray]:
         sums, joint = table.stats(weight_P), other.stats(weight_P) if other is not None else None
-        return {name: rule.rank(sums, select.metric(sums, name, joint))[:k] for name in names}
+        return {name: rule.rank(sums, metrics.metric(sums, name, joint))[:k] for name in names}
 
     pairs = [(ranked(a), ranked(b)) for a, b in _halves(table, splits, rng)]
     whole, prefixes = ranked(None), [ranked(chosen) for chosen in _prefixes(table, rng)]
@@ -204,8 +205,8 @@ def metrics(
         rows.append(
             {
                 "name": name,
-                "split_half": _mean([select.jaccard(a[name], b[name]) for a, b in pairs]),
-                "nested_jaccard": _mean([select.jaccard(p[name], whole[name]) for p in prefixes]),
+                "split_half": _mean([shares.jaccard(a[name], b[name]) for a, b in pairs]),
+                "nested_jaccard": _mean([shares.jaccard(p[name], whole[name]) for p in prefixes]),
                 "nested_spearman": _mean(known) if known else None,
             }
         )

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax.instrument import controls as select
+from opd_jax.instrument import metrics, shares
 from opd_jax.instrument.corpus import Corpus, Occurrences, TypeStats
+from opd_jax.instrument.rule import Rule
 
 _COLUMNS = (
     *("token_id", "token", "count", "token_share", "kl_sum", "kl_mean", "kl_std", "share", "rank"),
@@ -24,7 +25,7 @@ _DIGITS = 6  # significant digits in a table, far above its statistical error
 
 def order(stats: TypeStats, rocks_k: np.ndarray, score: str) -> np.ndarray:
     """All types seen: the rocks first, in their order, then the others by the same score."""
-    value_V = np.where(stats.seen, select.metric(stats, score), -np.inf)
+    value_V = np.where(stats.seen, metrics.metric(stats, score), -np.inf)
     # A metric may be undefined for a type: those come last, by their KL.
     ranked = np.lexsort((np.arange(len(value_V)), -stats.kl_sum, -value_V))
     ranked = ranked[stats.seen[ranked]]
@@ -58,11 +59,11 @@ def types_csv(
         for name in ("log_ratio_mean", "entropy_mean", "teacher_entropy_mean")
     }
     share_V, mean_V, std_V = stats.share, stats.mean, stats.std
-    metrics = {name: select.metric(stats, name) for name in select.METRICS}
+    values = {name: metrics.metric(stats, name) for name in metrics.METRICS}
     members = set(np.asarray(rocks_k).tolist())
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*_COLUMNS, *metrics])
+    writer.writerow([*_COLUMNS, *values])
     for rank, token_id in enumerate(order(stats, rocks_k, score).tolist(), start=1):
         count, kl_sum = stats.count[token_id], stats.kl_sum[token_id]
         row = {
@@ -78,9 +79,9 @@ def types_csv(
             "member": int(token_id in members),
             "group": kind[token_id],
             **{name: values_V[token_id] for name, values_V in means.items()},
-            **{name: values_V[token_id] for name, values_V in metrics.items()},
+            **{name: values_V[token_id] for name, values_V in values.items()},
         }
-        writer.writerow([_cell(row[name]) for name in (*_COLUMNS, *metrics)])
+        writer.writerow([_cell(row[name]) for name in (*_COLUMNS, *values)])
     return text.getvalue()
 
 
@@ -90,8 +91,8 @@ def list_entry(
     """An entry of ``lists.json``: how much the ids stand for, and how well they match the rocks."""
     return {
         "types": len(ids),
-        "token_share": select.token_share(stats, ids),
-        "kl_share": select.coverage(stats, ids),
+        "token_share": shares.token_share(stats, ids),
+        "kl_share": shares.coverage(stats, ids),
         "residual": None if residual is None else dict(residual),
     }
 
@@ -153,7 +154,7 @@ def summary(
     kind: Mapping[int, str],
     *,
     token_text: Callable[[int], str],
-    rule: select.Rule,
+    rule: Rule,
 ) -> dict[str, Any]:
     """The numbers that a reader wants first, ``summary.json``."""
     stats = TypeStats.of_occurrences(found)

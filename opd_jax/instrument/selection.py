@@ -7,16 +7,16 @@ its one-sample estimate select the same ones.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from opd_jax import stats
-from opd_jax.instrument import controls as select
-from opd_jax.instrument import groups, null
-from opd_jax.instrument.controls import Rule
+from opd_jax.instrument import controls, groups, metrics, null, shares
 from opd_jax.instrument.corpus import Occurrences, TypeStats
+from opd_jax.instrument.rule import PLAIN, Rule
 
 RESAMPLES = 1000  # bootstrap draws of an interval
 PERMUTATIONS = 100  # shuffles of the null, and random halvings
@@ -31,9 +31,7 @@ def selection(
     k: int,
     *,
     token_text: Callable[[int], str],
-    skip_top: int = 0,
-    min_count: float = 1,
-    score: str = "rock",
+    rule: Rule = PLAIN,
     resamples: int = RESAMPLES,
     permutations: int = PERMUTATIONS,
     seed: int = 0,
@@ -44,7 +42,7 @@ def selection(
       found: its scored positions.
       k: number of rocks.
       token_text: text of an id, as ``tokenizer.token_text`` gives it.
-      skip_top, min_count, score: see :class:`select.Rule`.
+      skip_top, min_count, score: see :class:`Rule`.
       resamples: bootstrap draws of an interval.
       permutations: shuffles of the null, and random halvings.
       seed: of all draws.
@@ -53,11 +51,10 @@ def selection(
       A JSON-ready dict; every share is of all positions or of all KL of the corpus.
 
     Raises:
-      select.SelectError: more rocks than types, fewer than two problems, or a bad rule.
+      SelectError: more rocks than types, fewer than two problems, or a bad rule.
     """
-    rule = Rule(score, skip_top, min_count)
     sums = TypeStats.of_occurrences(found)
-    rocks_k = select.rocks(sums, k, score=score, skip_top=skip_top, min_count=min_count)
+    rocks_k = rule.rocks(sums, k)
     sizes = null.k_grid(k, len(rule.rank(sums)))
     rng = np.random.default_rng(seed)
     table = null.Table.of(found)
@@ -78,12 +75,12 @@ def selection(
             {"k": size, "value": float(np.mean([r["value"] for r in nested if r["k"] == size]))}
             for size in sizes
         ],
-        "metrics": null.metrics(table, k, rule=rule, splits=permutations, rng=rng),
+        "metrics": null.by_metric(table, k, rule=rule, splits=permutations, rng=rng),
         "density": [
-            density_row(found, sums, k, Rule(score, skip, min_count))
-            for skip in sorted({*SKIP_TOPS, skip_top})
+            density_row(found, sums, k, dataclasses.replace(rule, skip_top=skip))
+            for skip in sorted({*SKIP_TOPS, rule.skip_top})
         ],
-        "answer_shares": [float(x) for x in select.density(found, rocks_k).token_share],
+        "answer_shares": [float(x) for x in shares.density(found, rocks_k).token_share],
         "funnel": funnel(sums, rocks_k, token_text),
         "controls": control_rows(sums, rocks_k, rule=rule, seed=seed),
         "groups": groups.table(sums, groups.of_types(found, token_text), rocks_k),
@@ -109,7 +106,7 @@ def joint_metrics(
         "problems": np.unique(found.problem),
         "token_U": np.union1d(found.token_id, other.token_id),
     }
-    rows = null.metrics(
+    rows = null.by_metric(
         null.Table.of(found, **axes),
         k,
         rule=rule,
@@ -117,7 +114,7 @@ def joint_metrics(
         rng=np.random.default_rng(seed),
         other=null.Table.of(other, **axes),
     )
-    return [row for row in rows if row["name"] in select.JOINT]
+    return [row for row in rows if row["name"] in metrics.JOINT]
 
 
 def density_row(found: Occurrences, sums: TypeStats, k: int, rule: Rule) -> dict[str, Any]:
@@ -127,7 +124,7 @@ def density_row(found: Occurrences, sums: TypeStats, k: int, rule: Rule) -> dict
     percentile of all KL that are of no rock type.
     """
     ids = rule.rank(sums)[:k]
-    per_answer = select.density(found, ids)
+    per_answer = shares.density(found, ids)
     is_event = (found.kl >= np.quantile(found.kl, _HIGH_KL)) & ~np.isin(found.token_id, ids)
     answers, number = np.unique(found.answer, return_inverse=True)
     events = np.bincount(number, is_event, minlength=len(answers))
@@ -138,7 +135,7 @@ def density_row(found: Occurrences, sums: TypeStats, k: int, rule: Rule) -> dict
         "median": float(median),
         "p25": float(p25),
         "p75": float(p75),
-        "corpus": select.token_share(sums, ids),
+        "corpus": shares.token_share(sums, ids),
         "kl_share_median": float(np.median(per_answer.kl_share)),
         "high_kl_outside": float(np.median(events)),
     }
@@ -188,15 +185,15 @@ def control_rows(
 ) -> list[dict[str, Any]]:
     """The rocks, then every control: size, shares, overlap and what it leaves unmatched."""
     lists = {"rock": rocks_k} | {
-        how: select.controls(sums, rocks_k, how, rule=rule, seed=seed) for how in select.CONTROLS
+        how: controls.choose(sums, rocks_k, how, rule=rule, seed=seed) for how in controls.CONTROLS
     }
     return [
         {
             "name": name,
             "types": len(ids),
-            "token_share": select.token_share(sums, ids),
-            "kl_share": select.coverage(sums, ids),
-            "residual": None if name == "rock" else select.residual(sums, rocks_k, ids),
+            "token_share": shares.token_share(sums, ids),
+            "kl_share": shares.coverage(sums, ids),
+            "residual": None if name == "rock" else controls.residual(sums, rocks_k, ids),
             "overlap_with_rocks": len(np.intersect1d(ids, rocks_k)),
         }
         for name, ids in lists.items()
@@ -217,7 +214,7 @@ def estimators(found: Occurrences, sizes: list[int], *, rule: Rule) -> dict[str,
     return {
         "spearman": stats.spearman(exact.kl_sum[several_V], sampled.kl_sum[several_V]),
         "jaccard": [
-            {"k": size, "value": select.jaccard(ranked[0][:size], ranked[1][:size])}
+            {"k": size, "value": shares.jaccard(ranked[0][:size], ranked[1][:size])}
             for size in sizes
         ],
         "kl_mean": float(found.kl.mean(dtype=np.float64)),

@@ -6,6 +6,8 @@ command goes on where it was stopped.
 
 from __future__ import annotations
 
+import functools
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,13 +17,13 @@ import jax
 import numpy as np
 
 from opd_jax import processes
-from opd_jax.instrument import collect, groups, outputs, selection
-from opd_jax.instrument import controls as select
+from opd_jax.instrument import catalogue, collect, controls, groups, outputs, selection
 from opd_jax.instrument import corpus as corpora
+from opd_jax.instrument.catalogue import Study
 from opd_jax.instrument.corpus import TypeStats
 from opd_jax.instrument.flags import Flags, RocksError, parse
-from opd_jax.instrument.studies import references as followups
-from opd_jax.instrument.workbench import SELECTED, Workbench
+from opd_jax.instrument.folder import SELECTED
+from opd_jax.instrument.workbench import Workbench
 from opd_jax.processes import say
 
 _SUM_RTOL = 1e-3  # f32 sums over a corpus against f64 ones: above rounding, below any real error
@@ -30,7 +32,7 @@ _TOP = 10  # types that are printed
 
 def main(argv: Sequence[str]) -> int:
     """The command: parse, run, say where the results are."""
-    run(parse(argv))
+    run(parse(argv, catalogue.NAMES))
     return 0
 
 
@@ -40,10 +42,11 @@ def run(flags: Flags, *, say: Callable[[str], None] = say) -> dict[str, Any]:
     Raises:
       RocksError, CorpusError, ModelError, SelectError: what does not fit, with the flag to change.
     """
+    studies = catalogue.chosen(flags.extras)
     bench = Workbench(flags, say)
-    bench.enter()
-    for name, file, question, stage in _stages(bench):
-        is_done = (bench.out / file).exists()
+    bench.folder.enter(flags, bench.subject, {s.name: s.question for s in catalogue.STUDIES})
+    for name, file, question, stage in _stages(bench, studies):
+        is_done = (bench.folder.path / file).exists()
         processes.meet(f"{name} is looked at")  # nobody may take what another has just written
         if is_done:
             say(f"{name}: {file} is there")
@@ -53,15 +56,18 @@ def run(flags: Flags, *, say: Callable[[str], None] = say) -> dict[str, Any]:
         stage()
         say(f"{name}: {file} ({time.monotonic() - begun:.0f}s)")
     _draw(bench)
-    result, chosen = bench.read(SELECTED), bench.read("selection.json")
-    for line in conclusion(result, chosen, bench.out):
+    result, chosen = bench.folder.read(SELECTED), bench.folder.read("selection.json")
+    for line in conclusion(result, chosen, bench.folder.path):
         say(line)
     return result
 
 
-def _stages(bench: Workbench) -> Iterator[tuple[str, str, str, Callable[[], None]]]:
+def _stages(
+    bench: Workbench, studies: Sequence[Study]
+) -> Iterator[tuple[str, str, str, Callable[[], None]]]:
     """Name, last file, what it does in words, and function of each stage, in order."""
-    answers = "taking over" if bench.flags.corpus else f"{bench.writer_name} answers the prompts"
+    subject = bench.subject
+    answers = "taking over" if bench.flags.corpus else f"{subject.writer} answers the prompts"
     source = f" {bench.flags.corpus}" if bench.flags.corpus else ""
     yield (
         "corpus",
@@ -71,8 +77,8 @@ def _stages(bench: Workbench) -> Iterator[tuple[str, str, str, Callable[[], None
     )
     yield (
         "scores",
-        str(bench.scores_file.relative_to(bench.out)),
-        f"KL of every token, {bench.student.name} against {bench.teacher.name}",
+        str(bench.scores_file.relative_to(bench.folder.path)),
+        f"KL of every token, {subject.student.name} against {subject.teacher.name}",
         lambda: _write_scores(bench),
     )
     yield (
@@ -81,36 +87,28 @@ def _stages(bench: Workbench) -> Iterator[tuple[str, str, str, Callable[[], None
         f"the {bench.flags.k} rocks, with intervals, controls and the null of shuffled KL",
         lambda: _write_selection(bench),
     )
-    for name in bench.flags.extras:
-        if name in followups.NEED_RUN and bench.student.run is None:
+    for study in studies:
+        if study.needs_run and subject.student.run is None:
             bench.say(
-                f"{name}: left out, it looks back at the student before training and "
-                f"{bench.student.name} is no trained step of a run; give --run"
+                f"{study.name}: left out, it looks back at the student before training and "
+                f"{subject.student.name} is no trained step of a run; give --run"
             )
             continue
-        stage = followups.STAGES[name]
-        question = str(stage.__doc__).partition("\n")[0]
-        yield (
-            name,
-            f"{name}.json",
-            question,
-            lambda n=name, s=stage: bench.write(f"{n}.json", s(bench)),
-        )
+        yield study.name, study.file, study.question, functools.partial(study.fill, bench)
 
 
 def _write_corpus(bench: Workbench) -> None:
-    if bench.flags.corpus:
-        bench.copy_corpus()
+    folder, given = bench.folder.path / "corpus", bench.subject.corpus
+    if given is None:
+        writer = bench.flags.writer or "student"
+        bench.answering.write(folder, writer, lambda line: bench.say(f"  {line}"))
         return
-    writer = bench.writer(bench.flags.writer or "student")
-    collect.write(
-        bench.out / "corpus",
-        bench.pair,
-        bench.rows,
-        **writer,
-        **bench.writing,
-        say=lambda line: bench.say(f"  {line}"),
-    )
+    if jax.process_index() == 0:
+        part = folder.with_name(".corpus.part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(given, part)
+        part.rename(folder)
+    processes.meet("the corpus is copied")
 
 
 def _write_scores(bench: Workbench) -> None:
@@ -143,21 +141,19 @@ def _write_selection(bench: Workbench) -> None:
         bench.found,
         flags.k,
         token_text=text,
-        skip_top=rule.skip_top,
-        min_count=rule.min_count,
-        score=rule.score,
+        rule=rule,
         seed=flags.seed,
     )
-    bench.write("selection.json", chosen)
+    bench.folder.write("selection.json", chosen)
     kind = groups.of_types(bench.found, text)
     table = outputs.types_csv(bench.found, rocks_k, kind, score=rule.score, token_text=text)
-    bench.write("types.csv", table)
-    entries = {"rock": followups.write_list(bench, "rock", rocks_k)}
-    for how in select.CONTROLS:
-        ids = select.controls(sums, rocks_k, how, rule=rule, seed=flags.seed)
-        residual = select.residual(sums, rocks_k, ids)
-        entries[how] = followups.write_list(bench, how, ids, residual)
-    bench.write("lists/lists.json", entries)
+    bench.folder.write("types.csv", table)
+    entries = {"rock": bench.write_list("rock", rocks_k)}
+    for how in controls.CONTROLS:
+        ids = controls.choose(sums, rocks_k, how, rule=rule, seed=flags.seed)
+        residual = controls.residual(sums, rocks_k, ids)
+        entries[how] = bench.write_list(how, ids, residual)
+    bench.folder.write("lists/lists.json", entries)
     answers = outputs.reader(
         bench.corpus,
         bench.found,
@@ -166,7 +162,7 @@ def _write_selection(bench: Workbench) -> None:
         tokenizer=bench.pair.tokenizer,
         token_text=text,
     )
-    bench.write("reader.json", answers)
+    bench.folder.write("reader.json", answers)
     told = outputs.summary(
         bench.corpus,
         bench.found,
@@ -176,7 +172,7 @@ def _write_selection(bench: Workbench) -> None:
         token_text=text,
         rule=rule,
     )
-    bench.write(SELECTED, told)
+    bench.folder.write(SELECTED, told)
 
 
 def _draw(bench: Workbench) -> None:
@@ -184,8 +180,8 @@ def _draw(bench: Workbench) -> None:
     from opd_jax.report import rock_figures  # matplotlib takes its time to import
 
     if jax.process_index() == 0:
-        drawn = rock_figures.draw_all(bench.out)
-        bench.say(f"figures: {len(drawn)} in {bench.out / 'figures'}")
+        drawn = rock_figures.draw_all(bench.folder.path)
+        bench.say(f"figures: {len(drawn)} in {bench.folder.path / 'figures'}")
     processes.meet("figures are drawn")
 
 
@@ -219,5 +215,5 @@ def conclusion(result: Mapping[str, Any], chosen: Mapping[str, Any], out: Path) 
         "answers, token by token": "reader.json",
         "figures": "figures/",
     }
-    named |= {name: f"{name}.json" for name in followups.STAGES if (out / f"{name}.json").exists()}
+    named |= {s.name: s.file for s in catalogue.STUDIES if (out / s.file).exists()}
     return [*lines, *(f"{name:<26} {out / file}" for name, file in named.items())]

@@ -34,14 +34,6 @@ _SAME = {
     "stop_ids": "vocabulary",
     "data.heldout": "held-out file",
 }
-# Files of OUT that are computed on request, and what is not known without them.
-_ON_REQUEST = {
-    "references": "Whether other writers' texts have the same rocks",
-    "gradients": "How their gradients lie",
-    "context": "Which of them stay in like contexts",
-    "persistence": "Whether their KL stays",
-    "optimizer": "Whether Adam holds them back",
-}
 
 
 def report(
@@ -336,44 +328,15 @@ def _rocks(folder: Path | None) -> str:
     with run_files.used(folder / "rocks.json"):
         said = ", ".join(f"{k} {manifest[k]}" for k in ("student", "teacher", "writer", "prompts"))
     text = f'<p class="note">Measured with {html.escape(said)}.</p>'
-    text += markup.plates(rock_figures.plates(folder)) + _context(folder)
+    text += markup.plates(rock_figures.plates(folder))
     if not (folder / "selection.json").exists():
         text += markup.missing("The selection is not there.", "opd-jax rocks --run=RUN --out=DIR")
-    for name, question in _ON_REQUEST.items():
+    for name, question in rock_figures.studies(folder).items():
         if not (folder / f"{name}.json").exists():
             text += markup.missing(
-                f"{question} was not computed.", f"opd-jax rocks --run=RUN --out=DIR --with={name}"
+                f"Not computed: {question}", f"opd-jax rocks --run=RUN --out=DIR --with={name}"
             )
     return text
-
-
-def _context(folder: Path) -> str:
-    """What ``context.json`` says, in words beside its control."""
-    told = rock_figures.read(folder, "context.json")
-    if told is None:
-        return ""
-    with run_files.used(folder / "context.json"):
-        note = _context_note(told)
-    return (
-        '<div class="plate"><h3>Which rocks stay in like contexts?</h3>'
-        f'<p class="note">{html.escape(note)}</p></div>'
-    )
-
-
-def _context_note(told: Mapping[str, Any]) -> str:
-    default, k = told["default"], told["k"]
-    kept, by_chance = (
-        [row["rocks_kept"] for row in rows]
-        for rows in (told["grid"], [row["control"] for row in told["grid"]])
-    )
-    return (
-        f"{default['rocks_kept']} of {k} rocks are among the top {k} when a type counts by its "
-        "high-loss occurrences in contexts like one another's (window "
-        f"{default['window']}, similarity {default['gamma']}). Control, as many occurrences drawn "
-        f"without regard to loss: {default['control']['rocks_kept']}. Over all {len(kept)} "
-        f"settings tried, {min(kept)} to {max(kept)} stay, of the control {min(by_chance)} to "
-        f"{max(by_chance)}."
-    )
 
 
 def _types(folder: Path) -> tuple[str, dict[str, Any] | None]:

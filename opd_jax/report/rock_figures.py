@@ -23,6 +23,7 @@ from matplotlib.transforms import Bbox
 from opd_jax.report import study_figures, style
 from opd_jax.report.style import ACCENT, INK, MAIN, MUTED, PAPER, TOKEN_FONT, Plate
 from opd_jax.store import run_files
+from opd_jax.store import workdir as workdirs
 
 _LABELLED = 12  # rocks of the funnel that are named, where there is room
 # Where a name may stand beside its point (offset in points, the corner at the point), best first.
@@ -84,18 +85,27 @@ def plates(out_dir: str | os.PathLike) -> list[Plate]:
         ]
         with run_files.used(folder / "selection.json"):
             made += [draw() for key, draw in steps if selection.get(key)]
-    studies: dict[str, Callable[[dict[str, Any]], Plate | list[Plate]]] = {
-        "references": study_figures.references,
-        "gradients": study_figures.geometry,
-        "persistence": study_figures.persistence,
-        "optimizer": study_figures.optimizer,
-    }
-    for name, draw in studies.items():
+    for name in studies(folder) or study_figures.PLATES:
         if told := read(folder, f"{name}.json"):
             with run_files.used(folder / f"{name}.json"):
-                drawn = draw(told)
+                drawn = _plate(folder / f"{name}.json", told.get("plate", name))(told)
                 made += drawn if isinstance(drawn, list) else [drawn]
     return made
+
+
+def studies(folder: Path) -> dict[str, str]:
+    """What can be asked on request, by name; empty where an older folder does not say."""
+    with run_files.used(folder / "rocks.json"):
+        return dict((read(folder, "rocks.json") or {}).get("studies", {}))
+
+
+def _plate(path: Path, name: str) -> Callable[[Mapping[str, Any]], Plate | list[Plate]]:
+    if name not in study_figures.PLATES:
+        raise workdirs.WorkdirError(
+            f"{path} asks for the plate {name!r}: expected one of "
+            f"{', '.join(study_figures.PLATES)}; draw it with the version that wrote it"
+        )
+    return study_figures.PLATES[name]
 
 
 def read(folder: Path, name: str) -> dict[str, Any] | None:

@@ -1,8 +1,12 @@
-"""Figures of what is computed on request: other writers, gradients, persistence, the optimizer."""
+"""Figures of what is computed on request: a *plate* for every study of ``opd-jax rocks --with``.
+
+A study's file names the plate that draws it (``"plate"``, a key of ``PLATES``), so a page is made
+from files alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -258,3 +262,46 @@ def optimizer(data: Mapping[str, Any]) -> Plate:
         "told from 0 at 5% after Benjamini and Hochberg. Control: types matched by count.",
         figure,
     )
+
+
+def context(data: Mapping[str, Any]) -> Plate:
+    """Rocks that stay in like contexts at every setting tried, beside occurrences drawn blindly."""
+    default, k = data["default"], data["k"]
+    kept, by_chance = (
+        [row["rocks_kept"] for row in rows]
+        for rows in (data["grid"], [row["control"] for row in data["grid"]])
+    )
+    figure = style.figure(5.2, 4.2)
+    axes = figure.add_subplot()
+    axes.plot([0, k], [0, k], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    axes.plot(by_chance, kept, "o", color=MAIN, alpha=0.45, markersize=6, label="settings tried")
+    at = (default["control"]["rocks_kept"], default["rocks_kept"])
+    axes.plot(*at, "D", color=ACCENT, markersize=8, label="default")
+    axes.set_xlim(-0.03 * k, 1.03 * k)
+    axes.set_ylim(-0.03 * k, 1.03 * k)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.set_xlabel("rocks kept, occurrences drawn without regard to loss")
+    axes.set_ylabel("rocks kept, high-loss occurrences")
+    axes.set_title(f"Of {k} rocks; dashed: as many")
+    axes.legend(loc="lower right", fontsize=8.5)
+    return Plate(
+        "context",
+        "Which rocks stay in like contexts?",
+        f"{default['rocks_kept']} of {k} rocks are among the top {k} when a type counts by its "
+        "high-loss occurrences in contexts like one another's (window "
+        f"{default['window']}, similarity {default['gamma']}). Control, as many occurrences drawn "
+        f"without regard to loss: {default['control']['rocks_kept']}. Over all {len(kept)} "
+        f"settings tried, {min(kept)} to {max(kept)} stay, of the control {min(by_chance)} to "
+        f"{max(by_chance)}.",
+        figure,
+    )
+
+
+PLATES: dict[str, Callable[[Mapping[str, Any]], Plate | list[Plate]]] = {
+    "references": references,
+    "gradients": geometry,
+    "context": context,
+    "persistence": persistence,
+    "optimizer": optimizer,
+}

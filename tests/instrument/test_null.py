@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from opd_jax.instrument import controls as select
-from opd_jax.instrument import null
-from opd_jax.instrument.controls import Rule, SelectError
+from opd_jax.instrument import metrics, null, shares
 from opd_jax.instrument.corpus import Occurrences, TypeStats
+from opd_jax.instrument.metrics import SelectError
+from opd_jax.instrument.rule import Rule
 
 RNG = np.random.default_rng
 OFFSET = 100  # ids start here: the table numbers only the types seen
@@ -56,7 +56,7 @@ def test_coverage_meets_the_selection_and_its_interval_holds_it():
     )
     for row in rows:
         assert row["value"] == pytest.approx(
-            select.coverage(stats, select.rocks(stats, row["k"])), rel=1e-9
+            shares.coverage(stats, Rule().rocks(stats, row["k"])), rel=1e-9
         )
         assert row["low"] <= row["value"] <= row["high"]
         assert row["excess"] == row["value"] - row["null"]
@@ -130,7 +130,7 @@ def test_overlap_at_many_k_meets_jaccard_at_each(seed):
     a, b = rng.permutation(15)[:12], rng.permutation(15)[:9]
     sizes = [1, 2, 5, 9, 11, 20]
     got = null._overlap(a, b, sizes)
-    assert got.tolist() == [select.jaccard(a[:k], b[:k]) for k in sizes]
+    assert got.tolist() == [shares.jaccard(a[:k], b[:k]) for k in sizes]
 
 
 def test_k_grid_has_k_and_ends_at_the_types_seen():
@@ -143,14 +143,14 @@ def test_metrics_table_has_every_metric_and_joint_ones_with_a_second_corpus():
     found, other = corpus(effect=1, seed=1), corpus(effect=1, seed=2)
     token_U = np.union1d(found.token_id, other.token_id)
     table, second = (null.Table.of(x, token_U=token_U) for x in (found, other))
-    rows = null.metrics(table, 5, rule=Rule(), splits=10, rng=RNG(0), other=second)
-    assert [row["name"] for row in rows] == [*select.METRICS, *select.JOINT]
+    rows = null.by_metric(table, 5, rule=Rule(), splits=10, rng=RNG(0), other=second)
+    assert [row["name"] for row in rows] == [*metrics.METRICS, *metrics.JOINT]
     for row in rows:
         assert 0 <= row["split_half"] <= 1
         assert 0 <= row["nested_jaccard"] <= 1
         assert -1 <= row["nested_spearman"] <= 1
-    alone = null.metrics(table, 5, rule=Rule(), splits=10, rng=RNG(0))
-    assert alone == rows[: len(select.METRICS)]
+    alone = null.by_metric(table, 5, rule=Rule(), splits=10, rng=RNG(0))
+    assert alone == rows[: len(metrics.METRICS)]
 
 
 def test_rank_correlation_gives_a_missing_type_the_rank_after_the_last():

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from opd_jax.instrument import controls as select
-from opd_jax.instrument import null, selection
-from opd_jax.instrument.controls import Rule, SelectError
+from opd_jax.instrument import controls, metrics, null, selection
 from opd_jax.instrument.corpus import Occurrences, TypeStats
+from opd_jax.instrument.metrics import SelectError
+from opd_jax.instrument.rule import Rule
 
 VOCAB = 60
 WORDS = ["$", " the", ".", "1", "\n", " apples", "So", "="]
@@ -78,10 +78,12 @@ def test_nested_mean_is_over_the_subsets(result):
 
 
 def test_densities_of_both_published_rules_and_of_the_asked_one(found):
-    result = selection.selection(found, 7, token_text=text, resamples=5, permutations=2, skip_top=2)
+    result = selection.selection(
+        found, 7, token_text=text, resamples=5, permutations=2, rule=Rule(skip_top=2)
+    )
     assert [row["skip_top"] for row in result["density"]] == [0, 2, 5]
     row, stats = result["density"][2], TypeStats.of_occurrences(found)
-    ids = select.rocks(stats, 7, skip_top=5)
+    ids = Rule(skip_top=5).rocks(stats, 7)
     shares, events = [], []
     for answer in range(24):
         part = found.where(found.answer == answer)
@@ -110,7 +112,7 @@ def test_funnel_bins_hold_every_type_of_a_bin_with_two(found, result):
     centres = (edges[1:] + edges[:-1]) / 2
     assert [b["log10_count"] for b in bins] == pytest.approx(centres[numbers >= 2])
     assert result["funnel"]["kl_mean"] == pytest.approx(found.kl.mean(), rel=1e-6)
-    rocks = select.rocks(stats, 7)
+    rocks = Rule().rocks(stats, 7)
     assert [r["token_id"] for r in result["funnel"]["rocks"]] == rocks.tolist()
 
 
@@ -123,13 +125,13 @@ def test_funnel_of_types_of_one_count():
 def test_controls_name_every_control_with_shares_and_what_is_unmatched(found, result):
     stats = TypeStats.of_occurrences(found)
     rows = {row["name"]: row for row in result["controls"]}
-    assert list(rows) == ["rock", *select.CONTROLS]
-    rocks = select.rocks(stats, 7)
+    assert list(rows) == ["rock", *controls.CONTROLS]
+    rocks = Rule().rocks(stats, 7)
     assert rows["rock"]["overlap_with_rocks"] == 7
     assert rows["rock"]["residual"] is None
     assert rows["complement"]["token_share"] + rows["rock"]["token_share"] == pytest.approx(1)
-    assert rows["hungarian"]["residual"] == select.residual(
-        stats, rocks, select.controls(stats, rocks, "hungarian")
+    assert rows["hungarian"]["residual"] == controls.residual(
+        stats, rocks, controls.choose(stats, rocks, "hungarian")
     )
     assert rows["share_matched"]["residual"]["count_ratio"] == pytest.approx(1, abs=0.01)
 
@@ -159,12 +161,12 @@ def test_estimators_compare_exact_and_sampled_scores(found, result):
 
 def test_joint_metrics_take_the_lesser_of_two_corpora(found):
     rows = selection.joint_metrics(found, found, 7, rule=Rule(), permutations=6)
-    assert [row["name"] for row in rows] == list(select.JOINT)
+    assert [row["name"] for row in rows] == list(metrics.JOINT)
     table = null.Table.of(found)
-    whole = null.metrics(table, 7, rule=Rule(), splits=6, rng=np.random.default_rng(0))
+    whole = null.by_metric(table, 7, rule=Rule(), splits=6, rng=np.random.default_rng(0))
     single = {row["name"]: row for row in whole}
     for row in rows:  # the lesser of equals
-        assert row == single[select.JOINT[row["name"]]] | {"name": row["name"]}
+        assert row == single[metrics.JOINT[row["name"]]] | {"name": row["name"]}
     other = make(seed=1)
     other = other.where(other.problem < 11)  # and it may lack some
     changed = selection.joint_metrics(found, other, 7, rule=Rule(), permutations=6)
@@ -176,6 +178,6 @@ def test_bad_input_is_refused(found):
     with pytest.raises(SelectError, match="--k"):
         selection.selection(found, 61, token_text=text)
     with pytest.raises(SelectError, match="--score"):
-        selection.selection(found, 7, token_text=text, score="none")
+        selection.selection(found, 7, token_text=text, rule=Rule("none"))
     with pytest.raises(SelectError, match="--limit"):
         selection.selection(found.where(found.problem == 0), 7, token_text=text)

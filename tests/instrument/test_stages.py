@@ -10,11 +10,12 @@ import pytest
 import tiny_run
 
 from opd_jax import cli
-from opd_jax.instrument import collect, corpus, stages
-from opd_jax.instrument import controls as select
+from opd_jax.instrument import collect, controls, corpus, metrics, stages
+from opd_jax.instrument.catalogue import NAMES
 from opd_jax.instrument.corpus import Occurrences, TypeStats
-from opd_jax.instrument.flags import EXTRAS, Flags, parse
-from opd_jax.instrument.studies import references as followups
+from opd_jax.instrument.flags import Flags, parse
+from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.studies import gradients, references
 
 tiny, one_device, workdir = tiny_run.tiny, tiny_run.one_device, tiny_run.workdir
 PLAN = tiny_run.PLAN
@@ -63,7 +64,7 @@ def test_the_files_are_there_and_agree(made):
     assert told["types_seen"] == len(np.unique(found.token_id))
     assert told["kl_nats"] == pytest.approx(found.kl.astype(float).mean())
     members = load(out / "lists" / "rock.json")
-    assert members == select.rocks(stats, 5).tolist()
+    assert members == Rule().rocks(stats, 5).tolist()
     by_hand = sum(found.kl[found.token_id == i].astype(float).sum() for i in members)
     assert told["coverage"] == pytest.approx(by_hand / found.kl.astype(float).sum())
     inside = np.isin(found.token_id, members)
@@ -100,14 +101,14 @@ def test_the_table_of_types_is_complete_and_exact(made):
             spread = here.kl.astype(float).std(ddof=1)
             assert float(row["kl_std"]) == pytest.approx(spread, rel=1e-3, abs=1e-4)
         assert float(row["rock"]) == float(row["kl_sum"])
-    assert set(select.METRICS) < set(rows[0])
+    assert set(metrics.METRICS) < set(rows[0])
 
 
 def test_lists_can_be_gated_and_say_what_they_stand_for(made):
     out, _ = made
     found = Occurrences.load(out / "scores" / "student.npz")
     told = load(out / "lists" / "lists.json")
-    assert set(told) == {"rock", *select.CONTROLS}
+    assert set(told) == {"rock", *controls.CONTROLS}
     for name, entry in told.items():
         ids = load(out / "lists" / f"{name}.json")
         assert entry["types"] == len(ids) == len(set(ids))
@@ -301,7 +302,6 @@ def test_an_empty_prompt_file_is_refused(tiny, one_device, tmp_path, refused):
         ({"student": "s", "prompts": "p"}, "both --student and --teacher"),
         ({"student": "s", "teacher": "t", "step": 3, "prompts": "p"}, "--step is 3 without --run"),
         ({"student": "s", "teacher": "t"}, "no --prompts"),
-        ({"run": "r", "extras": ("context", "no")}, "--with names no: .*references,"),
         ({"run": "r", "corpus": "c", "limit": 3, "writer": "t"}, "--limit, --writer"),
         ({"run": "r", "samples": 0}, "--samples is 0"),
         ({"run": "r", "k": 0}, "--k is 0"),
@@ -335,7 +335,7 @@ def of_run(workdir, tmp_path_factory):
     lines = []
     with pytest.MonkeyPatch.context() as patch:
         tiny_run.use_one_device(patch)
-        flags = Flags(out=str(out), run=str(workdir), k=4, extras=EXTRAS)
+        flags = Flags(out=str(out), run=str(workdir), k=4, extras=NAMES)
         stages.run(flags, say=lines.append)
     return out, lines
 
@@ -352,7 +352,7 @@ def test_a_run_brings_models_prompts_and_length(tiny, workdir, of_run):
 def test_references_are_the_student_before_training_and_the_teacher(tiny, workdir, of_run):
     out, _ = of_run
     told = load(out / "references.json")
-    assert [row["name"] for row in told["joint_metrics"]] == list(select.JOINT)
+    assert [row["name"] for row in told["joint_metrics"]] == list(metrics.JOINT)
     names = [row["name"] for row in told["corpora"]]
     assert names == ["student", "undistilled", "undistilled_own", "teacher"]
     before = corpus.read(out / "references" / "undistilled" / "corpus")
@@ -381,7 +381,7 @@ def test_writers_agree_by_chance_on_what_is_frequent():
         found = Occurrences(*[blank.astype(np.int32)] * 3, token_id, kl, *[blank] * 4, 64)
         # The same corpus twice: measured, they agree wholly.
         k = 1 if more else 10
-        overlap[name] = followups.jaccard_by_chance([found] * 2, k, rule=select.Rule(), seed=0)
+        overlap[name] = references.jaccard_by_chance([found] * 2, k, rule=Rule(), seed=0)
     assert overlap["frequent"] == [[1, 1], [1, 1]]
     # Ten of forty on either side share 2.5 on average.
     assert overlap["alike"][0][0] == 1
@@ -520,11 +520,11 @@ def test_groups_of_the_gradients_do_not_share_types(made):
     class Bench:
         found = Occurrences.load(out / "scores" / "student.npz")
         sums = TypeStats.of_occurrences(found)
-        rule = select.Rule()
-        rocks = select.rocks(sums, 5)
+        rule = Rule()
+        rocks = Rule().rocks(sums, 5)
         flags = Flags(out="o", run="r")
 
-    groups = followups.gradient_groups(Bench())
+    groups = gradients.disjoint_groups(Bench())
     together = np.concatenate(list(groups.values()))
     assert len(together) == len(np.unique(together))
     assert groups["rock"].tolist() == Bench.rocks.tolist()

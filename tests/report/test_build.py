@@ -84,7 +84,7 @@ def test_the_page_is_whole_and_needs_no_network(made, name):
 def test_every_figure_has_a_note_and_a_name(made):
     outline = parse(made / "all.html")
     svgs = [attrs for tag, attrs in outline.tags if tag == "svg"]
-    assert len(svgs) == 3 + 10  # of runs and arms, of rocks
+    assert len(svgs) == 3 + 11  # of runs and arms, of rocks
     assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in svgs)
     assert sum(tag == "figcaption" for tag, _ in outline.tags) == len(svgs)
 
@@ -127,7 +127,7 @@ def test_missing_pieces_name_the_command_that_makes_them(made, tmp_path):
         assert f"<code>{command}" in text
     assert "types" not in data_of(made / "one.html")
     out = rocks_out.make_out(tmp_path / "out")
-    requested = ("references", "gradients", "context", "persistence", "optimizer")
+    requested = rocks_out.STUDIES
     for name in ("selection.json", "types.csv", *(f"{name}.json" for name in requested)):
         (out / name).unlink()
     build.report([made / "one"], tmp_path / "r.html", rocks=out)

@@ -14,7 +14,7 @@ from opd_jax.report import rock_figures, study_figures, style
 from opd_jax.store import workdir as workdirs
 
 NAMES = ["funnel", "stability", "density", "controls", "groups"]
-NAMES += ["references", "gradients", "persistence", "changes", "optimizer"]
+NAMES += ["references", "gradients", "context", "persistence", "changes", "optimizer"]
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from opd_jax import mesh as meshlib
-from opd_jax.instrument import controls as select
+from opd_jax.instrument import shares
 from opd_jax.instrument.corpus import Corpus, Occurrences, TypeStats
+from opd_jax.instrument.rule import PLAIN, Rule
+from opd_jax.instrument.workbench import Workbench
 from opd_jax.models import transformer
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.pytrees import Params
@@ -89,12 +91,53 @@ class Parameters:
 
 
 @dataclasses.dataclass(frozen=True)
+class Search:
+    """What is tried, and on how much.
+
+    Attributes:
+      grid: values of each parameter; every combination is tried. A parameter that is not there
+        keeps its default.
+      default: the combination that is told type by type; it joins the grid.
+      cap: occurrences per type whose contexts are compared, drawn at random where there are more.
+      candidates: types, by R, that are looked at; ``CANDIDATES * k`` where None. As R_ctx is at
+        most R, a row says whether more could have changed it (``is_exact``).
+      seed: of the draws.
+    """
+
+    grid: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=lambda: GRID)
+    default: Parameters = Parameters()
+    cap: int = CAP
+    candidates: int | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class _Drawn:
     """The occurrences of each candidate that are compared, for one pair of thresholds."""
 
     number: np.ndarray  # i64, persistent occurrences of each candidate, drawn or not
     persistent: Sequence[np.ndarray]  # positions drawn among them
     control: Sequence[np.ndarray]  # as many positions drawn among all of the type
+
+
+def study(bench: Workbench) -> dict[str, Any]:
+    """Which rocks stay in like contexts; what ``context.json`` holds."""
+    told = run(
+        bench.corpus,
+        bench.pair,
+        bench.before(),
+        bench.found,
+        bench.flags.k,
+        rule=dataclasses.replace(bench.rule, score="rock"),
+        search=Search(seed=bench.flags.seed),
+        token_text=bench.pair.text,
+        batch=bench.flags.batch,
+    )
+    if bench.rule.score != "rock":
+        other = f"the rocks here are the top {bench.flags.k} by Rock Score, which contexts weigh"
+        bench.say(f"  {other}, and not by --score={bench.rule.score}")
+        told["note"] += f"; {other}, not those by {bench.rule.score}"
+    return told
 
 
 def run(
@@ -104,15 +147,10 @@ def run(
     after: Occurrences,
     k: int,
     *,
+    rule: Rule = PLAIN,
+    search: Search = Search(),
     token_text: Callable[[int], str],
-    grid: Mapping[str, Sequence[float]] = GRID,
-    default: Parameters | None = None,
-    skip_top: int = 0,
-    min_count: float = 1,
-    cap: int = CAP,
-    candidates: int | None = None,
     batch: int = 16,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Select types by R_ctx over a grid of parameters, beside the negative control.
 
@@ -121,37 +159,36 @@ def run(
       pair: its student, the distilled one, gives the context vectors.
       before, after: the corpus scored under the undistilled and the distilled student.
       k: number of types selected.
+      rule: which types may be selected; its score is the Rock Score, which R_ctx weighs.
+      search: the parameters that are tried.
       token_text: text of an id.
-      grid: values of each parameter; every combination is tried. A parameter that is not there
-        keeps its default.
-      default: the combination that is told type by type; it joins the grid.
-      skip_top, min_count: types that may not be selected, see :class:`select.Rule`.
-      cap: occurrences per type whose contexts are compared, drawn at random where there are more.
-      candidates: types, by R, that are looked at; ``CANDIDATES * k`` where None. As R_ctx is at
-        most R, a row says whether more could have changed it (``is_exact``).
       batch: rows of a forward pass.
-      seed: of the draws.
 
     Returns:
       A JSON-ready dict, ``context.json``.
 
     Raises:
-      ValueError: a parameter without meaning, or two scorings of different text.
+      ValueError: a parameter without meaning, another score, or two scorings of different text.
     """
+    if rule.score != "rock":
+        raise ValueError(
+            f"rule.score is {rule.score!r}: expected 'rock', the score that contexts weigh; pass "
+            "another rule"
+        )
     for name, scored in (("before", before), ("after", after)):
         if not np.array_equal(scored.token_id, corpus.token_id):
             raise ValueError(
                 f"{name} has {len(scored)} positions, the corpus {corpus.num_positions}, or other "
                 "ids: expected both students scored on this corpus; score it again"
             )
-    default = default or Parameters()
-    points = _points(grid, default)
+    default = search.default
+    points = _points(search.grid, default)
     sums = TypeStats.of_occurrences(after)
-    rocks_k = select.rocks(sums, k, skip_top=skip_top, min_count=min_count)
-    ranked = select.Rule("rock", skip_top, min_count).rank(sums)
-    looked_at = ranked[: max(k, candidates or CANDIDATES * k)]
+    rocks_k = rule.rocks(sums, k)
+    ranked = rule.rank(sums)
+    looked_at = ranked[: max(k, search.candidates or CANDIDATES * k)]
     left_out = float(sums.kl_sum[ranked[len(looked_at)]]) if len(looked_at) < len(ranked) else 0.0
-    drawn = _draw(before, after, looked_at, points, cap, seed)
+    drawn = _draw(before, after, looked_at, points, search)
     used = np.unique(
         np.concatenate([p for d in drawn.values() for p in (*d.persistent, *d.control)])
     )
@@ -174,7 +211,7 @@ def run(
                     told = _types(sums, looked_at, ccr, by_chance, token_text)
     return {
         "k": k,
-        "cap": cap,
+        "cap": search.cap,
         "candidates": len(looked_at),
         "grid": rows,
         "default": next(row for row in rows if row.items() >= dataclasses.asdict(default).items()),
@@ -279,11 +316,10 @@ def _draw(
     after: Occurrences,
     looked_at: np.ndarray,
     points: Sequence[Parameters],
-    cap: int,
-    seed: int,
+    search: Search,
 ) -> dict[tuple[float, float], _Drawn]:
     """Draw occurrences of every candidate, by one random order for all thresholds."""
-    rng = np.random.default_rng(seed)
+    rng, cap = np.random.default_rng(search.seed), search.cap
     by_type = np.argsort(after.token_id, kind="stable")
     bounds = np.searchsorted(after.token_id[by_type], [looked_at, looked_at + 1])
     shuffled = [rng.permutation(by_type[low:high]) for low, high in bounds.T]
@@ -352,9 +388,9 @@ def _row(
         "rocks_kept": len(np.intersect1d(ids, rocks_k)),
         "types": len(ids),
         "median_ccr": float(np.median(ccr[np.isin(looked_at, rocks_k)])),
-        "density": float(np.median(select.density(after, ids).token_share)),
+        "density": float(np.median(shares.density(after, ids).token_share)),
         "retained_share": retained / len(after),
-        "jaccard_with_rock_score": select.jaccard(ids, rocks_k),
+        "jaccard_with_rock_score": shares.jaccard(ids, rocks_k),
         "is_exact": least >= left_out,
     }
 

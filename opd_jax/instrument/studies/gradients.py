@@ -36,11 +36,14 @@ import numpy as np
 
 from opd_jax import mesh as meshlib
 from opd_jax import stats
+from opd_jax.instrument import controls
 from opd_jax.instrument.corpus import Corpus, Occurrences
 from opd_jax.instrument.studies import passes
 from opd_jax.instrument.studies.passes import Logits
+from opd_jax.instrument.workbench import Workbench
 from opd_jax.store.pair import Pair
 
+NUM_RANDOM = 200  # of the group "random", as in compute_logit_gradients.py of the paper's code
 MATCHED = (2, 8)  # occurrences that norms are compared at
 _NAMES = (
     "mean_norm",
@@ -56,6 +59,47 @@ _NAMES = (
 )
 # A rest smaller than this share of the whole is rounding: the type is (nearly) all there is.
 _NO_REST = 1e-4
+
+
+def study(bench: Workbench) -> dict[str, Any]:
+    """Tell the gradients of the rocks and of other groups; what ``gradients.json`` holds.
+
+    Also writes the lists of the types with the largest mean gradient, and of those whose mean
+    gradient is most in line with all types': selection by the gradient itself.
+    """
+    flags, sums = bench.flags, bench.sums
+    ranked = rank_types(bench.corpus, bench.pair, bench.found, min_count=2, batch=flags.batch)
+    entries = bench.folder.read("lists/lists.json")
+    for name in ("norm", "alignment"):
+        value_V = np.where(sums.count >= 2, ranked[name], -np.inf)
+        order = np.argsort(-value_V, kind="stable")
+        ids = order[np.isfinite(value_V[order])][: flags.k]
+        entries[f"top_gradient_{name}"] = bench.write_list(f"top_gradient_{name}", ids)
+    bench.folder.write("lists/lists.json", entries)
+    return geometry(
+        bench.corpus,
+        bench.pair,
+        bench.found,
+        disjoint_groups(bench),
+        token_text=bench.pair.text,
+        seed=flags.seed,
+        batch=flags.batch,
+    )
+
+
+def disjoint_groups(bench: Workbench) -> dict[str, np.ndarray]:
+    """Types by group: rocks, highest mean KL, like frequency, and random others; disjoint."""
+    groups = {"rock": bench.rocks}
+    taken = set(bench.rocks.tolist())
+    for name, how in (("high_kl", "top_mean_kl"), ("control", "hungarian")):
+        ids = controls.choose(bench.sums, bench.rocks, how, rule=bench.rule)
+        groups[name] = np.array([i for i in ids.tolist() if i not in taken], int)
+        taken |= set(groups[name].tolist())
+    others = np.flatnonzero(bench.sums.count >= 2)
+    others = others[~np.isin(others, list(taken))]
+    rng = np.random.default_rng(bench.flags.seed)
+    groups["random"] = np.sort(rng.permutation(others)[:NUM_RANDOM])
+    return {name: ids for name, ids in groups.items() if len(ids)}
 
 
 def geometry(

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from opd_jax import mesh as meshlib
+from opd_jax import objective
 from opd_jax.instrument.corpus import Corpus
 from opd_jax.instrument.studies import logit_sums
 from opd_jax.instrument.studies.logit_sums import DROPPED
@@ -105,8 +106,9 @@ def logits(corpus, pair: Pair, ids, count_V, *, batch: int, has_head: bool = Fal
 def _batches(corpus: Corpus, pair: Pair, slot_V, inverse_V, batch: int):
     """Batches with a position that is looked at, and where its gradients go."""
     for host, index_B in corpus.batches(batch, pad_id=pair.sampler.pad_id):
-        ids_BT = host.ids_BT[:, 1:]
-        slot_BT = np.where(host.mask_BT[:, 1:], slot_V[ids_BT], DROPPED).astype(np.int32)
+        next_ = objective.predicted(host)
+        ids_BT = np.asarray(next_.ids_BT)
+        slot_BT = np.where(next_.mask_BT, slot_V[ids_BT], DROPPED).astype(np.int32)
         if (slot_BT != DROPPED).any():
             yield host, index_B, slot_BT, inverse_V[ids_BT].astype(np.float32)
 

@@ -23,10 +23,12 @@ import numpy as np
 import scipy.stats
 
 from opd_jax import stats
-from opd_jax.instrument import controls as select
+from opd_jax.instrument import controls, shares
 from opd_jax.instrument.corpus import TypeStats
-from opd_jax.instrument.studies import pooled
+from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.studies import matrix, pooled
 from opd_jax.instrument.studies.matrix import Matrix
+from opd_jax.instrument.workbench import Workbench
 
 NOTE = (
     "Groups are selected on half of the problems and every number but the naive ones is measured "
@@ -50,6 +52,28 @@ class PersistenceError(ValueError):
     """The matrix cannot be analysed; the message says why and what to do."""
 
 
+def study(bench: Workbench) -> dict[str, Any]:
+    """What becomes of the rocks' KL over training; what ``persistence.json`` holds."""
+    assert bench.subject.student.run is not None  # the study is left out otherwise
+    answering = bench.answering
+    scores = matrix.of_run(
+        bench.folder.path,
+        bench.subject.student.run,
+        bench.pair,
+        rows=answering.rows,
+        steps=bench.flags.checkpoints or None,
+        **answering.writing,
+        say=lambda line: bench.say(f"  {line}"),
+    )
+    return analyse(
+        scores,
+        k=bench.flags.k,
+        rule=bench.rule.at_least(2),  # on half of the problems a mean over one position is none
+        seed=bench.flags.seed,
+        token_text=bench.pair.text,
+    )
+
+
 def split(problem: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Halve the problems at random: (A, B), sorted ids.
 
@@ -67,30 +91,27 @@ def split(problem: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(mixed[:half]), np.sort(mixed[half:])
 
 
-def select_groups(
-    seen: TypeStats, k: int, *, min_count: float = 2, score: str = "rock", skip_top: int = 0
-) -> dict[str, np.ndarray]:
+def select_groups(seen: TypeStats, k: int, rule: Rule) -> dict[str, np.ndarray]:
     """Choose rocks, their frequency-matched control, and the other types of largest mean KL.
 
     Args:
       seen: sums by type.
       k: most types of each group; there are fewer where fewer can be selected.
-      min_count, score, skip_top: see :class:`select.Rule`. ``high_kl`` needs two positions in any
-        case, since one is no mean.
+      rule: how rocks are ranked. ``high_kl`` needs two positions in any case, since one is no
+        mean.
 
     Returns:
       Ids by group: "rock", "control", "high_kl"; no rock is in the other two.
 
     Raises:
-      SelectError: no type can be selected, or a bad rule.
+      SelectError: no type can be selected.
     """
-    ranked = select.Rule(score, skip_top, min_count).rank(seen)
-    k = min(k, max(len(ranked), 1))  # a part of the answers shows fewer types than all of them
-    rock = select.rocks(seen, k, score=score, skip_top=skip_top, min_count=min_count)
-    high = select.Rule("mean", min_count=max(min_count, 2)).rank(seen)
+    k = min(k, max(len(rule.rank(seen)), 1))  # a part of the answers shows fewer types than all
+    rock = rule.rocks(seen, k)
+    high = Rule("mean", min_count=max(rule.min_count, 2)).rank(seen)
     return {
         "rock": rock,
-        "control": select.controls(seen, rock, "hungarian"),
+        "control": controls.choose(seen, rock, "hungarian"),
         "high_kl": high[~np.isin(high, rock)][:k],
     }
 
@@ -99,9 +120,7 @@ def analyse(
     scores: Matrix,
     *,
     k: int,
-    min_count: float = 2,
-    score: str = "rock",
-    skip_top: int = 0,
+    rule: Rule,
     seed: int = 0,
     resamples: int = 10_000,
     token_text: Callable[[int], str] = str,
@@ -112,7 +131,7 @@ def analyse(
     Args:
       scores: the matrix; needs the corpus of every model.
       k: number of rocks; fewer where half of the problems shows fewer types.
-      min_count, score, skip_top: how rocks are ranked, see :class:`select.Rule`.
+      rule: how rocks are ranked.
       seed: of the split and of the bootstrap.
       resamples: of the bootstrap over problems.
       token_text: text of an id, for the lists of types.
@@ -133,8 +152,8 @@ def analyse(
     chosen_on = scores.cell(*select_on)
     half_a, half_b = split(chosen_on.problem, seed)
     seen = TypeStats.of_occurrences(chosen_on.where(np.isin(chosen_on.problem, half_a)))
-    groups = select_groups(seen, k, min_count=min_count, score=score, skip_top=skip_top)
-    residual = select.residual(seen, groups["rock"], groups["control"])
+    groups = select_groups(seen, k, rule)
+    residual = controls.residual(seen, groups["rock"], groups["control"])
     groups["all"] = np.flatnonzero(seen.seen)
     groups = {name: ids for name, ids in groups.items() if len(ids)}
     member_GV = np.zeros((len(groups), chosen_on.vocab_size), bool)
@@ -171,7 +190,7 @@ def analyse(
             {
                 "group": name,
                 "types": len(ids),
-                "token_share": select.token_share(seen, ids),
+                "token_share": shares.token_share(seen, ids),
                 "matrix": _grid(scores, measured.mean, g),
                 "naive_matrix": _grid(scores, naive, g),
                 "members": [] if name == "all" else _members(ids, seen, token_text),

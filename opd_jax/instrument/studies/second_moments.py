@@ -22,9 +22,11 @@ import scipy.stats
 from opd_jax import config as settings
 from opd_jax import optim, stats
 from opd_jax.files import path_of
-from opd_jax.instrument import controls as select
+from opd_jax.instrument import controls
 from opd_jax.instrument.corpus import Occurrences, TypeStats
+from opd_jax.instrument.rule import Rule
 from opd_jax.instrument.studies import persistence
+from opd_jax.instrument.workbench import Workbench
 from opd_jax.models import hf_config, params, transformer
 from opd_jax.optim import OptimSpec
 from opd_jax.spec import ModelSpec
@@ -68,6 +70,20 @@ class Moments:
     effective_step: np.ndarray
 
 
+def study(bench: Workbench) -> dict[str, Any]:
+    """How Adam treats the rocks; what ``optimizer.json`` holds."""
+    assert bench.subject.student.run is not None  # the study is left out otherwise
+    return run(
+        bench.subject.student.run,
+        bench.before(),
+        bench.found,
+        k=bench.flags.k,
+        vocab_size=bench.pair.vocab_size,
+        rule=bench.rule.at_least(2),
+        seed=bench.flags.seed,
+    )
+
+
 def run(
     run_dir: str | Path,
     before: Occurrences,
@@ -76,9 +92,7 @@ def run(
     k: int,
     vocab_size: int,
     steps: Sequence[int] | None = None,
-    min_count: float = 2,
-    score: str = "rock",
-    skip_top: int = 0,
+    rule: Rule,
     seed: int = 0,
     permutations: int = 2000,
 ) -> dict[str, Any]:
@@ -89,8 +103,8 @@ def run(
       before: a corpus scored by the student before training; rocks are selected on it.
       after: the same corpus scored by the trained student.
       k: number of rocks.
-      min_count, score, skip_top: how rocks are ranked, see :class:`select.Rule`; a type needs
-        ``min_count`` positions in either half of the problems to be tested.
+      rule: how rocks are ranked; a type needs its ``min_count`` positions in either half of the
+        problems to be tested.
       vocab_size: real ids; rows of padding are left out.
       steps: checkpoints; default all.
       seed: of the split and of the permutations.
@@ -119,9 +133,9 @@ def run(
             "expected at least one; give other steps, or train until one is saved"
         )
     seen = TypeStats.of_occurrences(before)
-    chosen = persistence.select_groups(seen, k, min_count=min_count, score=score, skip_top=skip_top)
+    chosen = persistence.select_groups(seen, k, rule)
     groups = _groups(seen, chosen, vocab_size)
-    outcome = _outcome(before, after, min_count, seed)
+    outcome = _outcome(before, after, rule.min_count, seed)
     measured: dict[str, list[list[float | None]]] = {name: [] for name in MEASURES}
     tests: list[dict[str, Any]] = []
     for step in steps:
@@ -138,7 +152,7 @@ def run(
     tied = " (tied: it is the embedding, and as an input has gradient too)" if cfg.tied else ""
     return {
         "steps": list(steps),
-        "control_residual": select.residual(seen, chosen["rock"], chosen["control"]),
+        "control_residual": controls.residual(seen, chosen["rock"], chosen["control"]),
         "optimizer": {n: record[f"optim.{n}"] for n in ("name", "lr", "b1", "b2", "eps", "clip")},
         "groups": [
             {

@@ -10,10 +10,11 @@ import pytest
 import tiny_run
 
 from opd_jax import mesh
-from opd_jax.instrument import controls as select
+from opd_jax.instrument import shares
 from opd_jax.instrument.corpus import Corpus, Occurrences, TypeStats
+from opd_jax.instrument.rule import Rule
 from opd_jax.instrument.studies import context
-from opd_jax.instrument.studies.context import Parameters
+from opd_jax.instrument.studies.context import Parameters, Search
 from opd_jax.models import params, transformer
 
 CFG = dataclasses.replace(tiny_run.MODEL, vocab_size=40)
@@ -130,11 +131,17 @@ def test_grid_meets_the_definition(vectors):
     corpus = make_corpus(answers=30)
     before, after = two_scorings(corpus)
     result = context.run(
-        corpus, None, before, after, 3, token_text=str, grid=GRID, default=Parameters(tau_post=0.3)
+        corpus,
+        None,
+        before,
+        after,
+        3,
+        token_text=str,
+        search=Search(GRID, Parameters(tau_post=0.3)),
     )
     assert len(result["grid"]) == 16 + 1
     stats = TypeStats.of_occurrences(after)
-    rocks = select.rocks(stats, 3)
+    rocks = Rule().rocks(stats, 3)
     assert result["candidates"] == 7  # all types there are: fewer than 4 k
     for row in result["grid"]:
         point = Parameters(**{n: row[n] for n in dataclasses.asdict(Parameters())})
@@ -144,8 +151,8 @@ def test_grid_meets_the_definition(vectors):
         assert row["median_ccr"] == pytest.approx(np.median([ccr[v] for v in rocks]))
         assert row["types"] == len(wanted)
         assert row["rocks_kept"] == len({*wanted} & {*rocks.tolist()})
-        assert row["jaccard_with_rock_score"] == select.jaccard(wanted, rocks)
-        assert row["density"] == np.median(select.density(after, wanted).token_share)
+        assert row["jaccard_with_rock_score"] == shares.jaccard(wanted, rocks)
+        assert row["density"] == np.median(shares.density(after, wanted).token_share)
         retained = sum(ccr[v] * stats.count[v] for v in wanted)
         assert row["retained_share"] == pytest.approx(retained / len(after))
         assert row["is_exact"]
@@ -156,7 +163,7 @@ def test_default_is_told_by_type_and_the_result_is_json(vectors):
     corpus = make_corpus(answers=30)
     before, after = two_scorings(corpus)
     default = Parameters(window=3, gamma=0.4, eta=0.3, tau_pre=0.2, tau_post=0.2)
-    result = context.run(corpus, None, before, after, 3, token_text=str, grid={}, default=default)
+    result = context.run(corpus, None, before, after, 3, token_text=str, search=Search({}, default))
     assert json.loads(json.dumps(result)) == result
     assert result["default"] == result["grid"][0]
     ccr = by_hand(vectors[3], before.kl, after.kl, corpus.token_id, default)
@@ -175,7 +182,13 @@ def test_types_left_out_make_a_row_inexact_only_where_they_could_enter(vectors):
 
     def is_exact(**keys):
         return context.run(
-            corpus, None, before, after, 3, token_text=str, grid={}, candidates=3, **keys
+            corpus,
+            None,
+            before,
+            after,
+            3,
+            token_text=str,
+            search=Search({}, candidates=3, **keys),
         )["default"]["is_exact"]
 
     all_kept = Parameters(gamma=-1, eta=0, tau_pre=0, tau_post=0)
@@ -210,7 +223,7 @@ def test_control_tells_a_shared_context_from_one_that_every_occurrence_has(monke
     )
     default = Parameters(gamma=0.9, eta=0.5, tau_pre=0.8, tau_post=0.8)
     row = context.run(
-        corpus, None, found, found, 1, token_text=str, grid={}, default=default, cap=64
+        corpus, None, found, found, 1, token_text=str, search=Search({}, default, cap=64)
     )["default"]
     share = np.mean(found.kl >= np.quantile(found.kl, 0.8))
     assert row["median_ccr"] == pytest.approx(share)  # all 160, though 64 were compared
@@ -227,27 +240,34 @@ def test_a_single_occurrence_has_no_other_to_agree_with(vectors):
     )
     found = scored(corpus, [1, 1, 1, 1])
     all_kept = Parameters(gamma=-1, eta=0, tau_pre=0, tau_post=0)
-    result = context.run(corpus, None, found, found, 2, token_text=str, grid={}, default=all_kept)
+    result = context.run(corpus, None, found, found, 2, token_text=str, search=Search({}, all_kept))
     assert {row["token_id"]: row["ccr"] for row in result["types"]} == {1: 0, 2: 1}
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"),
+    ("grid", "message"),
     [
-        ({"grid": {"width": (1,)}}, r"\['width'\]"),
-        ({"grid": {"gamma": (1.5,)}}, "gamma 1.5"),
-        ({"grid": {"tau_pre": (-0.1,)}}, "tau_pre"),
-        ({"grid": {"window": (-1,)}}, "window -1"),
-        ({"grid": {"window": (1.5,)}}, "window 1.5"),
-        ({"k": 41}, "--k"),
+        ({"width": (1,)}, r"\['width'\]"),
+        ({"gamma": (1.5,)}, "gamma 1.5"),
+        ({"tau_pre": (-0.1,)}, "tau_pre"),
+        ({"window": (-1,)}, "window -1"),
+        ({"window": (1.5,)}, "window 1.5"),
     ],
 )
-def test_parameters_without_meaning_are_refused(keys, message):
+def test_parameters_without_meaning_are_refused(grid, message):
     corpus = make_corpus()
     found = scored(corpus, np.ones(corpus.num_positions))
-    given = {"k": 2, "grid": {}} | keys
     with pytest.raises(ValueError, match=message):
-        context.run(corpus, None, found, found, token_text=str, **given)
+        context.run(corpus, None, found, found, 2, token_text=str, search=Search(grid))
+
+
+def test_more_rocks_than_types_and_another_score_are_refused():
+    corpus = make_corpus()
+    found = scored(corpus, np.ones(corpus.num_positions))
+    with pytest.raises(ValueError, match="--k"):
+        context.run(corpus, None, found, found, 41, token_text=str)
+    with pytest.raises(ValueError, match=r"rule\.score is 'mean'"):
+        context.run(corpus, None, found, found, 2, rule=Rule("mean"), token_text=str)
 
 
 def test_scorings_of_other_text_are_refused():

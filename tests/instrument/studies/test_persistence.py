@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from opd_jax.instrument.controls import SelectError
 from opd_jax.instrument.corpus import Occurrences, TypeStats
+from opd_jax.instrument.metrics import SelectError
+from opd_jax.instrument.rule import Rule
 from opd_jax.instrument.studies import persistence
 from opd_jax.instrument.studies.matrix import Matrix
 from opd_jax.instrument.studies.persistence import PersistenceError
 
 V, PROBLEMS, LENGTH = 60, 40, 100
 NAMES = ("step-0", "step-4")
-SETTINGS = dict(k=10, min_count=2, seed=3, resamples=2000)
+SETTINGS = dict(k=10, rule=Rule(min_count=2), seed=3, resamples=2000)
 
 
 def text(seed):
@@ -201,34 +202,36 @@ def test_the_interval_is_that_of_a_mean_over_problems():
 def test_high_kl_leaves_out_the_rocks_and_what_was_seen_once():
     ids = np.array([0] * 50 + [1] * 20 + [2, 2, 3, 3, 4])
     kl = np.array([1.0] * 50 + [0.1] * 20 + [9, 9, 2, 2, 99])
-    groups = persistence.select_groups(TypeStats.of(ids, kl, 6), 1, min_count=1)
+    groups = persistence.select_groups(TypeStats.of(ids, kl, 6), 1, Rule(min_count=1))
     assert groups["rock"].tolist() == [4]  # 99 nats at once
     assert groups["high_kl"].tolist() == [2]
-    groups = persistence.select_groups(TypeStats.of(ids, kl, 6), 1, min_count=2)
+    groups = persistence.select_groups(TypeStats.of(ids, kl, 6), 1, Rule(min_count=2))
     assert groups["rock"].tolist() == [0]
     assert not set(groups["control"]) & {0}
     ids, kl = np.array([0] * 10 + [1] * 3 + [2] * 3), np.array([5.0] * 10 + [2.0] * 3 + [1.0] * 3)
-    groups = persistence.select_groups(TypeStats.of(ids, kl, 6), 1)  # the rock is highest in both
+    groups = persistence.select_groups(
+        TypeStats.of(ids, kl, 6), 1, Rule(min_count=2)
+    )  # the rock is highest in both
     assert (groups["rock"].tolist(), groups["high_kl"].tolist()) == ([0], [1])
 
 
 def test_k_beyond_the_types_selects_those_there_are():
     sums = TypeStats.of(np.array([0, 0, 3, 3, 4]), np.ones(5), 6)
-    groups = persistence.select_groups(sums, 9)
+    groups = persistence.select_groups(sums, 9, Rule(min_count=2))
     assert {name: ids.tolist() for name, ids in groups.items()} == {
         "rock": [0, 3],
         "control": [4],
         "high_kl": [],
     }
     with pytest.raises(SelectError, match="--min-count"):
-        persistence.select_groups(sums, 9, min_count=3)
+        persistence.select_groups(sums, 9, Rule(min_count=3))
 
 
 def test_a_group_without_types_is_left_out():
     def kl(model, corpus, token_id, rng):
         return BY_TYPE[token_id]
 
-    result = persistence.analyse(planted(kl), **SETTINGS | {"k": V, "min_count": 1})
+    result = persistence.analyse(planted(kl), **SETTINGS | {"k": V, "rule": Rule()})
     assert [row["group"] for row in result["groups"]] == ["rock", "all"]
     assert result["contrasts"] == []
     json.dumps(result, allow_nan=False)

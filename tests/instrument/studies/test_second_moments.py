@@ -12,6 +12,7 @@ import tiny_run
 
 from opd_jax import optim
 from opd_jax.instrument.corpus import Occurrences
+from opd_jax.instrument.rule import Rule
 from opd_jax.instrument.studies import second_moments
 from opd_jax.instrument.studies.second_moments import Moments, OptimizerError
 from opd_jax.models import hf, params, transformer
@@ -20,6 +21,7 @@ from opd_jax.store import workdir as workdirs
 
 tiny, one_device = tiny_run.tiny, tiny_run.one_device
 V, PROBLEMS, LENGTH = 200, 60, 400
+RULE = Rule(min_count=2)
 KEYS = dict(checkpoint__every=2, optim__b2=0.9)
 
 
@@ -108,7 +110,7 @@ def planted(decrease_of, second_of, noise=0.3, seed=0):
 
 def analysed(monkeypatch, workdir, before, after, found, **settings):
     monkeypatch.setattr(second_moments, "moments", lambda run_dir, step: found)
-    settings = dict(k=10, vocab_size=V, steps=[4], permutations=500, seed=1) | settings
+    settings = dict(k=10, vocab_size=V, rule=RULE, steps=[4], permutations=500, seed=1) | settings
     return second_moments.run(workdir, before, after, **settings)
 
 
@@ -228,7 +230,9 @@ def test_a_real_run_from_checkpoint_to_result(workdir, one_device):
                     vocab_size=640)
         for _ in range(2)
     )  # fmt: skip
-    result = second_moments.run(workdir, before, after, k=5, vocab_size=640, permutations=50)
+    result = second_moments.run(
+        workdir, before, after, k=5, vocab_size=640, rule=RULE, permutations=50
+    )
     found = second_moments.moments(workdir, 4)
     assert result["groups"][-1]["second_moment"][1] == np.median(found.second_moment[40:])
     assert result["groups"][-1]["types"] == 600
@@ -237,13 +241,15 @@ def test_a_real_run_from_checkpoint_to_result(workdir, one_device):
 def test_scores_of_two_corpora_are_refused(workdir):
     before, after, _ = planted(lambda c, k, r: np.ones(V), lambda c, k, d, r: np.ones(V))
     with pytest.raises(OptimizerError, match=r"24000 positions before and 10 .*score the same"):
-        second_moments.run(workdir, before, after.where(np.arange(10)), k=5, vocab_size=V)
+        second_moments.run(
+            workdir, before, after.where(np.arange(10)), k=5, vocab_size=V, rule=RULE
+        )
 
 
 def test_a_step_without_checkpoint_is_named(workdir):
     before, after, _ = planted(lambda c, k, r: np.ones(V), lambda c, k, d, r: np.ones(V))
     with pytest.raises(OptimizerError, match=r"steps \[2, 4\], not of \[3\].*give other steps"):
-        second_moments.run(workdir, before, after, k=5, vocab_size=V, steps=[3])
+        second_moments.run(workdir, before, after, k=5, vocab_size=V, rule=RULE, steps=[3])
 
 
 @pytest.mark.parametrize("name", ["sgd", "signsgd"])
