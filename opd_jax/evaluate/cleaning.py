@@ -33,7 +33,8 @@ _SPELLINGS = {
     "ast": "*", "colon": ":", "degree": "°", "degrees": "°", "thickapprox": r"\approx ",
     "simeq": r"\approx ", "pounds": " ", "euro": " ", "percent": "%", "prime": "'", "vert": "|",
     "nicefrac": r"\frac", "sfrac": r"\frac", "checkmark": " ", "R": r"\mathbb{R}",
-    "lvert": "|", "rvert": "|", "mid": "|", "ldots": "...", "dots": "...", "cdots": "...",
+    "lor": " or ", "land": " and ", "lvert": "|", "rvert": "|", "mid": "|",
+    "ldots": "...", "dots": "...", "cdots": "...",
 }  # fmt: skip
 _COMMAND = re.compile(rf"\\({'|'.join(_SPELLINGS)})(?![a-zA-Z])")
 _DROPPED = re.compile(

@@ -48,11 +48,11 @@ _MARK = re.compile(
     re.IGNORECASE,
 )
 _CHOICE = re.compile(
-    r"(?:(?:option|choice|answer) )?(?:\(([A-Za-z])\)|([A-Z])(?=$|[).:])\)?)\s?[.:)]?\s?"
-    r"(?P<text>.*)",
+    r"(?:(?:option|choice|answer) )?"
+    r"(?:\(([A-Za-z])\)|([A-Z])(?=$|[).:]|, ?[a-z]{2}| - | ?\([^)]{2})\)?)\s?[.:)]?\s?(?P<text>.*)",
     re.DOTALL | re.IGNORECASE,
 )
-_OTHER_CHOICE = re.compile(r"\([A-Z]\)|^(?:and|or|,|&|/)|\b(?:and|or) \(?[A-Z]\)?$")
+_OTHER_CHOICE = re.compile(r"\([A-Z]\)|^,? ?(?:and|or|&|/)\b|\b(?:and|or) \(?[A-Z]\)?$|^- [A-Z]$")
 _YES_NO = re.compile(r"(yes|no|true|false)(?=[,.;:!]|$)", re.IGNORECASE)
 _TOWER = re.compile(r"[0-9][)}]* ?\^ ?[({]* ?[0-9]+[)}]* ?\^|!\s?!|\\uparrow|[0-9]{5,}\s?!")
 _KNOWN_WORDS = (

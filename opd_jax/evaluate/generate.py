@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from opd_jax import files
+from opd_jax import command, files
 from opd_jax import mesh as meshlib
 from opd_jax.data import prompts as prompt_files
-from opd_jax.data import tokenizer as tokenizers
 from opd_jax.evaluate import finding, grading
 from opd_jax.files import path_of
-from opd_jax.models import hf, hf_config, memory
+from opd_jax.models import memory
 from opd_jax.rollout import answers as drawing
-from opd_jax.rollout.sampling import Sampler
+from opd_jax.store import pair as pairs
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command ``opd-jax generate``; returns the exit status."""
+    parser = command.Parser(
+        "generate",
+        "Answer a file of prompts.",
+        "--model=runs/demo@60 --prompts=prompts.jsonl --out=answers.jsonl",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help=command.MODEL)
+    add("--prompts", required=True, help="JSONL with messages or prompt")
+    add("--out", required=True, help="JSONL to write; must not exist")
+    add("--max-new", type=int, default=256, help="most tokens of an answer")
+    add("--samples", type=int, default=1, help="answers per prompt")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--limit", type=int, default=0, help="only the first prompts; 0: all")
+    add("--batch", type=int, default=16, help="prompts at a time")
+    add("--seed", type=int, default=0, help="of the draws")
+    add("--dtype", help="that is computed in; default: float32 on CPU, bfloat16 elsewhere")
+    command.add_mesh(parser)
+    flags = vars(parser.parse_args(argv))
+    mesh = command.mesh(flags.pop("mesh_fsdp"), flags.pop("mesh_model"))
+    print(generate(**flags, mesh=mesh))
+    return 0
 
 
 def generate(
@@ -32,11 +56,13 @@ def generate(
     limit: int = 0,
     batch: int = 16,
     seed: int = 0,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
 ) -> str:
     """Sample answers and write one JSON object per answer: prompt, answer, tokens, truncated, ...
 
     Args:
-      model: Hugging Face folder, or ``embedded:teacher`` / ``embedded:student``.
+      model: a reference: Hugging Face folder, ``embedded:teacher``, ``RUN[@STEP]``.
       prompts: JSONL with ``messages`` or ``prompt``, and ``answer`` to be graded against.
       out: JSONL file that does not exist yet; it appears whole or not at all.
       max_new: most tokens of an answer.
@@ -45,6 +71,8 @@ def generate(
       limit: only the first prompts; 0: all.
       batch: prompts at a time.
       seed: of the draws.
+      mesh: default: all devices along ``data``.
+      dtype: compute dtype; default: float32 on CPU, bfloat16 elsewhere.
 
     Returns:
       One line that says how many answers were written, and the accuracy where answers are given.
@@ -68,42 +96,30 @@ def generate(
         raise ValueError(f"seed is {seed}: expected 0 to 2^32 - 1; set --seed")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}: expected at least 0; set --temperature")
-    folder, prompts = path_of(model), path_of(prompts)
-    tokenizer = tokenizers.load(folder)
-    stop_ids = tokenizers.stop_ids(tokenizer, hf_config.generation_eos(folder))
-    cfg = hf_config.read_config(folder)
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    opened = pairs.open_model(model, mesh=mesh, dtype=dtype)
+    cfg, mesh, tokenizer = opened.cfg, opened.mesh, opened.tokenizer
     if max_new >= cfg.max_positions:
         raise ValueError(
             f"max-new is {max_new}: expected below the {cfg.max_positions} positions of {model}, "
             "which hold prompt and answer; lower --max-new"
         )
     spec = prompt_files.DataSpec(max_prompt=cfg.max_positions - max_new)
-    rows, counts = prompt_files.examples(prompts, spec, tokenizer)
+    rows, counts = prompt_files.examples(path_of(prompts), spec, tokenizer, now=opened.started)
     rows = rows[:limit] if limit else rows
-    mesh = meshlib.make()
-    num_ids = tokenizers.num_ids(tokenizer, cfg.vocab_size, "model")
     width = max(len(row.ids) for row in rows)
     size = meshlib.batch_rows(min(batch, len(rows)), mesh)
-    held = dataclasses.replace(cfg, dtype=jnp.dtype(dtype).name)
     memory.check(
         [
-            memory.Need("the model", memory.weights(held, dtype, mesh), "use more devices"),
+            memory.Need("the model", memory.weights(cfg, opened.stored, mesh), "use more devices"),
             memory.Need(
                 "keys and values",
-                memory.cache(held, size * samples, width + max_new, mesh),
+                memory.cache(cfg, size * samples, width + max_new, mesh),
                 "lower --batch, --samples or --max-new",
             ),
         ],
         mesh,
     )
-    cfg, params = hf.load(folder, dtype=dtype, mesh=mesh, num_ids=num_ids)
-    sampler = Sampler(
-        vocab_size=num_ids,
-        temperature=temperature,
-        stop_ids=stop_ids,
-        pad_id=tokenizers.pad_id(tokenizer),
-    )
+    params, sampler = opened.load(), opened.sampler(temperature=temperature)
     lines, correct, graded, unparsed = [], 0, 0, 0
     with jax.set_mesh(mesh):
         drawn = drawing.sample(

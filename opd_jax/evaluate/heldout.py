@@ -98,6 +98,9 @@ class EvalPlan:
     grader: str = "math"
     bias_V: jax.Array | None = None
 
+    def __post_init__(self):
+        grading.named(self.grader)  # raises before anything is sampled
+
     @property
     def drawing(self) -> dict[str, Any]:
         """What ``answers.sample`` is told of both."""

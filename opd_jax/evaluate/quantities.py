@@ -25,7 +25,19 @@ _PERCENT = re.compile(r"\s?(?:%|per ?cent(?:age)?(?: points?)?|pct\.?)(?![A-Za-z
 _TAIL = re.compile(r"(?<![\\A-Za-z])[A-Za-zµμΩ°\"'](?![A-Za-z]*\s?[({]\s?[0-9])")
 # Letters, with dots, slashes and small powers between them; no digit that could be a second number.
 _WORDS = re.compile(
-    r"[A-Za-zµμΩ°\"'.][A-Za-zµμΩ°\"'.,()/\- ]*(?:\s?\^ ?\{? ?-?[1-4] ?\}?[A-Za-z/\- .]*){0,3}"
+    r"[A-Za-zµμΩ°\"'.][A-Za-zµμΩ°\"'.,()/·\- ]*(?:\s?\^ ?\{? ?-?[1-4] ?\}?[A-Za-z/·\- .]*){0,3}"
+)
+_UNIT_COMMANDS = tuple(
+    (re.compile(pattern), form)
+    for pattern, form in (
+        (r"\\Omega(?![a-zA-Z])", " Ω"),
+        (r"\\mu ?(?=[a-zA-Z]\b)", " µ"),
+        (
+            r"\\frac ?\{ ?([A-Za-zµΩ ]{1,12}) ?\} ?\{ ?([A-Za-zµΩ ]{1,12}(?:\^ ?\{? ?2 ?\}?)?) ?\}",
+            r" \1/\2",
+        ),
+        (r"(?<=[A-Za-zµΩ]) ?\\cdot ?(?=[A-Za-zµΩ])", "·"),
+    )
 )
 _ORDINAL = re.compile(r"(?<=[0-9]) ?(?:\^ ?)?\{? ?(?:st|nd|rd|th) ?\}?$")
 _ASIDE = re.compile(r"(?<=[A-Za-z0-9}%°]) ?\(([A-Za-z][A-Za-z ,.'-]{2,60})\)$")
@@ -60,9 +72,11 @@ _UNITS = {
     "ml": "ml mL milliliter milliliters millilitre millilitres", "gal": "gal gallon gallons",
     "usd": "dollar dollars usd bucks", "cent": "cent cents", "euro": "euro euros",
     "deg": "degree degrees deg °", "rad": "rad radian radians", "mph": "mph",
-    "kmh": "kmh km/h kph", "m/s": "m/s", "j": "J joule joules", "n": "N newton newtons",
+    "km/h": "kmh kph", "j": "J joule joules", "n": "N newton newtons",
     "w": "W watt watts", "v": "V volt volts", "k": "K kelvin", "hz": "Hz hertz",
-    "unit": "unit units", "mol": "mol mole moles",
+    "unit": "unit units", "mol": "mol mole moles", "c": "C coulomb coulombs", "a": "A amp amps",
+    "ohm": "Ω ohm ohms", "pa": "Pa pascal pascals", "ev": "eV", "tesla": "T tesla", "nm": "nm",
+    "um": "µm μm micron microns", "ms": "ms", "kj": "kJ", "kw": "kW", "mhz": "MHz", "kn": "kN",
 }  # fmt: skip
 _CANONICAL = {spelling: name for name, line in _UNITS.items() for spelling in line.split()}
 _MONEY = frozenset({"usd", "cent", "euro"})
@@ -107,6 +121,8 @@ def read(text: str) -> Quantity | None:
         return None
     text = _FRONT.sub("", text.strip(), count=1).strip()
     text = _ORDINAL.sub("", text)
+    for pattern, form in _UNIT_COMMANDS:
+        text = pattern.sub(form, text)
     found = _number(text)
     if found is not None:
         return Quantity(found)
@@ -213,10 +229,18 @@ def _unit(tail: str) -> str | None:
         )
         if tail in ("celsius", "fahrenheit"):
             return tail
-    name = _CANONICAL.get(tail) or _CANONICAL.get(tail.lower() if len(tail) > 1 else tail)
+    name = _name(tail)
+    if name is None:
+        parts = [_name(part) for part in re.split(r"[/·]| per ", tail)]  # km per hour
+        name = "/".join(part for part in parts if part) if len(parts) > 1 and all(parts) else None
     if name is None:
         return None
     return name if power == 1 else f"{name}^{power}"
+
+
+def _name(word: str) -> str | None:
+    word = word.strip()
+    return _CANONICAL.get(word) or (_CANONICAL.get(word.lower()) if len(word) > 1 else None)
 
 
 def _is_harmless(words: str) -> bool:
@@ -228,15 +252,13 @@ def _is_harmless(words: str) -> bool:
         return set(words) <= set("°'\". ")
     if any(w.lower() in _CHANGING or w.lower().removesuffix("s") in _SCALES for w in found):
         return False
+    if not all(w in _CANONICAL or w.lower() in _SHORT for w in found if len(w) < 3):
+        return False
     first = found[0]
-    return (
-        first in _CANONICAL
-        or first.lower() in _SHORT
-        or (len(first) >= 3 and not _is_product(first))
-    )
+    return len(first) < 3 or first in _CANONICAL or not _is_product(first)
 
 
-_SHORT_WORDS = "am pm in of to by at on we he it is as so up ft"
+_SHORT_WORDS = "am pm in of to by at on we he it is as so up ft a i an my or us be do no if go me"
 _SHORT = frozenset(_SHORT_WORDS.split())
 
 

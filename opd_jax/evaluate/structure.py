@@ -113,6 +113,8 @@ def _list(text: str, parts: Sequence[str]) -> Node:
     intervals = [node for node in items if node.kind in INTERVALS]
     if len(intervals) == len(items) and re.search(r"\bor\b", text):
         return Node("union", text, tuple(items))
+    if len(intervals) == len(items) == 2 and (both := _overlap(text, *intervals)) is not None:
+        return both
     names = [split(item.text, {"="}) for item in items]
     if all(len(name) == 2 and NAME.fullmatch(name[0]) for name in names):
         labels = [cleaning.key(name[0]) for name in names]
@@ -126,6 +128,17 @@ def _list(text: str, parts: Sequence[str]) -> Node:
     if len(first) == 2 and NAME.fullmatch(first[0]) and all(len(n) == 1 for n in names[1:]):
         items[0] = read(first[1])  # x = 1, 2
     return Node("list", text, tuple(items))
+
+
+def _overlap(text: str, first: Node, second: Node) -> Node | None:
+    """Two half-lines joined by "and" as the interval where both hold."""
+    if first.items[0].text == "-\\infty":
+        first, second = second, first
+    ends = first.items[1].text, second.items[0].text
+    if ends != ("\\infty", "-\\infty") or not re.search(r"\band\b", text):
+        return None
+    kind = first.kind[0] + second.kind[1]
+    return Node(kind, text, (first.items[0], second.items[1]))
 
 
 def _is_prose(text: str) -> bool:

@@ -185,6 +185,14 @@ ANSWERS: list[tuple[str, str, str, bool]] = [
     ("matrix", "1", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", WRONG),
     ("matrix", r"\frac{1}{5}\begin{pmatrix} 1 \\ 3 \end{pmatrix}",
      r"\begin{pmatrix} 1/5 \\ 2/5 \end{pmatrix}", WRONG),
+    ("matrix", r"\begin{pmatrix} -1 \\ 4 \end{pmatrix} + t\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
+     r"\begin{pmatrix} -1+t \\ 4+2t \end{pmatrix}", RIGHT),
+    ("matrix", r"\begin{pmatrix} -1 \\ 4 \end{pmatrix} + t\begin{pmatrix} 1 \\ 3 \end{pmatrix}",
+     r"\begin{pmatrix} -1+t \\ 4+2t \end{pmatrix}", WRONG),
+    ("matrix", r"\begin{bmatrix} 1/2 & -3 \\ 0 & \sqrt{4} \end{bmatrix}",
+     r"\begin{pmatrix} 0.5 & -3 \\ 0 & 2 \end{pmatrix}", RIGHT),
+    ("matrix", r"\begin{bmatrix} 1/2 & 3 \\ 0 & \sqrt{4} \end{bmatrix}",
+     r"\begin{pmatrix} 0.5 & -3 \\ 0 & 2 \end{pmatrix}", WRONG),
     # tuples, lists, sets
     ("tuple", r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})", RIGHT),
     ("tuple", "(3, \\pi/2)", r"\left(3,\frac{\pi}{2}\right)", RIGHT),
@@ -279,3 +287,311 @@ ANSWERS: list[tuple[str, str, str, bool]] = [
     ("text", "so we get 42", "42", WRONG),
     ("text", "<answer>42", "42", WRONG),
 ]  # fmt: skip
+
+# Further forms, one a line: answer ||| gold ||| 1 where it is right.
+_FORMS = r"""
+\frac{3}{2} ||| 1\frac{1}{2} ||| 1
+11\sqrt2 ||| 11\sqrt{2} ||| 1
+\dfrac{14}{3} ||| \frac{14}{3} ||| 1
+p - q ||| p-q ||| 1
+\text{Evelyn} ||| Evelyn ||| 1
+\text{Evelyn's} ||| Evelyn ||| 0
+5r^5 ||| 5r^{5} ||| 1
+\frac{1}{1-x} ||| -\frac{1}{x-1} ||| 1
+6 - 5i ||| 6-5i ||| 1
+(6,31,-1) ||| (6, 31, -1) ||| 1
+\left( \frac{3}{2}, -13 \right) ||| (1.5,-13) ||| 1
+[-2,7] ||| -2 \le x \le 7 ||| 1
+\sqrt{51} ||| \sqrt{51} ||| 1
+x \in [-2, 7] ||| [-2,7] ||| 1
+3 \pm 2 \sqrt{2} ||| 3+2\sqrt2, 3-2\sqrt2 ||| 1
+3+2\sqrt2, 3-2\sqrt2 ||| 3 \pm 2 \sqrt{2} ||| 1
+1 \pm \sqrt{19} ||| 1 \pm \sqrt{19} ||| 1
+$\frac{243}{625}$ ||| \frac{243}{625} ||| 1
+-\frac{35}{9} ||| \frac{-35}{9} ||| 1
+y=2x+3 ||| 2x-y+3=0 ||| 1
+x^2+y^2=4 ||| y^2 + x^2 - 4 = 0 ||| 1
+x^2+y^2=5 ||| y^2 + x^2 - 4 = 0 ||| 0
+10:00 \text{ a.m.} ||| 10:00 a.m. ||| 1
+10:00 AM ||| 10:00 \text{ a.m.} ||| 1
+10:00 PM ||| 10:00 \text{ a.m.} ||| 0
+3:4 ||| 3 : 4 ||| 1
+3:4 ||| 3:5 ||| 0
+\text{June 20} ||| June 20 ||| 1
+\text{June 21} ||| June 20 ||| 0
+\emptyset ||| \varnothing ||| 1
+\text{No real solutions} ||| \text{no real solutions} ||| 1
+\infty ||| +\infty ||| 1
+-\infty ||| \infty ||| 0
+\frac{\pi}{4} + 2\pi k ||| \frac{\pi}{4}+2k\pi ||| 1
+2\pi \text{ radians} ||| 2\pi ||| 1
+45^\circ ||| \frac{\pi}{4} ||| 0
+\angle A = 45^\circ ||| 45 ||| 1
+AB = 5 ||| 5 ||| 1
+\overline{AB} = 5 ||| 5 ||| 1
+|x| ||| |x| ||| 1
+\left|x-1\right| ||| |1-x| ||| 1
+\begin{cases} x = 1 \\ y = 2 \end{cases} ||| (1,2) ||| 1
+\begin{aligned} x &= 1 \\ y &= 2 \end{aligned} ||| x=1,y=2 ||| 1
+(x,y)=(1,2) \text{ and } (3,4) ||| (1,2),(3,4) ||| 1
+x=1,y=2 \text{ or } x=3,y=4 ||| (1,2),(3,4) ||| 1
+\{(1,2),(3,4)\} ||| (1,2),(3,4) ||| 1
+5, 7, 11 ||| 5,7,11 ||| 1
+5;7;11 ||| 5,7,11 ||| 1
+1,2,\ldots,10 ||| 1,2,\ldots,11 ||| 0
+1,2,\ldots,10 ||| 1,2,\dots,10 ||| 1
+\mathbf{i}+2\mathbf{j} ||| i+2j ||| 1
+\begin{pmatrix}1&0\\0&1\end{pmatrix} ||| \begin{bmatrix}1&0\\0&1\end{bmatrix} ||| 1
+4x^2+4x+1 ||| (2x+1)^2 ||| 1
+2(x+1)^2 ||| (2x+1)^2 ||| 0
+\frac{x+1}{x-1} ||| \frac{x-1}{x+1} ||| 0
+e^{i\pi/3} ||| \frac12 + \frac{\sqrt3}{2}i ||| 1
+\cos 60^\circ ||| \frac12 ||| 1
+\sin(\frac{\pi}{6}) ||| 0.5 ||| 1
+sqrt(2)/2 ||| \frac{1}{\sqrt{2}} ||| 1
+sqrt(16) ||| 4 ||| 1
+(1/2) ||| 0.5 ||| 1
+\ln(2) ||| \ln 2 ||| 1
+\log 100 ||| 2 ||| 1
+2\ln 2 ||| \ln 4 ||| 1
+3^{12}\cdot 61 ||| 3^{12} \cdot 61 ||| 1
+2^3 \cdot 3^2 ||| 72 ||| 1
+2^{2010} ||| 2^{2010} ||| 1
+2^{2010} ||| 2^{2011} ||| 0
+2^{2010}-1 ||| 2^{2010} ||| 0
+\lfloor 3.7 \rfloor ||| 3 ||| 1
+\frac{a+b}{2} ||| \frac{1}{2}(a+b) ||| 1
+5 - \sqrt{x} ||| 5-x^{1/2} ||| 1
+x^{-1} ||| \frac{1}{x} ||| 1
+a_n = 2n+1 ||| 2n+1 ||| 1
+f(x)=2x ||| g(x) = 2x ||| 0
+n(n+1)/2 ||| \frac{n(n+1)}{2} ||| 1
+C(5,2) ||| 10 ||| 0
+-1 < x < 1 ||| |x| < 1 ||| 0
+\$1,234.50 ||| 1234.5 ||| 1
+€5 ||| 5 ||| 1
+5 USD ||| 5 ||| 1
+25\% ||| \frac{1}{4} ||| 1
+25\% ||| 25 ||| 1
+0.25 ||| 25 ||| 0
+12 \text{ inches} ||| 12 ||| 1
+12'' ||| 12 ||| 1
+6'2" ||| 6 ||| 0
+1/3 cup ||| 1/3 ||| 1
+3x ||| 3 ||| 0
+\frac{5}{x} ||| 5 ||| 0
+5 \pmod{7} ||| 5 ||| 0
+x \equiv 5 \pmod 7 ||| x \equiv 5 \pmod{7} ||| 1
+x \equiv 4 \pmod 7 ||| x \equiv 5 \pmod{7} ||| 0
+\text{A,B,E} ||| A,B,E ||| 1
+\text{A and B} ||| A,B ||| 1
+\text{A,C,E} ||| A,B,E ||| 0
+(C) ||| \text{(C)} ||| 1
+C ||| \textbf{(C)} ||| 1
+\text{C. } 42 ||| C ||| 1
+\text{True} ||| True ||| 1
+\text{east} ||| \text{west} ||| 0
+z = 1 ||| w = 1 ||| 0
+\text{the set of all primes} ||| \text{the set of all primes} ||| 1
+1.0 ||| 1 ||| 1
+.5 ||| 0.5 ||| 1
+5. ||| 5 ||| 1
+1e3 ||| 1000 ||| 1
+1E3 ||| 1000 ||| 1
+10^3 ||| 1000 ||| 1
+10^{3} \text{ m} ||| 1000 ||| 1
+1.2.3 ||| 1.2 ||| 0
+1,2 ||| 12 ||| 0
+1,23 ||| 123 ||| 0
+1;2 ||| (1,2) ||| 1
+1\times 10^{-20} ||| 2 \times 10^{-20} ||| 0
+\begin{pmatrix}10^{-20}\\1\end{pmatrix} ||| \begin{pmatrix}0\\1\end{pmatrix} ||| 0
+(10^{-9}\pi, 1) ||| (0,1) ||| 0
+\sqrt{2}+10^{-10} ||| \sqrt{2} ||| 0
+1.4142135623731 ||| \sqrt{2} ||| 0
+\frac{22}{7} ||| \pi ||| 0
+(-\infty, \infty) ||| \mathbb{R} ||| 1
+\mathbb{R} \setminus \{0\} ||| (-\infty,0)\cup(0,\infty) ||| 1
+x \neq 0 ||| (-\infty,0)\cup(0,\infty) ||| 1
+(0,1)\cup(1,2) ||| (0,2) ||| 0
+[0,1] \cup [1,2] ||| [0,2] ||| 0
+]0,1[ ||| (0,1) ||| 1
+0<x\leq 1 ||| (0,1] ||| 1
+\frac{1}{2}x^2 + C ||| \frac{x^2}{2}+C ||| 1
+x^2/2 + C ||| \frac{x^2}{2} ||| 0
+3.0 \times 10^8 m/s ||| 3\times10^8 ||| 1
+(3, 4]. ||| (3,4] ||| 1
+\boxed{7} ||| 7 ||| 1
+\underline{7} ||| 7 ||| 1
+7 \; ||| 7 ||| 1
+7 ~ ||| 7 ||| 1
+"7" ||| 7 ||| 1
+`7` ||| 7 ||| 1
+_7_ ||| 7 ||| 1
+*7* ||| 7 ||| 1
+7 \checkmark ||| 7 ||| 1
+7! ||| 5040 ||| 1
+\text{7} ||| 7 ||| 1
+\textit{seven} ||| 7 ||| 0
+\frac{7}{1} ||| 7 ||| 1
+\dfrac{9}{7} ||| 1 \frac{2}{7} ||| 1
+\frac{9}{7} \text{ or } 1\frac{2}{7} ||| 9/7 ||| 0
+8\frac{1}{3}\% ||| 8\frac13 ||| 1
+33\frac{1}{3}\% ||| \frac{1}{3} ||| 1
+-3, -2, -1 ||| -1, -2, -3 ||| 1
+-3, -2, 1 ||| -1, -2, -3 ||| 0
+3,-2 ||| (3,-2) ||| 1
+2 + 3\sqrt{2}i ||| 2+3i\sqrt{2} ||| 1
+36 + 9\pi ||| 9(4+\pi) ||| 1
+9\pi+36 \text{ square units} ||| 9(4+\pi) ||| 1
+\text{(A) } 5 \text{ and (B) } 6 ||| A ||| 0
+\text{Yes.} ||| yes ||| 1
+x=-1 \text{ and } x=3 ||| -1,3 ||| 1
+t = 3 \text{ s} ||| 3 ||| 1
+v = 3 m/s ||| 3 ||| 1
+\frac{3}{4}\text{ of the cake} ||| 3/4 ||| 1
+three ||| 3 ||| 0
+1^{\text{st}} ||| 1 ||| 1
+21^{st} ||| 21 ||| 1
+21st ||| 21 ||| 1
+1 : 2 ||| \frac12 ||| 0
+f^{-1}(x)=\frac{x}{2} ||| \frac{x}{2} ||| 1
+\left(x+2\right)\left(x-2\right) ||| x^{2}-4 ||| 1
+\left\{ -1, 0, 1 \right\} ||| \{0,1,-1\} ||| 1
+\left \lfloor 2.5 \right \rfloor ||| 2 ||| 1
+\frac{\frac{1}{2}}{3} ||| 1/6 ||| 1
+\tfrac{1}{2} ||| 0.5 ||| 1
+\nicefrac{1}{2} ||| 0.5 ||| 1
+\sqrt{x^2} ||| x ||| 0
+\sqrt[3]{2} ||| 2^{1/3} ||| 1
+a=1,b=2,c=3 ||| 1,2,3 ||| 1
+a=1,b=2,c=3 ||| (1,2,3) ||| 1
+a=1,b=3,c=2 ||| (1,2,3) ||| 0
+\left(\begin{array}{c}1\\2\end{array}\right) ||| \begin{pmatrix}1\\2\end{pmatrix} ||| 1
+\begin{pmatrix}1\\-2\end{pmatrix} ||| \begin{pmatrix}1\\2\end{pmatrix} ||| 0
+\begin{pmatrix}1&2\\3&4\end{pmatrix} ||| \begin{pmatrix}1&2\\3&5\end{pmatrix} ||| 0
+\begin{pmatrix}1 \\\frac{1}{2}\end{pmatrix} ||| \begin{pmatrix}1\\0.5\end{pmatrix} ||| 1
+\\begin{pmatrix}1\\\\2\\end{pmatrix} ||| \begin{pmatrix}1\\2\end{pmatrix} ||| 1
+\\frac{1}{2} ||| 0.5 ||| 1
+\frac12, \frac13 ||| 1/3, 1/2 ||| 1
+12,000 and 13,000 ||| 13000, 12000 ||| 1
+1,000, 2,000 ||| 1000, 2000 ||| 1
+1,000,2,000 ||| 1000, 2000 ||| 0
+n = 12 \text{ or } n = 15 ||| 12, 15 ||| 1
+n \in \{12, 15\} ||| 12, 15 ||| 1
+\$32,\!348 ||| 32348 ||| 1
+10,\! 080 ||| 10080 ||| 1
+y = \frac{1}{2} x + 3 ||| y = 0.5x+3 ||| 1
+y = \frac{1}{2} x + 3 ||| y = 0.5x+4 ||| 0
+\text{(-1, 0)} ||| (-1,0) ||| 1
+\left[ \frac{\pi^2}{8}, \frac{5 \pi^2}{4} \right] ||| [\pi^2/8, 1.25\pi^2] ||| 1
+x^2+2x+1=0 ||| (x+1)^2=0 ||| 1
+12 + 3i ||| 12+3i ||| 1
+\frac{2 + i}{5} ||| 0.4 + 0.2i ||| 1
+4 \sqrt{3} \text{ cm} ||| 4\sqrt{3} ||| 1
+4 \sqrt{3} ||| 4\sqrt{3} \text{ cm}^2 ||| 1
+\frac{\pi}{2}, \frac{3\pi}{2} ||| \frac{3 \pi}{2}, \frac{\pi}{2} ||| 1
+\{ \frac{\pi}{2}, \frac{3\pi}{2} \} ||| \frac{3 \pi}{2}, \frac{\pi}{4} ||| 0
+0.1 + 0.2 ||| 0.3 ||| 1
+100! ||| 100! ||| 1
+10^{100} ||| 1e100 ||| 1
+10^{100}+1 ||| 10^{100} ||| 0
+(a,b,c) = (1,2,3) ||| (1,2,3) ||| 1
+a+b+c=6 ||| 6 ||| 1
+\text{Answer: } 6 ||| 6 ||| 1
+6. ||| 6 ||| 1
+6; ||| 6 ||| 1
+(6) ||| 6 ||| 1
+[6] ||| 6 ||| 1
+{6} ||| 6 ||| 1
+6\text{.} ||| 6 ||| 1
+6 \text{ (six)} ||| 6 ||| 1
+-6 ||| (-6) ||| 1
++6 ||| 6 ||| 1
+6 \cdot 10^0 ||| 6 ||| 1
+\frac{12}{2} = 6 ||| 6 ||| 1
+6 = \frac{12}{2} ||| 6 ||| 1
+x \approx 6 ||| 6 ||| 1
+6 \approx 6.0001 ||| 6 ||| 1
+0.06 \times 10^{2} ||| 6 ||| 1
+6.00 ||| 6 ||| 1
+6,0 ||| 6 ||| 0
+600% ||| 6 ||| 0
+six ||| 6 ||| 0
+VI ||| 6 ||| 0
+6x^0 ||| 6 ||| 0
+(-1)^{n+2} ||| (-1)^n ||| 1
+2^{n+1} ||| 2 \cdot 2^n ||| 1
+n! ||| n(n-1)! ||| 1
+\tan^2 x + 1 ||| \sec^2 x ||| 1
+\sin^2 x ||| 1-\cos^2 x ||| 1
+\sin 2x ||| 2 \sin x \cos x ||| 1
+\log_{10} 5 ||| \frac{\ln 5}{\ln 10} ||| 1
+\frac{x^2-1}{x-1} ||| x+1 ||| 1
+A = \{1,2,3\} ||| \{1,2,3\} ||| 1
+\{1,2,3,\ldots\} ||| \{1,2,3,\ldots\} ||| 1
+\{1,2,3,\ldots\} ||| \{1,2,4,\ldots\} ||| 0
+(1,2] \cup \{3\} ||| (1,2]\cup\{3\} ||| 1
+(1,2] \cup \{4\} ||| (1,2]\cup\{3\} ||| 0
+1 \leq x \leq 2 ||| [1,2] ||| 1
+x\in(-\infty,1]\cup[2,\infty) ||| (-\infty,1]\cup[2,\infty) ||| 1
+x \le 1 \text{ or } x \ge 2 ||| (-\infty,1]\cup[2,\infty) ||| 1
+x \le 1 \text{ and } x \ge -2 ||| [-2,1] ||| 1
+x \le 1 \lor x \ge 2 ||| (-\infty,1]\cup[2,\infty) ||| 1
+-2 \le x \text{ and } x \le 1 ||| [-2,1] ||| 1
+\boxed{\text{(C)}} ||| C ||| 1
+\text{C: } \frac12 ||| C ||| 1
+\mathrm{C} ||| C ||| 1
+c ||| C ||| 0
+C, because it is ||| C ||| 1
+C - 42 ||| C ||| 1
+C \text{ (42)} ||| C ||| 1
+D) 42 ||| C ||| 0
+(C)\ 42\text{ apples and pears} ||| C ||| 1
+A, C ||| A,C ||| 1
+A, D ||| A,C ||| 0
+1.60 \times 10^{-19} ||| 1.6\times 10^{-19} ||| 1
+1.61 \times 10^{-19} ||| 1.6\times 10^{-19} ||| 0
+1.6 \times 10^{-19} \, \text{C} ||| 1.6\times 10^{-19} ||| 1
+5\;\Omega ||| 5 ||| 1
+5 \times 10^{14} \text{ Hz} ||| 5\times10^{14} ||| 1
+5 \mu m ||| 5 ||| 1
+37^\circ \text{C} ||| 37 ||| 1
+37^\circ \text{C} ||| 37^\circ \text{F} ||| 0
+7 \text{ N·m} ||| 7 ||| 1
+7 \text{ kg} \cdot \text{m}^2 ||| 7 ||| 1
+7 \text{ mol L}^{-1} ||| 7 ||| 1
+7 \frac{\text{m}}{\text{s}} ||| 7 ||| 1
+7 : 3 ||| 7:3 ||| 1
+3 to 7 ||| 3:7 ||| 0
+07:30 ||| 7:30 ||| 0
+2x + 3y = 5 ||| 4x+6y=10 ||| 1
+2x + 3y = 5 ||| 4x+6y=11 ||| 0
+y > 2x ||| 2x < y ||| 1
+y > 2x ||| y \ge 2x ||| 0
+x = 3, y = -1 ||| x=3,y=1 ||| 0
+(3, 3\sqrt{3}) ||| (3,3\sqrt3) ||| 1
+\left( 3, \frac{3\pi}{2} \right) ||| (3, 270^\circ) ||| 0
+f(x) = 3x ||| 3x ||| 1
+P(x) = x^2 - 1 ||| (x-1)(x+1) ||| 1
+\dfrac{\sqrt[3]{4}}{2} ||| 2^{-1/3} ||| 1
+\sqrt{3 + 2\sqrt2} ||| 1+\sqrt2 ||| 1
+\sqrt{3 + 2\sqrt2} ||| 1+\sqrt3 ||| 0
+\frac{1+\sqrt5}{2} ||| \phi ||| 0
+1,2,3 ||| 3,2,1 ||| 1
+(1,2,3) ||| 1,2,3 ||| 1
+123 ||| 1,2,3 ||| 0
+\text{none} ||| \text{None} ||| 1
+\text{neither} ||| \text{None} ||| 0
+0 ||| \text{None} ||| 0
+\frac{0}{5} ||| 0 ||| 1
+-0 ||| 0 ||| 1
+10\% ||| 0.1 ||| 1
+\frac{1}{10} ||| 10\% ||| 1
+\text{10 percent} ||| 10\% ||| 1
+10 ||| 10\% ||| 1
+9\% ||| 10\% ||| 0
+"""
+for _line in _FORMS.strip().splitlines():
+    _answer, _gold, _mark = _line.split(" ||| ")
+    ANSWERS.append(("form", _answer, _gold, _mark == "1"))

@@ -96,6 +96,16 @@ def test_prompt_length_and_grader_reach_the_grading(tmp_path):
     assert heldout.grade([plain], ["4"], 1, grader="numeric").accuracy == 1
 
 
+def test_the_grader_of_the_config_is_looked_up_before_anything_is_sampled(tiny, monkeypatch):
+    tiny_run.use_one_device(monkeypatch)
+    made = assemble.assemble(
+        tiny_run.resolved(tiny, eval__every=1, eval__grader="numeric"), say=lambda line: None
+    )
+    assert made.plan.grader == "numeric"
+    with pytest.raises(ValueError, match="there is no grader 'numerical'"):
+        dataclasses.replace(made.plan, grader="numerical")
+
+
 def test_kl_is_that_of_the_full_logits(parts):
     """The pooled KL against two softmaxes over all real ids, on the same samples."""
     made, student, teacher, _ = parts
