@@ -1,60 +1,57 @@
-"""The ``opd-jax`` command: each command is a thin shell around one function of the library."""
+"""The ``opd-jax`` command: one table of commands, and what all of them do about errors."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import functools
+import difflib
+import importlib
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-_TRAIN_HELP = """usage: opd-jax train --config=FILE[:args] --workdir=DIR [--config.group.key=value]
+from opd_jax import command
 
-Distil on-policy. The same command resumes a run that was stopped or killed.
 
-  --config   a Python file with get_config(arg), for example configs/demo.py:steps=20
-  --workdir  folder of the run: run.json, metrics.jsonl, samples.jsonl, checkpoints/, summary.json
-  --help     this text
+class Command(NamedTuple):
+    """One command: the function that takes its flags, and what it is for."""
 
-Groups and keys, with their default values:
-"""
+    function: str  # module:name
+    purpose: str
+
+
+COMMANDS = {
+    "train": Command("run.launch:main", "distil on-policy, or resume"),
+    "export": Command("store.export:main", "write a checkpoint as a Hugging Face folder"),
+    "generate": Command("evaluate.generate:main", "sample answers to a file of prompts"),
+    "rocks": Command("instrument.stages:main", "find the tokens that carry most of the KL"),
+    "table": Command("store.table:main", "write a checkpoint's rock state, type by type"),
+    "sweep": Command("run.sweep:main", "train arms x seeds and compare them"),
+    "report": Command("report.command:report", "one page of runs, rocks and a sweep"),
+    "figure": Command("report.command:figure", "draw a run's training curves and rock tokens"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status; an error a user can act on is one message."""
-    started = time.monotonic()
+    command.begun = time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
-        "train": (functools.partial(_train, started=started), "distil on-policy, or resume"),
-        "export": (_export, "write a checkpoint as a Hugging Face folder"),
-        "generate": (_generate, "sample answers to a file of prompts"),
-        "rocks": (_rocks, "find the tokens that carry most of the KL"),
-        "table": (_table, "write a checkpoint's rock state, type by type"),
-        "sweep": (_sweep, "train arms x seeds and compare them"),
-        "report": (_report, "one page of runs, rocks and a sweep, to look at in a browser"),
-        "figure": (_figure, "draw a run's training curves and rock tokens"),
-    }
     if not argv or argv[0] in ("-h", "--help", "help"):
-        from opd_jax import processes
-
-        print("usage: opd-jax COMMAND ...\n")
-        for name, (_, purpose) in commands.items():
-            print(f"  {name:<10} {purpose}")
-        print(f"\nopd-jax COMMAND --help says more. Every command takes\n{processes.HELP}")
+        print(_help())
         return 0 if argv else 2
-    if argv[0] not in commands:
+    if argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, 1, 0.4)
+        known = f" (nearest known: {near[0]})" if near else ""
         print(
-            f"opd-jax: unknown command {argv[0]!r}; expected one of {', '.join(commands)}",
+            f"opd-jax: unknown command {argv[0]!r}{known}; expected one of {', '.join(COMMANDS)}",
             file=sys.stderr,
         )
         return 2
-    status = _run(argv[0], commands[argv[0]][0], argv[1:])
+    status = _run(argv[0], argv[1:])
     if status:
         from opd_jax import processes
 
@@ -64,10 +61,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _run(name: str, command: Callable[[list[str]], int], argv: list[str]) -> int:
+def _help() -> str:
+    from opd_jax import processes
+
+    lines = [f"  {name:<10} {given.purpose}" for name, given in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: opd-jax COMMAND ...\n",
+            *lines,
+            "\nopd-jax COMMAND --help says more. Every command takes",
+            processes.HELP,
+        ]
+    )
+
+
+def _run(name: str, argv: list[str]) -> int:
     try:
         with _sigterm_unwinds():
-            return command(_prepare_jax(argv))
+            rest = _prepare_jax(argv)
+            module, _, function = COMMANDS[name].function.partition(":")
+            return getattr(importlib.import_module(f"opd_jax.{module}"), function)(rest)
     except _Terminated:
         print(f"opd-jax {name}: stopped by SIGTERM", file=sys.stderr)
         return 128 + signal.SIGTERM
@@ -142,118 +155,3 @@ def _prepare_jax(argv: list[str]) -> list[str]:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return rest
-
-
-def _train(argv: list[str], *, started: float) -> int:
-    from opd_jax import config
-
-    if {"-h", "--help"} & set(argv):
-        print(_TRAIN_HELP + str(config.defaults()))
-        return 0
-    given, flags = config.load(argv, workdir=None)
-    if not flags["workdir"]:
-        raise config.ConfigError("no --workdir given: expected --workdir=DIR, a new or resumed run")
-    from opd_jax import processes
-    from opd_jax.run import train
-
-    stop = processes.Stop()
-    result = train.train(
-        config.resolve(given),
-        flags["workdir"],
-        command=["opd-jax", "train", *argv],
-        started=started,
-        stop=stop,
-    )
-    return 0 if result["is_finished"] else stop.status
-
-
-def _export(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("opd-jax export", description="Write a checkpoint for others.")
-    parser.add_argument("--workdir", required=True, help="folder of the run")
-    parser.add_argument("--step", type=int, default=None, help="default: the newest good one")
-    parser.add_argument("--out", required=True, help="a new folder")
-    parser.add_argument("--dtype", default=None, help="of the weights; default: as trained")
-    flags = parser.parse_args(argv)
-
-    from opd_jax import processes
-    from opd_jax.store import export
-
-    step = export.export(flags.workdir, flags.out, step=flags.step, dtype=flags.dtype)
-    processes.say(f"step {step} of {flags.workdir} is now the Hugging Face folder {flags.out}")
-    return 0
-
-
-def _generate(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("opd-jax generate", description="Answer a file of prompts.")
-    parser.add_argument("--model", required=True, help="Hugging Face folder, or embedded:teacher")
-    parser.add_argument("--prompts", required=True, help="JSONL with messages or prompt")
-    parser.add_argument("--out", required=True, help="JSONL to write; must not exist")
-    parser.add_argument("--max-new", type=int, default=256, help="most tokens of an answer")
-    parser.add_argument("--samples", type=int, default=1, help="answers per prompt")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--limit", type=int, default=0, help="only the first prompts; 0: all")
-    parser.add_argument("--batch", type=int, default=16, help="prompts at a time")
-    parser.add_argument("--seed", type=int, default=0)
-    flags = parser.parse_args(argv)
-
-    from opd_jax.evaluate import generate
-
-    result = generate.generate(**vars(flags))
-    print(result)
-    return 0
-
-
-def _rocks(argv: list[str]) -> int:
-
-    from opd_jax.instrument import stages
-
-    return stages.main(argv)
-
-
-def _table(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("opd-jax table", description="Rock state of a checkpoint.")
-    parser.add_argument("--workdir", required=True, help="folder of the run")
-    parser.add_argument("--step", type=int, default=None, help="default: the newest good one")
-    parser.add_argument("--out", required=True, help="a new .csv file")
-    flags = parser.parse_args(argv)
-
-    from opd_jax.store import table
-
-    step = table.table(flags.workdir, flags.out, step=flags.step)
-    print(f"wrote the rock state of step {step} to {flags.out}")
-    return 0
-
-
-def _sweep(argv: list[str]) -> int:
-
-    from opd_jax.run import sweep
-
-    return sweep.main(argv)
-
-
-def _report(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("opd-jax report", description="One self-contained HTML page.")
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="workdirs of opd-jax train")
-    parser.add_argument("--rocks", help="folder that opd-jax rocks wrote")
-    parser.add_argument("--sweep", help="workdir of opd-jax sweep")
-    parser.add_argument("--out", required=True, help="the .html file; replaces an older report")
-    flags = parser.parse_args(argv)
-
-    from opd_jax.report import build
-
-    build.report(flags.runs, flags.out, rocks=flags.rocks, sweep=flags.sweep)
-    print(f"wrote {flags.out}")
-    return 0
-
-
-def _figure(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("opd-jax figure", description="Draw a run.")
-    parser.add_argument("--workdir", required=True, help="folder of the run")
-    parser.add_argument("--out", required=True, help="a .png, .svg or .pdf file")
-    flags = parser.parse_args(argv)
-
-    from opd_jax.report import run_figure
-
-    run_figure.training(flags.workdir, flags.out)
-    print(f"wrote {flags.out}")
-    return 0

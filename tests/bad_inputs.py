@@ -54,7 +54,13 @@ COMMANDS = {
     "figure": ["figure", "--workdir=run", "--out=figure.png"],
     "rocks": ROCKS,
 }
-GENERATE = ["generate", "--model=student", "--prompts=prompts.jsonl", "--out=answers.jsonl"]
+GENERATE = [
+    "generate",
+    "--model=student",
+    "--prompts=prompts.jsonl",
+    "--out=answers.jsonl",
+    "--max-new=6",
+]
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
@@ -120,6 +126,7 @@ def cases() -> Iterator[tuple[str, list[str], Damage]]:
         "prompts: content null": '{"messages": [{"role": "user", "content": null}]}\n',
         "prompts: surrogate": '{"prompt": "\\ud800"}\n',
         "prompts: huge": json.dumps({"prompt": "1 " * 3_000_000}) + "\n",
+        "prompts: large": json.dumps({"prompt": "1 " * 500_000}) + "\n",
         "prompts: not utf-8": b"\xff\xfe\x00x\n",
         "prompts: answer of dict": '{"prompt": "1", "answer": {}}\n',
     }.items():

@@ -8,6 +8,7 @@ import tiny_run
 from tokenizers import Tokenizer
 
 from opd_jax import cli
+from opd_jax.run import launch
 
 tiny, one_device = tiny_run.tiny, tiny_run.one_device
 
@@ -50,14 +51,16 @@ def test_train_help_lists_every_key(capsys):
 
 def test_an_unknown_command_is_refused(capsys):
     assert cli.main(["trian"]) == 2
-    assert "'trian'; expected one of train, export" in capsys.readouterr().err
+    assert (
+        "'trian' (nearest known: train); expected one of train, export" in capsys.readouterr().err
+    )
 
 
 def test_a_defect_keeps_its_trace(monkeypatch):
-    def broken(argv, *, started):
+    def broken(argv):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(cli, "_train", broken)
+    monkeypatch.setattr(launch, "main", broken)
     with pytest.raises(KeyError):
         cli.main(["train"])
 
@@ -277,3 +280,35 @@ def test_every_command_refuses_in_one_message(argv, message, capsys, tmp_path, m
     assert err.startswith(f"opd-jax {argv[0]}: ")
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_with_an_example(name, capsys):
+    if name == "train":
+        assert cli.main([name, "--help"]) == 0
+    else:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            cli.main([name, "--help"])
+    out = capsys.readouterr().out
+    assert f"usage: opd-jax {name} " in out
+    assert f"example: opd-jax {name} --" in " ".join(out.split()) or f"opd-jax {name} runs/" in out
+
+
+@pytest.mark.parametrize("name", [n for n in cli.COMMANDS if n not in ("train", "sweep")])
+def test_an_unknown_flag_is_answered_with_the_nearest(name, capsys):
+    needed = {
+        "export": ["--workdir=w", "--out=o"],
+        "generate": ["--model=m", "--prompts=p", "--out=o"],
+        "table": ["--workdir=w", "--out=o"],
+        "figure": ["--workdir=w", "--out=o"],
+    }.get(name, ["--out=o"])
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, *needed, "--ouut=x"])
+    assert end.value.code == 2
+    assert "unknown argument --ouut=x (nearest known: --out)" in capsys.readouterr().err
+
+
+def test_home_is_expanded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["table", "--workdir=~/run", "--out=t.csv"]) == 1
+    assert str(tmp_path / "run") in capsys.readouterr().err

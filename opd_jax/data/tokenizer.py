@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 # transformers announces on import that torch is missing, which is how this package means it to be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -21,6 +21,7 @@ from opd_jax.data import templates
 
 Messages = Sequence[Mapping[str, Any]]  # [{"role": ..., "content": ...}, ...]
 
+MAX_CHARS = 1 << 20  # of a prompt: tokenizers end the process where memory runs out
 _MAX_FILE = 1 << 30  # bytes; the largest tokenizers have some 30 MB
 _VISIBLE = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 
@@ -81,7 +82,7 @@ def render(
     if isinstance(messages, str):
         bos = tokenizer.bos_token
         is_begun = bool(bos) and messages.startswith(str(bos))
-        ids = tokenizer.encode(messages, add_special_tokens=not is_begun)
+        text = messages
     elif not tokenizer.chat_template:
         raise ValueError(
             f"the prompt is {len(messages)} chat messages and the tokenizer in "
@@ -90,14 +91,17 @@ def render(
         )
     else:
         templates.set_clock(tokenizer, now)
-        ids = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **template_kwargs,
+        given = [dict(message) for message in messages]
+        text = tokenizer.apply_chat_template(
+            given, add_generation_prompt=True, tokenize=False, **template_kwargs
         )
-    ids = [int(i) for i in cast(list[int], ids)]
+        text, is_begun = str(text), True  # the template has written what stands in front
+    if len(text) > MAX_CHARS:
+        raise ValueError(
+            f"the prompt has {len(text)} characters: expected at most {MAX_CHARS}; split it, or "
+            "drop the line"
+        )
+    ids = [int(i) for i in tokenizer.encode(text, add_special_tokens=not is_begun)]
     if not ids:
         raise ValueError(
             f"the prompt {messages!r} renders to no ids: expected at least one; remove or fill it"

@@ -175,10 +175,7 @@ def needs(run: RunConfig, cfg: ObjectiveConfig, mesh: Mesh) -> list[memory.Need]
 
 def model_config(spec: ModelSpec, path: str) -> ModelConfig:
     """Read a model's config and give it the run's compute dtype and remat policy."""
-    dtype = spec.dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    cfg = hf_config.read_config(path, dtype=jnp.dtype(dtype))
+    cfg = hf_config.read_config(path, dtype=pairs.compute_dtype(spec.dtype))
     return dataclasses.replace(cfg, remat=spec.remat)
 
 

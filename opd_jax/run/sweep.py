@@ -6,7 +6,6 @@ ordinary workdir, ``WORKDIR/ARM/seed-N``: it resumes, and a finished one is not 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import fnmatch
 import itertools
@@ -17,6 +16,7 @@ from typing import Any
 
 import jax
 
+from opd_jax import command as commands
 from opd_jax import config, files, processes
 from opd_jax.processes import say
 from opd_jax.run import arms as comparison
@@ -37,11 +37,11 @@ _OF_NO_RESULT = ("log.*", "checkpoint.*", "mesh.*", "profile", "train.steps", "o
 
 def main(argv: Sequence[str]) -> int:
     """The command ``opd-jax sweep``; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "opd-jax sweep",
-        description="Train arms x seeds and compare the arms; the same command goes on. Further "
+    parser = commands.Parser(
+        "sweep",
+        "Train arms x seeds and compare the arms; the same command goes on. Further "
         "--config.group.key=value flags set keys of every run.",
-        allow_abbrev=False,
+        "--config=configs/opd.py --arms=full,rock --seeds=3 --workdir=runs/sweep",
     )
     parser.add_argument("--config", required=True, metavar="FILE[:args]", help="configs/opd.py")
     parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from opd_jax import command, processes
 from opd_jax import mesh as meshlib
 from opd_jax.files import path_of
 from opd_jax.models import hf, hf_config, transformer
@@ -18,6 +20,22 @@ from opd_jax.pytrees import Params
 from opd_jax.spec import ModelSpec
 from opd_jax.store import checkpoint, model_card
 from opd_jax.store import workdir as workdirs
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command ``opd-jax export``; returns the exit status."""
+    parser = command.Parser(
+        "export", "Write a checkpoint for others.", "--workdir=runs/demo --out=exported"
+    )
+    add = parser.add_argument
+    add("--workdir", required=True, help="folder of the run")
+    add("--step", type=int, default=None, help="default: the newest good one")
+    add("--out", required=True, help="a new folder")
+    add("--dtype", default=None, help="of the weights; default: as trained")
+    flags = parser.parse_args(argv)
+    step = export(flags.workdir, flags.out, step=flags.step, dtype=flags.dtype)
+    processes.say(f"step {step} of {flags.workdir} is now the Hugging Face folder {flags.out}")
+    return 0
 
 
 def export(workdir: str, out: str, *, step: int | None = None, dtype: str | None = None) -> int:

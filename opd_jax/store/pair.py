@@ -1,4 +1,4 @@
-"""The models that an analysis compares: a student and a teacher, named on the command line.
+"""Models by name, opened one way in every command: one alone, or a student and its teacher.
 
 A *model reference* is one of
 
@@ -28,7 +28,7 @@ from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Params
 from opd_jax.rollout.sampling import Sampler
-from opd_jax.spec import ModelSpec
+from opd_jax.spec import DTYPES, ModelSpec
 from opd_jax.store import checkpoint, checkpoint_record, fingerprint
 from opd_jax.store import workdir as workdirs
 
@@ -49,6 +49,8 @@ class Reference:
       run: workdir whose checkpoint holds the weights.
       step: of that checkpoint.
       param_dtype: of the checkpoint's parameters, or what a run's step 0 is stored in.
+      stop_ids: that end the answers of the run; empty without one.
+      started: when the run was; None without one.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Reference:
     run: Path | None = None
     step: int = 0
     param_dtype: str | None = None
+    stop_ids: tuple[int, ...] = ()
+    started: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,8 +132,9 @@ def resolve(ref: str) -> Reference:
     folder = path_of(workdirs.setting(record, "student.path"))
     # The weights come from the checkpoint; of the folder only the rest is used.
     workdirs.check_model(workdir, record, "student", folder, weights=step == "0")
+    of_run = {"stop_ids": tuple(record["stop_ids"]), "started": record.get("time")}
     if step == "0":
-        return Reference(ref, folder, param_dtype=stored)
+        return Reference(ref, folder, param_dtype=stored, **of_run)
     with checkpoint.open(workdir) as saves:
         found = saves.steps()
     if step == LAST and found:
@@ -139,7 +144,7 @@ def resolve(ref: str) -> Reference:
             f"{run} has no checkpoint of step {step!r}: expected one of {[0, *found]} or {LAST}; "
             "give one of them"
         )
-    return Reference(f"{run}@{int(step)}", folder, workdir, int(step), stored)
+    return Reference(f"{run}@{int(step)}", folder, workdir, int(step), stored, **of_run)
 
 
 def identity(ref: Reference) -> dict[str, str]:
@@ -149,6 +154,74 @@ def identity(ref: Reference) -> dict[str, str]:
         record = ref.run / "checkpoints" / str(ref.step) / checkpoint_record.RECORD
         found[f"checkpoint {ref.step}"] = fingerprint.of_file(record)  # it has all checksums
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model that was looked at and not loaded yet.
+
+    Attributes:
+      reference: what names it.
+      cfg: with the compute dtype.
+      mesh: devices that :meth:`load` puts it on.
+      tokenizer: of its folder.
+      num_ids: real ids; rows of the embedding from there on are padding.
+      stop_ids: end an answer.
+      started: when its run was, which is the date that chat templates write; None without a run.
+    """
+
+    reference: Reference
+    cfg: ModelConfig
+    mesh: Mesh
+    tokenizer: Any
+    num_ids: int
+    stop_ids: tuple[int, ...]
+    started: str | None
+
+    @property
+    def stored(self) -> jnp.dtype:
+        """Dtype of its parameters."""
+        return jnp.dtype(self.reference.param_dtype or self.cfg.dtype)
+
+    def sampler(self, **filters: Any) -> Sampler:
+        """How it answers: ``temperature``, ``top_k``, ``top_p``, ``min_p``."""
+        return Sampler(
+            vocab_size=self.num_ids,
+            stop_ids=self.stop_ids,
+            pad_id=tokenizers.pad_id(self.tokenizer),
+            **filters,
+        )
+
+    def load(self) -> Params:
+        """Read its parameters onto the mesh."""
+        return _params(self.reference, self.cfg, self.mesh, self.num_ids)
+
+
+def open_model(ref: str, *, mesh: Mesh | None = None, dtype: str | None = None) -> Model:
+    """Look at a model: all that can be known and checked without its weights.
+
+    Args:
+      ref: a model reference.
+      mesh: default: all devices along ``data``.
+      dtype: compute dtype; default: float32 on CPU, bfloat16 elsewhere. A student of a run is
+        stored as the run does.
+
+    Raises:
+      ModelError, FileNotFoundError: a reference that means nothing.
+      ValueError: a config or a tokenizer that cannot be used, or more ids than the model has rows.
+    """
+    found = resolve(ref)
+    cfg, tokenizer = _config(found, dtype), tokenizers.load(found.folder)
+    return Model(
+        reference=found,
+        cfg=cfg,
+        mesh=meshlib.make() if mesh is None else mesh,
+        tokenizer=tokenizer,
+        num_ids=tokenizers.num_ids(tokenizer, cfg.vocab_size, "model"),
+        stop_ids=found.stop_ids
+        or tokenizers.stop_ids(tokenizer, hf_config.generation_eos(found.folder)),
+        started=found.started,
+    )
 
 
 def open_pair(
@@ -236,10 +309,21 @@ def load(ref: str, pair: Pair) -> Params:
     return _params(found, cfg, pair.mesh, pair.vocab_size)
 
 
+def compute_dtype(given: str | None = None) -> jnp.dtype:
+    """The dtype that models compute in: as given, else float32 on CPU and bfloat16 elsewhere.
+
+    Raises:
+      ModelError: no dtype that models are computed in.
+    """
+    if given in (None, "auto"):
+        given = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if given not in DTYPES:
+        raise ModelError(f"dtype is {given!r}: expected one of {DTYPES}; set --dtype")
+    return jnp.dtype(given)
+
+
 def _config(ref: Reference, dtype: str | None) -> ModelConfig:
-    if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return hf_config.read_config(ref.folder, dtype=jnp.dtype(dtype))
+    return hf_config.read_config(ref.folder, dtype=compute_dtype(dtype))
 
 
 def _params(ref: Reference, cfg: ModelConfig, mesh: Mesh, num_ids: int) -> Params:

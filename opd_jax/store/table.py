@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from opd_jax import files, mesh, rock
+from opd_jax import command, files, mesh, processes, rock
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.files import path_of
 from opd_jax.models import hf_config
@@ -30,6 +31,21 @@ COLUMNS = (
     "member",
     "rank",
 )
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command ``opd-jax table``; returns the exit status."""
+    parser = command.Parser(
+        "table", "Rock state of a checkpoint, type by type.", "--workdir=runs/demo --out=rocks.csv"
+    )
+    add = parser.add_argument
+    add("--workdir", required=True, help="folder of the run")
+    add("--step", type=int, default=None, help="default: the newest good one")
+    add("--out", required=True, help="a new .csv file")
+    flags = parser.parse_args(argv)
+    step = table(flags.workdir, flags.out, step=flags.step)
+    processes.say(f"wrote the rock state of step {step} to {flags.out}")
+    return 0
 
 
 def table(workdir: str, out: str, *, step: int | None = None) -> int:
@@ -53,7 +69,7 @@ def table(workdir: str, out: str, *, step: int | None = None) -> int:
       WorkdirError, CheckpointError: there is no run, or no good checkpoint.
       FileExistsError: ``out`` is there already.
     """
-    folder, path = Path(workdir), Path(out)
+    folder, path = Path(path_of(workdir)), Path(path_of(out))
     if path.exists():
         raise FileExistsError(
             f"{path} exists: expected a file name that is free; move it away or give another --out"

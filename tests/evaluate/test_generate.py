@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from opd_jax import cli
 from opd_jax.data import tokenizer as tokenizers
 
-tiny, one_device = tiny_run.tiny, tiny_run.one_device
+tiny, one_device, workdir = tiny_run.tiny, tiny_run.one_device, tiny_run.workdir
 
 
 def generate(tiny, out, **flags):
@@ -174,3 +174,23 @@ def test_logits_that_are_not_finite_are_told(tiny, tmp_path, capsys):
     assert generate(tiny, tmp_path / "a", model=copy / "student") == 1
     assert "are not finite" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_answers_as_what_it_exports(tiny, tmp_path, workdir, capsys):
+    exported = tmp_path / "exported"
+    assert cli.main(["export", f"--workdir={workdir}", "--step=2", f"--out={exported}"]) == 0
+    assert generate(tiny, tmp_path / "a", model=f"{workdir}@2", temperature=1.0) == 0
+    assert generate(tiny, tmp_path / "b", model=exported, temperature=1.0) == 0
+    assert generate(tiny, tmp_path / "c", model=workdir, temperature=1.0) == 0
+    of_run, of_export, newest = ((tmp_path / name).read_text() for name in "abc")
+    assert of_run == of_export
+    assert newest != of_run
+    assert generate(tiny, tmp_path / "d", model=f"{workdir}@3") == 1
+    assert "has no checkpoint of step '3'" in capsys.readouterr().err
+
+
+def test_a_mesh_changes_no_greedy_answer(tiny, tmp_path):
+    assert generate(tiny, tmp_path / "a") == 0
+    assert generate(tiny, tmp_path / "b", mesh_fsdp=2, mesh_model=2) == 0
+    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()

@@ -1,0 +1,66 @@
+"""What the commands share: how a command line is read, and the flags that several have."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import time
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+begun = time.monotonic()  # when the command that is running was
+MODEL = "Hugging Face folder, embedded:NAME, or RUN[@STEP] (the workdir of a run)"
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of one command: help with an example, and the nearest flag for an unknown one."""
+
+    def __init__(self, name: str, does: str, example: str):
+        super().__init__(
+            f"opd-jax {name}",
+            description=does,
+            epilog=f"example: opd-jax {name} {example}",
+            allow_abbrev=False,
+        )
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        """As argparse does, with ``~`` expanded, which shells leave as it is in ``--out=~/x``."""
+        values, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(values).items():
+            if isinstance(value, str):
+                setattr(values, name, os.path.expanduser(value))
+            elif isinstance(value, list):
+                setattr(values, name, [os.path.expanduser(v) for v in value])
+        return values, rest
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2, naming the flag that was probably meant."""
+        what, _, given = message.partition("unrecognized arguments: ")
+        for item in given.split() if not what else ():
+            name = item.partition("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, 1, 0.4)
+            known = f" (nearest known: {near[0]})" if near and item.startswith("-") else ""
+            message = f"unknown argument {item}{known}: expected one of the flags above; correct it"
+            break
+        super().error(message)
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """The flags that spread a model over devices; read them with :func:`mesh`."""
+    add = parser.add_argument
+    add("--mesh-fsdp", type=int, default=1, help="devices that share the parameters; default: 1")
+    add("--mesh-model", type=int, default=1, help="devices that share heads and vocabulary")
+
+
+def mesh(fsdp: int, model: int) -> Mesh:
+    """The mesh that the flags ask for, ``data`` over the devices that are left.
+
+    Raises:
+      ValueError: the devices do not divide so.
+    """
+    from opd_jax import mesh as meshlib
+
+    return meshlib.make(fsdp=fsdp, model=model)
