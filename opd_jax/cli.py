@@ -28,6 +28,7 @@ COMMANDS = {
     "train": Command("run.launch:main", "distil on-policy, or resume"),
     "export": Command("store.export:main", "write a checkpoint as a Hugging Face folder"),
     "generate": Command("evaluate.generate:main", "sample answers to a file of prompts"),
+    "eval": Command("evaluate.command:main", "grade models on tasks, and compare two of them"),
     "rocks": Command("instrument.stages:main", "find the tokens that carry most of the KL"),
     "table": Command("store.table:main", "write a checkpoint's rock state, type by type"),
     "sweep": Command("run.sweep:main", "train arms x seeds and compare them"),
@@ -134,11 +135,13 @@ def _message(error: Exception) -> str | None:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """Errors whose message says what to change; anything else is a defect and keeps its trace."""
+    from opd_jax.evaluate.judge import JudgeError
     from opd_jax.run.train import NonFiniteError
     from opd_jax.store.checkpoint import CheckpointError
     from opd_jax.store.workdir import WorkdirError
 
-    return (ValueError, OSError, ImportError, CheckpointError, WorkdirError, NonFiniteError)
+    errors = (ValueError, OSError, ImportError, CheckpointError, WorkdirError, NonFiniteError)
+    return (*errors, JudgeError)
 
 
 def _prepare_jax(argv: list[str]) -> list[str]:

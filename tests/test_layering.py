@@ -81,6 +81,11 @@ ORDER: list[str | tuple[str, list]] = [
             "grading",
             "heldout",
             "generate",
+            "tasks",
+            "metrics",
+            "results",
+            "benchmark",
+            "command",
         ],
     ),
     (

@@ -41,10 +41,11 @@ def sample(
     size: int,
     samples: int = 1,
     bias_V: jax.Array | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[tuple[Rollout, int]]:
     """Sample answers to all rows, batch by batch, each process its own share.
 
-    A row's answers depend on its place in ``rows`` and on ``key``, not on the batch size. Yields
+    A row's answers depend on its number and on ``key``, not on the batch size. Yields
     rollouts and how many of their rows are real (the first ones).
 
     Args:
@@ -58,11 +59,15 @@ def sample(
       size: prompts at a time, over all processes.
       samples: answers per prompt.
       bias_V: logit bias.
+      numbers: of the rows; default: their places in ``rows``.
     """
     own = meshlib.own(size)
+    numbers = range(len(rows)) if numbers is None else numbers
     for number, (part, real) in enumerate(batches(rows, size)):
         prompt = batching.pad([row.ids for row in part[own]], width, sampler.pad_id)
-        ids = number * size + np.arange(own.start, own.stop, dtype=np.int32)
+        # Rows that fill a batch up have any number: they are dropped.
+        places = [number * size + i if i < real else 0 for i in range(size)]
+        ids = np.array([numbers[place] for place in places], np.int32)[own]
         prompt, rows_B = meshlib.to_global((prompt, ids), mesh)
         answers = decode.sample(
             params,

@@ -1,0 +1,404 @@
+"""One model on tasks: samples, graded as they come, in a folder that a killed evaluation resumes.
+
+A response follows from the model, its problem, its number and the seed alone: not from the batch,
+the mesh, the other problems or tasks, nor from where an evaluation was interrupted.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from opd_jax import mesh as meshlib
+from opd_jax import processes
+from opd_jax.data.prompts import Example
+from opd_jax.evaluate import finding, grading, metrics, results, tasks
+from opd_jax.evaluate.tasks import Form, Problem, Task
+from opd_jax.files import path_of
+from opd_jax.models import memory
+from opd_jax.pytrees import Params
+from opd_jax.rollout import answers as drawing
+from opd_jax.rollout.sampling import Sampler
+from opd_jax.store import fingerprint, workdir
+from opd_jax.store import pair as pairs
+from opd_jax.store.pair import Model
+
+_NARROWEST = 64  # ids of the narrowest padded prompt; the others are its doubles
+_EVERY_S = 10.0  # between lines of progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a model is evaluated.
+
+    Attributes:
+      samples: responses per problem.
+      max_new: most ids of a response.
+      temperature: 0 is greedy.
+      top_k, top_p, min_p: filters of sampling; 0, 1 and 0 are off.
+      seed: of the draws.
+      ks: of pass@k; (): the powers of 2.
+    """
+
+    samples: int = 1
+    max_new: int = 1024
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    ks: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        checks = (
+            ("samples", 1 <= self.samples < 2**16, "1 to 65535"),
+            ("max-new", 1 <= self.max_new < 2**31, "1 to 2^31 - 1"),
+            ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "0 or more"),
+            ("top-k", 0 <= self.top_k < 2**31, "0 (off) or a number of ids"),
+            ("top-p", 0 < self.top_p <= 1, "above 0, up to 1 (off)"),
+            ("min-p", 0 <= self.min_p <= 1, "0 (off) to 1"),
+            ("seed", 0 <= self.seed < 2**32, "0 to 2^32 - 1"),
+            ("k", all(1 <= k <= self.samples for k in self.ks), f"1 to --samples {self.samples}"),
+        )
+        for name, is_right, expected in checks:
+            if not is_right:
+                found = getattr(self, {"k": "ks"}.get(name, name.replace("-", "_")))
+                raise ValueError(f"{name} is {found}: expected {expected}; set --{name}")
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(
+                f"samples is {self.samples} and temperature 0, at which all are the same: expected "
+                "one greedy sample, or a temperature; set --temperature or --samples=1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A problem, ready to be asked."""
+
+    task: Task
+    problem: Problem
+    example: Example
+    width: int  # padded
+
+
+def evaluate(
+    ref: str,
+    given: Sequence[Task],
+    out: Path,
+    *,
+    settings: Settings,
+    form: Form,
+    batch: int = 16,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    say: Callable[[str], None] = processes.say,
+) -> dict[str, dict[str, metrics.Value]]:
+    """Evaluate a model, or go on where it was interrupted.
+
+    Args:
+      ref: a model reference.
+      given: tasks.
+      out: folder of the evaluation.
+      settings, form: how.
+      batch: problems at a time; changes no response.
+      mesh: default: all devices along ``data``.
+      dtype: compute dtype; default: float32 on CPU, bfloat16 elsewhere.
+      say: receives progress.
+
+    Returns:
+      ``metrics.summarise`` of every task, by name.
+
+    Raises:
+      ValueError, OSError: something cannot be used; the message says what to change.
+    """
+    if batch < 1:
+        raise ValueError(f"batch is {batch}: expected at least 1; set --batch")
+    model = pairs.open_model(ref, mesh=mesh, dtype=dtype)
+    rows = _rows(model, given, settings, form)
+    record = _record(model, given, settings, form)
+    order = [(row.task.name, row.problem.index) for row in rows]
+    done = _enter(out, record, order, settings.samples)
+    if done < len(rows):
+        if done:
+            say(f"{out} has {done} of {len(rows)} problems: going on")
+        with _writing(out) as stream:
+            for lines in _graded(model, rows[done:], settings, batch, len(rows), say):
+                if stream is not None:
+                    results.write(stream, lines)
+        processes.meet("evaluated")
+    return _summarise(out, settings)
+
+
+def _rows(model: Model, given: Sequence[Task], settings: Settings, form: Form) -> list[_Row]:
+    """All problems as prompts: task by task, narrow ones first."""
+    room = model.cfg.max_positions - settings.max_new
+    if room < 1:
+        raise ValueError(
+            f"max-new is {settings.max_new}: expected below the {model.cfg.max_positions} "
+            f"positions of {model.reference.name}, which hold prompt and answer; lower --max-new"
+        )
+    rows = []
+    for task in given:
+        examples = tasks.prompts(task, form, model.tokenizer, max_prompt=room, now=model.started)
+        found = [
+            _Row(task, problem, example, _width(len(example.ids), room))
+            for problem, example in zip(task.problems, examples, strict=True)
+        ]
+        rows += sorted(found, key=lambda row: row.width)
+    return rows
+
+
+def _width(length: int, room: int) -> int:
+    width = _NARROWEST
+    while width < length:
+        width *= 2
+    return min(width, room)
+
+
+def _record(
+    model: Model, given: Sequence[Task], settings: Settings, form: Form
+) -> results.EvalRecord:
+    told: dict[str, Any] = dataclasses.asdict(settings) | dataclasses.asdict(form)
+    del told["ks"]  # of the summary, not of the responses
+    told |= {"template": dict(form.template), "dtype": model.cfg.dtype}
+    told["stop_ids"] = list(model.stop_ids)
+    told |= _own_graders(given)
+    return {
+        "model": model.reference.name,
+        "files": pairs.identity(model.reference),
+        "tasks": [
+            {
+                "name": task.name,
+                "path": task.path,
+                "digest": task.digest,
+                "problems": len(task.problems),
+            }
+            for task in given
+        ],
+        "settings": told,
+        "time": workdir.timestamp(),
+    }
+
+
+def _own_graders(given: Sequence[Task]) -> dict[str, str]:
+    """Fingerprints of the files of the user's own graders."""
+    names = {problem.grader for task in given for problem in task.problems}
+    paths = {name: Path(path_of(name.rpartition(":")[0])) for name in names}
+    return {
+        f"grader {name}": fingerprint.of_file(path)
+        for name, path in sorted(paths.items())
+        if path.suffix == ".py" and path.is_file()
+    }
+
+
+def _enter(out: Path, record: results.EvalRecord, order: list[tuple[str, int]], n: int) -> int:
+    found: list[int] = []
+
+    def enter() -> None:
+        with results.locked(out):
+            found.append(results.enter(out, record, order, n))
+
+    processes.on_first(enter)
+    return processes.agreed(found[0] if found else 0)
+
+
+class _writing:
+    """The file of completions, open and locked on process 0; None on the others."""
+
+    def __init__(self, out: Path):
+        self._out = out
+
+    def __enter__(self):
+        self._stream = None
+        if jax.process_index() == 0:
+            self._lock = results.locked(self._out)
+            self._lock.__enter__()
+            self._stream = (self._out / results.LINES).open("a", encoding="utf-8")
+        return self._stream
+
+    def __exit__(self, *error) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._lock.__exit__(*error)
+
+
+def _graded(
+    model: Model,
+    rows: Sequence[_Row],
+    settings: Settings,
+    batch: int,
+    total: int,
+    say: Callable[[str], None],
+) -> Iterator[list[results.Line]]:
+    """Sample and grade what is left, batch by batch."""
+    size = meshlib.batch_rows(min(batch, len(rows)), model.mesh)
+    widest = max(row.width for row in rows)
+    needs = [
+        memory.Need(
+            "the model", memory.weights(model.cfg, model.stored, model.mesh), "raise --mesh-fsdp"
+        ),
+        memory.Need(
+            "keys and values",
+            memory.cache(model.cfg, size * settings.samples, widest + settings.max_new, model.mesh),
+            "lower --batch, --samples or --max-new",
+        ),
+    ]
+    memory.check(needs, model.mesh)
+    params = model.load()
+    sampler = model.sampler(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+    )
+    progress = _Progress(total, total - len(rows), say)
+    with jax.set_mesh(model.mesh):
+        for group in _groups(rows):
+            for part, lines, tokens in _group(
+                model, params, group, settings=settings, sampler=sampler, size=size
+            ):
+                progress.add(part, lines, tokens)
+                yield lines
+    progress.end()
+
+
+def _groups(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+    """Neighbours of one task and width, which one program serves."""
+    group: list[_Row] = []
+    for row in rows:
+        if group and (row.task.name, row.width) != (group[0].task.name, group[0].width):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def _group(
+    model: Model,
+    params: Params,
+    rows: Sequence[_Row],
+    *,
+    settings: Settings,
+    sampler: Sampler,
+    size: int,
+) -> Iterator[tuple[int, list[results.Line], int]]:
+    """Number of problems, lines and tokens of each batch."""
+    name = rows[0].task.name
+    key = jax.random.fold_in(jax.random.key(settings.seed), zlib.crc32(name.encode()))
+    drawn = drawing.sample(
+        params,
+        [row.example for row in rows],
+        key,
+        model.mesh,
+        cfg=model.cfg,
+        sampler=sampler,
+        max_new=settings.max_new,
+        width=rows[0].width,
+        size=size,
+        samples=settings.samples,
+        numbers=[row.problem.index for row in rows],
+    )
+    first = 0
+    for rollouts, real in drawn:
+        texts = drawing.texts(rollouts, real, model.tokenizer)
+        host = meshlib.to_host(rollouts)
+        lengths = host.mask_BT.sum(axis=1)
+        lines = [
+            _line(
+                rows[first + number // settings.samples],
+                number % settings.samples,
+                text,
+                int(lengths[number]),
+                bool(host.truncated_B[number]),
+            )
+            for number, text in enumerate(texts)
+        ]
+        yield real // settings.samples, lines, int(lengths[:real].sum())
+        first += real // settings.samples
+
+
+def _line(row: _Row, sample: int, text: str, tokens: int, truncated: bool) -> results.Line:
+    problem = row.problem
+    verdict = grading.named(problem.grader)(
+        text,
+        problem.answer,
+        truncated=truncated,
+        in_thought=finding.opens_thought(row.example.text),
+    )
+    line: results.Line = {
+        "task": row.task.name,
+        "index": problem.index,
+        "id": problem.id,
+        "sample": sample,
+        "response": text,
+        "gold": problem.answer,
+        "grader": problem.grader,
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        "found": verdict.found,
+        "tokens": tokens,
+        "truncated": truncated,
+    }
+    if sample == 0:
+        line["prompt"] = row.example.text
+    return line
+
+
+def _summarise(out: Path, settings: Settings) -> dict[str, dict[str, metrics.Value]]:
+    (found,) = results.read(out)
+    measures = {
+        name: metrics.summarise(list(problems.values()), settings.ks)
+        for name, problems in found.problems.items()
+    }
+    reasons: dict[str, collections.Counter[str]] = {
+        name: collections.Counter() for name in measures
+    }
+    for line in results.load_lines(out):
+        reasons[line["task"]][line["reason"]] += 1
+    processes.on_first(lambda: results.write_summary(out, measures, reasons))
+    return measures
+
+
+class _Progress:
+    """Says now and then how far an evaluation is, how good, how fast, and how long it will take."""
+
+    def __init__(self, total: int, done: int, say: Callable[[str], None]):
+        self.total, self.done, self.say = total, done, say
+        self.fresh = self.tokens = self.right = self.graded = 0
+        self.began = self.said = time.monotonic()
+
+    def add(self, problems: int, lines: Sequence[results.Line], tokens: int) -> None:
+        self.done += problems
+        self.fresh += problems
+        self.tokens += tokens
+        self.right += sum(line["correct"] for line in lines)
+        self.graded += len(lines)
+        if time.monotonic() - self.said > _EVERY_S:
+            self.end(lines[-1]["task"])
+
+    def end(self, task: str = "") -> None:
+        now = time.monotonic()
+        self.said = now
+        took = max(now - self.began, 1e-9)
+        left = (self.total - self.done) * took / max(self.fresh, 1)
+        self.say(
+            f"{self.done} of {self.total} problems{f' ({task})' if task else ''}: right "
+            f"{self.right / max(self.graded, 1):.1%} of {self.graded} new responses, "
+            f"{self.tokens / took:.0f} tokens/s, {_duration(left)} left"
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -1,0 +1,158 @@
+"""Measures of samples: against enumeration, simulation and hand arithmetic."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as reference
+
+from opd_jax.evaluate import metrics
+from opd_jax.evaluate.metrics import Sample
+
+
+def sample(correct, found="1", truncated=False, tokens=10):
+    return Sample(correct, found, truncated, tokens)
+
+
+def problems(*rights):
+    return [[sample(bool(right), found=str(right)) for right in row] for row in rights]
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "k"), list(itertools.product([1, 4, 6], range(7), [1, 2, 4, 6]))
+)
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(n, c, k):
+    if c > n or k > n:
+        with pytest.raises(ValueError, match="expected k from 1"):
+            metrics.pass_at_k(n, c, k)
+        return
+    draws = list(itertools.combinations([i < c for i in range(n)], k))
+    assert metrics.pass_at_k(n, c, k) == pytest.approx(np.mean([any(draw) for draw in draws]))
+
+
+def test_pass_at_k_is_unbiased():
+    rng = np.random.default_rng(0)
+    n, k, rate = 8, 4, 0.2
+    drawn = [metrics.pass_at_k(n, int(c), k) for c in rng.binomial(n, rate, 4000)]
+    truth = 1 - (1 - rate) ** k
+    assert abs(np.mean(drawn) - truth) < 4 * np.std(drawn) / math.sqrt(len(drawn))
+
+
+def test_large_numbers_of_samples_do_not_overflow():
+    assert 0 < metrics.pass_at_k(20_000, 3, 5_000) < 1
+
+
+@pytest.mark.parametrize(
+    ("answers", "share"),
+    [
+        ([("5", True), ("5", True), ("6", False)], 1),
+        ([("5", True), ("6", False), ("6", False)], 0),
+        ([("5", True), ("6", False)], 0.5),
+        ([("1/2", True), ("0.5", True), ("2", False), ("2.0", False), ("2", False)], 0),
+        ([("x+1", True), ("1+x", True), ("x+2", False)], 1),
+        ([("Red", False), ("red", False), ("5", True)], 0),
+        ([(None, False), (None, False), ("5", True)], 1),
+        ([(None, False)], 0),
+    ],
+)
+def test_majority(answers, share):
+    assert metrics.majority([sample(right, found) for found, right in answers]) == share
+
+
+def test_a_summary_by_hand():
+    given = [
+        [sample(True), sample(True, tokens=20), sample(False, "2"), sample(False, None, True, 40)],
+        [sample(False, None, True, 40)] * 4,
+        [sample(True), sample(False, "3"), sample(False, "4"), sample(True, truncated=True)],
+        [sample(False, "5"), sample(False, "6"), sample(False, "7"), sample(False, "8")],
+    ]
+    found = {name: value.value for name, value in metrics.summarise(given, [1, 2, 4]).items()}
+    assert found["pass@1"] == pytest.approx(np.mean([0.5, 0, 0.5, 0]))
+    assert found["pass@2"] == pytest.approx(np.mean([5 / 6, 0, 5 / 6, 0]))
+    assert found["pass@4"] == pytest.approx(0.5)
+    assert found["maj@4"] == pytest.approx(0.5)
+    assert found["unparsed_share"] == pytest.approx(5 / 16)
+    assert found["truncated_share"] == pytest.approx(6 / 16)
+    assert found["accuracy_untruncated"] == pytest.approx(3 / 10)
+    assert found["mean_length"] == pytest.approx((10 + 20 + 10 + 40 + 160 + 40 + 40) / 16)
+
+
+def test_one_greedy_sample_has_wilsons_interval():
+    found = metrics.summarise(problems(*[[1]] * 7, *[[0]] * 13))
+    ends = reference.binomtest(7, 20).proportion_ci(method="wilson")
+    assert (found["pass@1"].low, found["pass@1"].high) == pytest.approx((ends.low, ends.high))
+    assert "maj@1" not in found
+    assert metrics.default_ks(1) == [1]
+    assert metrics.default_ks(6) == [1, 2, 4, 6]
+
+
+def test_nothing_untruncated_has_no_accuracy():
+    found = metrics.summarise([[sample(False, None, True)]] * 3)
+    assert found["accuracy_untruncated"] == metrics.Value(None)
+    assert metrics.show(metrics.Value(None), "x") == "-"
+
+
+def test_unequal_numbers_of_samples_are_refused():
+    with pytest.raises(ValueError, match=r"problems with \[1, 2\] samples"):
+        metrics.summarise(problems([1], [0, 1]))
+
+
+def test_the_interval_of_the_untruncated_covers():
+    """Its samples are clustered by problem, and their number is random."""
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(120):
+        rate = rng.beta(2, 2, 40)
+        given = [
+            [sample(rng.random() < p, truncated=rng.random() < 0.3) for _ in range(4)] for p in rate
+        ]
+        value = metrics._untruncated(given)
+        held += value.low <= 0.5 <= value.high
+    assert held / 120 > 0.95 - 3 * math.sqrt(0.95 * 0.05 / 120)
+
+
+def test_greedy_comparison_is_mcnemars_exact_test():
+    base, arm = problems(*[[1]] * 10, *[[0]] * 10), problems(*[[1]] * 9, *[[0]] * 4, *[[1]] * 7)
+    found = metrics.compare([base], [arm], margin=0.05)
+    assert found.test == "McNemar, exact"
+    assert found.p == pytest.approx(reference.binomtest(1, 8).pvalue)
+    assert found.delta == pytest.approx(0.3)
+    assert found.verdict == "undecided"
+
+
+def test_verdicts_of_comparisons():
+    same = problems(*[[1, 0]] * 200)
+    assert metrics.compare([same], [same], margin=0.02).verdict == "equivalent"
+    rng = np.random.default_rng(0)
+    noisy, other = (problems(*rng.integers(0, 2, (30, 2))) for _ in "ab")
+    assert metrics.compare([noisy], [other], margin=0.02).verdict == "undecided"
+    better = problems(*[[1, 1]] * 200)
+    found = metrics.compare([same], [better], margin=0.02)
+    assert (found.verdict, found.test) == ("different", "paired bootstrap")
+    assert found.delta == pytest.approx(0.5)
+
+
+def test_the_paired_comparison_keeps_its_level():
+    rng = np.random.default_rng(2)
+    rejected = wrongly = 0
+    for _ in range(200):
+        rate = rng.beta(1, 1, 50)
+        base, arm = (problems(*(rng.random((50, 4)) < rate[:, None]).astype(int)) for _ in "ab")
+        found = metrics.compare([base], [arm], margin=0.1)
+        rejected += found.p <= 0.05
+        wrongly += found.p_equivalent <= 0.05
+    assert rejected / 200 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 200)
+    assert wrongly > 100  # equal models are mostly told to be equivalent at ten points
+
+
+def test_seeds_widen_the_interval():
+    rng = np.random.default_rng(3)
+    seeds = [problems(*(rng.random((60, 1)) < rate).astype(int)) for rate in (0.3, 0.5, 0.7)]
+    alone, together = metrics.over_seeds(seeds[1:2]), metrics.over_seeds(seeds)
+    assert together.value == pytest.approx(np.mean([metrics.shares(x).mean() for x in seeds]))
+    assert together.high - together.low > alone.high - alone.low
+    found = metrics.compare(seeds, seeds[::-1], margin=0.02)
+    assert found.test == "paired bootstrap over seeds and problems"
+    with pytest.raises(ValueError, match="2 seeds of the base and 3 of the arm"):
+        metrics.compare(seeds[:2], seeds, margin=0.02)
