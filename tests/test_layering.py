@@ -14,9 +14,9 @@ ORDER: list[str | tuple[str, list]] = [
     "records",
     "rules",
     "bounded",
-    "command",
     "processes",
     "mesh",
+    "command",
     "pytrees",
     "stats",
     # the algorithm, its models and its data
@@ -156,6 +156,7 @@ ORDER: list[str | tuple[str, list]] = [
             "stages",
         ],
     ),
+    "api",
     "cli",
 ]
 # Neighbours that do not know each other, whatever their order.
@@ -236,7 +237,8 @@ def test_imports_go_down_the_list():
         package = ".".join(("opd_jax", *path.relative_to(PACKAGE).parent.parts))
         imports = imported(path.read_text(encoding="utf-8"), package)
         if path.name == "__init__.py":
-            bad += [f"{name} imports {other}" for other in sorted(imports)]
+            known = {"api"} if name == "__init__" else set()  # handed out when asked for
+            bad += [f"{name} imports {other}" for other in sorted(imports - known)]
         elif name not in RANK:
             bad.append(f"{name} has no place: add it to ORDER")
         else:

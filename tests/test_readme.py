@@ -1,16 +1,24 @@
 """Every command in a ```bash block of README.md can run: it knows its flags and finds its files."""
 
+import ast
+import inspect
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
+import tiny_run
 from packaging.requirements import InvalidRequirement, Requirement
 
-from opd_jax import cli, config
+from opd_jax import cli, config, processes
+from opd_jax.data import batches
+from opd_jax.run import assemble, train
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -61,6 +69,7 @@ def check_opd_jax(args: list[str], capsys) -> list[str]:
     if not args or args[0].startswith("-"):
         return [] if cli.main(args or ["--help"]) == 0 else [f"opd-jax {args} fails"]
     command, *rest = args
+    rest, _ = processes.take_flags(rest)
     try:
         status = cli.main([command, "--help"])
     except SystemExit as stop:
@@ -214,3 +223,51 @@ def test_commands_that_cannot_run_are_found(line, found, capsys):
 def test_commands_are_read_from_bash_blocks_only():
     text = "```bash\n# note\na --x=1 \\\n  --y=2\n\nb\n```\n\n```text\nc\n```\n"
     assert [shlex.split(line) for line in commands(text)] == [["a", "--x=1", "--y=2"], ["b"]]
+
+
+def blocks(markdown: str) -> list[str]:
+    return [body for language, body in FENCE.findall(markdown) if language == "python"]
+
+
+def test_the_step_of_the_readme_is_the_step_of_the_code(readme):
+    (quoted,) = (body for body in blocks(readme) if body.startswith("def one_step"))
+    shown, code = ast.parse(quoted).body[0], ast.parse(inspect.getsource(train.one_step)).body[0]
+    assert isinstance(shown, ast.FunctionDef)
+    assert isinstance(code, ast.FunctionDef)
+    assert [arg.arg for arg in shown.args.args] == [arg.arg for arg in code.args.args]
+    assert [ast.dump(line) for line in shown.body] == [ast.dump(line) for line in code.body[1:]]
+
+
+def test_the_python_of_the_readme_runs(readme, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_run.use_one_device(monkeypatch)
+    config_file, six_lines = (
+        next(body for body in blocks(readme) if start in body)
+        for start in ("def get_config", "opd_jax.distill")
+    )
+    scope: dict = {}
+    exec(config_file, scope)
+    given = scope["get_config"]()
+    assert given.rock.mode == "ema"
+    exec(six_lines, {})
+    assert (tmp_path / "runs/python/summary.json").is_file()
+
+
+def test_a_loop_of_ones_own_is_the_runs(readme, tmp_path, monkeypatch):
+    tiny_run.use_one_device(monkeypatch)
+    folder = tiny_run.make_folder(tmp_path / "tiny")
+    (loop,) = (body for body in blocks(readme) if "assemble.assemble" in body)
+    assert tiny_run.train(folder, tmp_path / "run", train__steps=2) == 0
+    leaves, _, _ = tiny_run.saved(folder, tmp_path / "run", train__steps=2)
+    given, _ = config.load(tiny_run.argv(folder, tmp_path, train__steps=2)[1:], workdir=None)
+    scope: dict[str, Any] = {
+        "assemble": assemble,
+        "batches": batches,
+        "config": config,
+        "jax": jax,
+        "train": train,
+    }
+    scope["get_config"] = lambda: given
+    exec(loop, scope)
+    assert int(scope["state"].step) == 2
+    np.testing.assert_array_equal(leaves[".params['embed']"], scope["state"].params["embed"])

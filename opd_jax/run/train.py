@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def train(
     command: Sequence[str] = (),
     started: float | None = None,
     stop: processes.Stop | None = None,
+    on_step: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> dict[str, Any]:
     """Run (or resume) a distillation and return what ``summary.json`` holds.
 
@@ -58,6 +59,7 @@ def train(
       command: goes into ``run.json``.
       started: ``time.monotonic()`` at which the process began, for ``first_step_s``; default: now.
       stop: the wish to stop, where the caller wants to know of it; default: one of this run's own.
+      on_step: called with the number of finished steps and their metrics, on every process.
 
     Raises:
       ConfigError, ValueError, FileNotFoundError: something does not fit; nothing has been written.
@@ -76,7 +78,7 @@ def train(
         stop or processes.Stop() as stop,
     ):
         entry.enter(folder, parts, saves, command=command, now=now, say=say)
-        loop = _Loop(parts, folder, saves, stop, started)
+        loop = _Loop(parts, folder, saves, stop, started, on_step)
         try:
             return loop.run()
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
@@ -115,8 +117,7 @@ def one_step(
     state: TrainState,
     batch: Batch,
     step: int,
-    *,
-    run: Callable[..., Any] = lambda name, program, *args, **kwargs: program(*args, **kwargs),
+    programs: Programs | None = None,
 ) -> tuple[TrainState, dict[str, Mean]]:
     """One step of on-policy distillation: sample answers, score them by the teacher, update.
 
@@ -126,22 +127,16 @@ def one_step(
       state: donated.
       batch: this process's prompts.
       step: finished updates; with the seed it fixes the draws.
-      run: runs each of the three programs by name, for a caller that watches them.
+      programs: the three that are run, for a caller that watches them.
 
     Returns:
       The new state, and measurements as (total, weight) pairs.
     """
-    answers = run("rollout", sample, parts, state.params, batch, step)
-    states_BTE = run("teacher", steps.teacher_states, teacher, answers, cfg=parts.cfg)
-    return run(
-        "update",
-        steps.distill_step,
-        state,
-        teacher,
-        answers,
-        cfg=parts.cfg,
-        tx=parts.tx,
-        states_BTE=states_BTE,
+    run = programs or Programs()
+    answers = run.sample(parts, state.params, batch, step)
+    states_BTE = run.teacher_states(teacher, answers, cfg=parts.cfg)
+    return run.distill_step(
+        state, teacher, answers, cfg=parts.cfg, tx=parts.tx, states_BTE=states_BTE
     )
 
 
@@ -181,6 +176,15 @@ def crop(answers: Rollout, max_new: int, widths: Sequence[int]) -> Rollout:
 
 
 @dataclasses.dataclass(frozen=True)
+class Programs:
+    """What a step runs, one after the other."""
+
+    sample: Callable[..., Rollout] = sample
+    teacher_states: Callable[..., jax.Array] = steps.teacher_states
+    distill_step: Callable[..., tuple[TrainState, dict[str, Mean]]] = steps.distill_step
+
+
+@dataclasses.dataclass(frozen=True)
 class Beside:
     """What a checkpoint holds beside the train state.
 
@@ -215,10 +219,11 @@ class _Loop:
         saves: checkpoint.Checkpoints,
         stop: processes.Stop,
         started: float,
+        on_step: Callable[[int, Mapping[str, float]], None] | None = None,
     ):
         run = parts.run
         self.parts, self.run_cfg, self.folder = parts, run, folder
-        self.saves, self.stop = saves, stop
+        self.saves, self.stop, self.on_step = saves, stop, on_step
         self.timer = progress.Timer()
         self.profile = progress.Profile(folder / "profile", run.profiled, say)
         self.took: list[dict[str, float]] = []  # seconds by phase of every step of this process
@@ -274,6 +279,8 @@ class _Loop:
                     state, values, seconds = self._step(state, batch, step)
                 step += 1
                 shown.update(step, values, seconds)
+                if self.on_step is not None:
+                    self.on_step(step, values)
                 if run.eval.every and step % run.eval.every == 0 and step < last:
                     self.latest = self._evaluate(state, step)
                 is_due = run.checkpoint.every and step % run.checkpoint.every == 0
@@ -325,17 +332,20 @@ class _Loop:
     def _step(
         self, state: TrainState, batch: Batch, step: int
     ) -> tuple[TrainState, dict[str, float], dict[str, float]]:
-        def watched(name: str, program: Callable[..., Any], *args, **kwargs) -> Any:
-            with self.timer.phase(name) as done:
-                result = program(*args, **kwargs)
-                done(result[1] if name == "update" else result)
+        def sampled(*args) -> Rollout:
+            answers = self._watched("rollout", sample)(*args)
             every = self.run_cfg.log.samples_every
-            if name == "rollout" and every and step % every == 0:
+            if every and step % every == 0:
                 with self.timer.phase("samples"):
-                    self._write_samples(state, result, step)
-            return result
+                    self._write_samples(state, answers, step)
+            return answers
 
-        state, means = one_step(self.parts, self.teacher, state, batch, step, run=watched)
+        programs = Programs(
+            sampled,
+            self._watched("teacher", steps.teacher_states),
+            self._watched("update", steps.distill_step),
+        )
+        state, means = one_step(self.parts, self.teacher, state, batch, step, programs)
         with jax.profiler.TraceAnnotation("metrics"):
             num_tokens = float(means["length_tokens"].total)
             values = pytrees.reduce(means)
@@ -349,6 +359,17 @@ class _Loop:
         values["tokens_per_s"] = num_tokens / seconds["step"]
         self.journal.step(step + 1, values | {f"{name}_s": x for name, x in seconds.items()})
         return state, values, seconds
+
+    def _watched(self, phase: str, program: Callable[..., Any]) -> Callable[..., Any]:
+        """The program, as a phase of the step, which ends when its last result is there."""
+
+        def watched(*args, **kwargs) -> Any:
+            with self.timer.phase(phase) as done:
+                result = program(*args, **kwargs)
+                done(result[1] if phase == "update" else result)
+            return result
+
+        return watched
 
     def _step_seconds(self) -> dict[str, float]:
         """Seconds of the step that ends now: its phases and ``host``, the rest, add up to ``step``.

@@ -33,6 +33,9 @@ PACKAGES += ("transformers", "ml-collections", "libtpu")
 # Where a run may go on with other values: how long, what is watched and written, and on which mesh.
 MAY_CHANGE = ("train.steps", "log.*", "checkpoint.*", "eval.*", "mesh.*")
 
+# Prompts that were given as lists, put here before the run begins.
+KEPT_PROMPTS = ("prompts.jsonl", "heldout.jsonl")
+
 _PUT_BACK = "put back a copy, or give another --workdir"
 
 
@@ -331,9 +334,10 @@ def check_free(folder: Path) -> None:
     Raises:
       WorkdirError: it holds files.
     """
-    files = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
+    names = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
+    names = [name for name in names if name[0] != "." and name not in KEPT_PROMPTS]
     # The lock of a run that was refused, or killed at once, is nobody's.
-    files = [n for n in files if not n.startswith(".") and not _is_unused(folder / n)]
+    files = [name for name in names if not _is_unused(folder / name)]
     if files:
         raise WorkdirError(
             f"{folder} is not empty ({', '.join(files[:3])}{', ...' * (len(files) > 3)}) and "

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from opd_jax import cli
 from opd_jax.evaluate import heldout
-from opd_jax.models import hf
+from opd_jax.models import hf_weights
 from opd_jax.run import assemble, train
 from opd_jax.store import checkpoint
 from opd_jax.store import workdir as workdirs
@@ -300,7 +300,8 @@ def test_the_mesh_does_not_change_the_loss(tiny, tmp_path, monkeypatch):
 def test_a_gradient_that_is_not_finite_stops_the_run_before_a_save(
     tiny, tmp_path, one_device, capsys, monkeypatch
 ):
-    monkeypatch.setattr(hf, "_is_finite", lambda values: True)  # else it would not be loaded
+    # Else it would not be loaded.
+    monkeypatch.setattr(hf_weights, "_is_finite", lambda values: True)
     folder = tiny_run.copy_folder(tiny, tmp_path / "copy")
     file = folder / "student" / "model.safetensors"
     tensors = load_file(file)

@@ -1,0 +1,86 @@
+"""The library in Python: lists of prompts, a callback, and the results of the commands."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny_run
+
+import opd_jax
+from opd_jax import api, cli
+
+tiny, one_device = tiny_run.tiny, tiny_run.one_device
+pytestmark = pytest.mark.usefixtures("one_device")
+SETTINGS = {
+    "train.steps": 2,
+    "train.prompts": 4,
+    "data.max_prompt": 48,
+    "rollout.samples": 2,
+    "rollout.max_new": 6,
+    "eval.prompts": 4,
+    "eval.kl_prompts": 4,
+}
+
+
+def distil(tiny, workdir, prompts, **more):
+    settings = SETTINGS | more.pop("settings", {})
+    return opd_jax.distill(
+        f"{tiny}/student", f"{tiny}/teacher", prompts, workdir, settings=settings, **more
+    )
+
+
+def test_lists_of_prompts_are_kept_and_the_call_resumes(tiny, tmp_path):
+    prompts = ["1 + 1 = ?", {"prompt": "2 + 2 = ?", "answer": "4"}] * 3
+    seen = []
+    result = distil(tiny, tmp_path / "run", prompts, on_step=lambda n, v: seen.append((n, v)))
+    assert [n for n, _ in seen] == [1, 2]
+    assert all(values["loss"] > 0 for _, values in seen)
+    assert result["is_finished"]
+    kept = tiny_run.read_lines(tmp_path / "run" / "prompts.jsonl")
+    assert kept == [{"prompt": "1 + 1 = ?"}, {"prompt": "2 + 2 = ?", "answer": "4"}] * 3
+    assert distil(tiny, tmp_path / "run", prompts, settings={"train.steps": 3})["steps"] == 3
+    with pytest.raises(FileExistsError, match="holds other prompts"):
+        distil(tiny, tmp_path / "run", prompts[1:])
+
+
+def test_it_is_the_run_of_the_command(tiny, tmp_path):
+    path = f"{tiny}/prompts.jsonl"
+    settings = {"checkpoint.every": 0, "log.samples_every": 0, "optim.lr": 1e-2}
+    result = distil(tiny, tmp_path / "a", path, heldout=path, settings=settings)
+    keys = {"train__steps": 2, "eval__every": 2, "eval__prompts": 4, "eval__kl_prompts": 4}
+    assert tiny_run.train(tiny, tmp_path / "b", **keys) == 0
+    assert tiny_run.curve(tmp_path / "a") == tiny_run.curve(tmp_path / "b")
+    written = json.loads((tmp_path / "b" / "summary.json").read_text())
+    assert (result["before"], result["after"]) == (written["before"], written["after"])
+    assert result["after"]["kl_nats"] is not None
+
+
+def test_every_function_does_what_its_command_does(tiny, tmp_path):
+    assert {*opd_jax.__all__} - {"distill"} <= {*cli.COMMANDS}
+    run, path = tmp_path / "run", f"{tiny}/prompts.jsonl"
+    distil(tiny, run, path)
+    assert opd_jax.export(str(run), str(tmp_path / "model")) == 2
+    assert opd_jax.table(str(run), str(tmp_path / "table.csv")) == 2
+    said = opd_jax.generate(str(tmp_path / "model"), path, str(tmp_path / "a.jsonl"), max_new=4)
+    assert "wrote 12 answers" in said
+    result = opd_jax.rocks(str(tmp_path / "rocks"), run=str(run), k=3, say=lambda line: None)
+    assert result == json.loads((tmp_path / "rocks" / "summary.json").read_text())
+    api.report([run], tmp_path / "page.html", rocks=tmp_path / "rocks")
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+def test_importing_the_package_imports_nothing_else():
+    code = "import opd_jax, sys; print([n for n in ('jax', 'transformers') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_what_is_wrong_is_an_error_and_leaves_no_run(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"unknown config key 'train\.stepz'"):
+        distil(tiny, tmp_path / "run", ["1"] * 4, settings={"train.stepz": 3})
+    with pytest.raises(FileNotFoundError):
+        distil(tiny, tmp_path / "run", str(tmp_path / "none.jsonl"))
+    with pytest.raises(AttributeError, match="distil"):
+        _ = opd_jax.distil  # type: ignore[attr-defined]
+    assert not (tmp_path / "run" / "checkpoints").exists()
