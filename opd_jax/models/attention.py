@@ -6,6 +6,9 @@ axis that a mesh splits is never reshaped.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,19 +17,42 @@ from jaxtyping import Array, Bool, Float
 # Large and negative, not -inf: a row with no visible key gets a uniform distribution, not NaN.
 MASKED = -0.7 * float(np.finfo(np.float32).max)
 _LARGEST_BLOCK = 512  # queries whose scores are held at a time
+_WINDOW_START = 128  # the first key of a windowed block is a multiple of this: a whole TPU tile
 
 
-def causal_mask(valid_BS: Bool[Array, "B S"], first: jax.Array | int, num_queries: int):
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """How scores are made, beside queries and keys.
+
+    Attributes:
+      scale: they are multiplied by it.
+      window: tokens that a query reads, its own included; None: all before it.
+    """
+
+    scale: float
+    window: int | None = None
+
+
+def causal_mask(
+    valid_BS: Bool[Array, "B S"],
+    first: jax.Array | int,
+    num_queries: int,
+    window: int | None = None,
+):
     """Which slot each query may read, [B, T, S] bool: a valid one, not after the query's own slot.
 
     Args:
       valid_BS: slots that hold a real token.
       first: slot of the first query.
       num_queries: T.
+      window: the last slots up to the query's own that it reads; None: all.
     """
     slot_S = jnp.arange(valid_BS.shape[1])
     query_T = first + jnp.arange(num_queries)
-    return valid_BS[:, None, :] & (slot_S[None, :] <= query_T[:, None])[None]
+    seen_TS = slot_S[None, :] <= query_T[:, None]
+    if window is not None:
+        seen_TS &= slot_S[None, :] > query_T[:, None] - window
+    return valid_BS[:, None, :] & seen_TS[None]
 
 
 def attend(
@@ -34,8 +60,11 @@ def attend(
     k_BKHS: Float[Array, "B K H S"],
     v_BKSH: Float[Array, "B K S H"],
     mask_BTS: Bool[Array, "B T S"],
+    scale: float | None = None,
 ) -> Float[Array, "B T K G H"]:
-    r"""Grouped-query attention over a cache, ``softmax(q k^T / sqrt(H)) v``, the softmax in f32.
+    r"""Grouped-query attention over a cache, ``softmax(scale q k^T) v``, the softmax in f32.
+
+    ``scale`` is ``1 / sqrt(H)`` where not given.
 
     A query that may read nothing gets the mean of all values: finite, and to be ignored.
 
@@ -43,79 +72,122 @@ def attend(
     """
     q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
     scores_BKGTS = _product(q_BKGTH, k_BKHS, (4, 2))
-    probs_BKGTS = jax.nn.softmax(_masked(scores_BKGTS, mask_BTS, q_BKGTH.shape[-1]), axis=-1)
+    masked_BKGTS = _masked(scores_BKGTS, mask_BTS, scale or q_BKGTH.shape[-1] ** -0.5)
+    probs_BKGTS = jax.nn.softmax(masked_BKGTS, axis=-1)
     out_BKGTH = _product(probs_BKGTS.astype(v_BKSH.dtype), v_BKSH, (4, 2))
     return out_BKGTH.astype(v_BKSH.dtype).transpose(0, 3, 1, 2, 4)
 
 
-@jax.custom_vjp
 def causal(
     q_BTKGH: Float[Array, "B T K G H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
     valid_BT: Bool[Array, "B T"],
+    *,
+    span: Span | None = None,
+    is_sliding: Bool[Array, ""] | bool = True,
 ) -> Float[Array, "B T K G H"]:
     r"""Grouped-query attention of T tokens over themselves, in blocks of queries.
 
-    Each block reads the keys up to its own end only, which skips most of the masked half, and its
-    scores are the largest array there is: [B, K, G, block, T], never [.., T, T]. The gradient
-    computes them again from the log normaliser of each query (as FlashAttention does, arXiv
-    2205.14135), so nothing of that size is kept either.
+    Each block reads the keys up to its own end only, from the start of its first query's window,
+    which skips most of what is masked, and its scores are the largest array there is: [B, K, G,
+    block, T], never [.., T, T]. The gradient computes them again from the log normaliser of each
+    query (as FlashAttention does, arXiv 2205.14135), so nothing of that size is kept either.
 
-    A query that may read nothing gets the mean of the values before it: finite, and to be ignored.
+    A query that may read nothing gets the mean of some values: finite, and to be ignored.
+
+    Args:
+      q_BTKGH, k_BTKH, v_BTKH, valid_BT: as the names say.
+      span: static; None: all tokens, scaled by ``1 / sqrt(H)``.
+      is_sliding: whether the window of ``span`` holds; traced where layers differ.
 
     **Sharding**: rows and heads are independent, so nothing is communicated.
     """
-    return _causal_forward(q_BTKGH, k_BTKH, v_BTKH, valid_BT)[0]
+    span = Span(q_BTKGH.shape[-1] ** -0.5) if span is None else span
+    if isinstance(is_sliding, bool) and not is_sliding:
+        span = dataclasses.replace(span, window=None)
+    varies = span.window is not None and not isinstance(is_sliding, bool)
+    return _causal(span, q_BTKGH, k_BTKH, v_BTKH, valid_BT, is_sliding if varies else None)
 
 
-def _causal_forward(q_BTKGH, k_BTKH, v_BTKH, valid_BT):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _causal(span: Span, q_BTKGH, k_BTKH, v_BTKH, valid_BT, is_sliding):
+    return _causal_forward(span, q_BTKGH, k_BTKH, v_BTKH, valid_BT, is_sliding)[0]
+
+
+def _either(function, span: Span, is_sliding, *args):
+    """``function(span, *args)``, or that without the window where a layer does not slide."""
+    if is_sliding is None:
+        return function(span, *args)
+    whole = dataclasses.replace(span, window=None)
+    return jax.lax.cond(
+        is_sliding, functools.partial(function, span), functools.partial(function, whole), *args
+    )
+
+
+def _causal_forward(span: Span, q_BTKGH, k_BTKH, v_BTKH, valid_BT, is_sliding):
     q_BKGTH, k_BKTH, v_BKTH = _heads_first(q_BTKGH, k_BTKH, v_BTKH)
+    out_BTKGH, norm_BKGT = _either(_mixed, span, is_sliding, q_BKGTH, k_BKTH, v_BKTH, valid_BT)
+    return out_BTKGH, (q_BTKGH, k_BTKH, v_BTKH, valid_BT, is_sliding, out_BTKGH, norm_BKGT)
+
+
+def _mixed(span: Span, q_BKGTH, k_BKTH, v_BKTH, valid_BT):
+    """The mixed values, and the log normaliser of each query."""
     outs, norms = [], []
     for begin, end in blocks(valid_BT.shape[1]):
-        scores_BKGQS = _block_scores(q_BKGTH, k_BKTH, valid_BT, begin, end)
+        first = _first_key(span, begin)
+        scores_BKGQS = _block_scores(span, q_BKGTH, k_BKTH, valid_BT, begin, end)
         top_BKGQ = jnp.max(scores_BKGQS, axis=-1)
         exp_BKGQS = jnp.exp(scores_BKGQS - top_BKGQ[..., None])
         sum_BKGQ = jnp.sum(exp_BKGQS, axis=-1)
         probs_BKGQS = (exp_BKGQS / sum_BKGQ[..., None]).astype(v_BKTH.dtype)
-        outs.append(_product(probs_BKGQS, v_BKTH[:, :, :end], (4, 2)).astype(v_BKTH.dtype))
+        mixed_BKGQH = _product(probs_BKGQS, v_BKTH[:, :, first:end], (4, 2))
+        outs.append(mixed_BKGQH.astype(v_BKTH.dtype))
         norms.append(top_BKGQ + jnp.log(sum_BKGQ))
         k_BKTH = _after(outs[-1], k_BKTH, end - begin)
     out_BTKGH = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
-    norm_BKGT = jnp.concatenate(norms, axis=3)
-    return out_BTKGH, (q_BTKGH, k_BTKH, v_BTKH, valid_BT, out_BTKGH, norm_BKGT)
+    return out_BTKGH, jnp.concatenate(norms, axis=3)
 
 
-def _causal_backward(residuals, dout_BTKGH):
-    q_BTKGH, k_BTKH, v_BTKH, valid_BT, out_BTKGH, norm_BKGT = residuals
-    num_tokens, dtype = valid_BT.shape[1], q_BTKGH.dtype
-    q_BKGTH, k_BKTH, v_BKTH = _heads_first(q_BTKGH, k_BTKH, v_BTKH)
+def _causal_backward(span: Span, residuals, dout_BTKGH):
+    q_BTKGH, k_BTKH, v_BTKH, valid_BT, is_sliding, out_BTKGH, norm_BKGT = residuals
+    dtype = q_BTKGH.dtype
+    heads_first = _heads_first(q_BTKGH, k_BTKH, v_BTKH)
     dout_BKGTH = dout_BTKGH.transpose(0, 2, 3, 1, 4)
     # sum_s p_s dp_s, which the softmax takes off each dp, is also out . dout.
     dot_BTKG = jnp.sum(out_BTKGH.astype(jnp.float32) * dout_BTKGH.astype(jnp.float32), axis=-1)
     dot_BKGT = dot_BTKG.transpose(0, 2, 3, 1)
-    scale = q_BTKGH.shape[-1] ** -0.5
+    dq_BKGTH, dk_BKTH, dv_BKTH = _either(
+        _mixed_backward, span, is_sliding, *heads_first, valid_BT, norm_BKGT, dout_BKGTH, dot_BKGT
+    )
+    dq_BTKGH = dq_BKGTH.astype(dtype).transpose(0, 3, 1, 2, 4)
+    dk_BTKH, dv_BTKH = (x.astype(dtype).transpose(0, 2, 1, 3) for x in (dk_BKTH, dv_BKTH))
+    return dq_BTKGH, dk_BTKH, dv_BTKH, None, None
+
+
+def _mixed_backward(span: Span, q_BKGTH, k_BKTH, v_BKTH, valid_BT, norm_BKGT, dout_BKGTH, dot_BKGT):
+    num_tokens, dtype = valid_BT.shape[1], q_BKGTH.dtype
+    num_tokens, dtype = valid_BT.shape[1], q_BKGTH.dtype
     dqs, dk_BKTH, dv_BKTH = [], *(jnp.zeros_like(x, jnp.float32) for x in (k_BKTH, v_BKTH))
     for begin, end in blocks(num_tokens):
-        scores_BKGQS = _block_scores(q_BKGTH, k_BKTH, valid_BT, begin, end)
+        first = _first_key(span, begin)
+        scores_BKGQS = _block_scores(span, q_BKGTH, k_BKTH, valid_BT, begin, end)
         probs_BKGQS = jnp.exp(scores_BKGQS - norm_BKGT[..., begin:end, None])
         dout_BKGQH = dout_BKGTH[..., begin:end, :]
-        dprobs_BKGQS = _product(dout_BKGQH, v_BKTH[:, :, :end], (4, 3))
-        dscores_BKGQS = probs_BKGQS * (dprobs_BKGQS - dot_BKGT[..., begin:end, None]) * scale
+        dprobs_BKGQS = _product(dout_BKGQH, v_BKTH[:, :, first:end], (4, 3))
+        dscores_BKGQS = probs_BKGQS * (dprobs_BKGQS - dot_BKGT[..., begin:end, None]) * span.scale
         dscores_BKGQS = dscores_BKGQS.astype(dtype)
-        dqs.append(_product(dscores_BKGQS, k_BKTH[:, :, :end], (4, 2)))
-        after = ((0, 0), (0, 0), (0, num_tokens - end), (0, 0))
-        dk_BKTH += jnp.pad(_sum_queries(dscores_BKGQS, q_BKGTH[..., begin:end, :]), after)
-        dv_BKTH += jnp.pad(_sum_queries(probs_BKGQS.astype(dtype), dout_BKGQH), after)
+        dqs.append(_product(dscores_BKGQS, k_BKTH[:, :, first:end], (4, 2)))
+        around = ((0, 0), (0, 0), (first, num_tokens - end), (0, 0))
+        dk_BKTH += jnp.pad(_sum_queries(dscores_BKGQS, q_BKGTH[..., begin:end, :]), around)
+        dv_BKTH += jnp.pad(_sum_queries(probs_BKGQS.astype(dtype), dout_BKGQH), around)
         k_BKTH, v_BKTH, dk_BKTH, dv_BKTH = _after(
             dqs[-1], (k_BKTH, v_BKTH, dk_BKTH, dv_BKTH), end - begin
         )
-    dq_BTKGH = jnp.concatenate(dqs, axis=3).astype(dtype).transpose(0, 3, 1, 2, 4)
-    dk_BTKH, dv_BTKH = (x.astype(dtype).transpose(0, 2, 1, 3) for x in (dk_BKTH, dv_BKTH))
-    return dq_BTKGH, dk_BTKH, dv_BTKH, None
+    return jnp.concatenate(dqs, axis=3), dk_BKTH, dv_BKTH
 
 
-causal.defvjp(_causal_forward, _causal_backward)
+_causal.defvjp(_causal_forward, _causal_backward)
 
 
 def blocks(num_tokens: int) -> list[tuple[int, int]]:
@@ -144,15 +216,23 @@ def _heads_first(q_BTKGH, k_BTKH, v_BTKH):
     )
 
 
-def _block_scores(q_BKGTH, k_BKTH, valid_BT, begin: int, end: int):
-    """Masked scores of queries ``begin:end`` over keys ``:end``, f32 [B, K, G, Q, S]."""
-    scores_BKGQS = _product(q_BKGTH[..., begin:end, :], k_BKTH[:, :, :end], (4, 3))
-    mask_BQS = causal_mask(valid_BT[:, :end], begin, end - begin)
-    return _masked(scores_BKGQS, mask_BQS, q_BKGTH.shape[-1])
+def _first_key(span: Span, begin: int) -> int:
+    """The first key that a block of queries reads."""
+    if span.window is None:
+        return 0
+    return max(begin - span.window + 1, 0) // _WINDOW_START * _WINDOW_START
 
 
-def _masked(scores_BKGTS, mask_BTS, head_dim: int):
-    return jnp.where(mask_BTS[:, None, None], scores_BKGTS * head_dim**-0.5, MASKED)
+def _block_scores(span: Span, q_BKGTH, k_BKTH, valid_BT, begin: int, end: int):
+    """Masked scores of queries ``begin:end`` over the keys up to there, f32 [B, K, G, Q, S]."""
+    first = _first_key(span, begin)
+    scores_BKGQS = _product(q_BKGTH[..., begin:end, :], k_BKTH[:, :, first:end], (4, 3))
+    mask_BQS = causal_mask(valid_BT[:, first:end], begin - first, end - begin, span.window)
+    return _masked(scores_BKGQS, mask_BQS, span.scale)
+
+
+def _masked(scores_BKGTS, mask_BTS, scale: float):
+    return jnp.where(mask_BTS[:, None, None], scores_BKGTS * scale, MASKED)
 
 
 def _product(x_BKGTn, y_BK, contract: tuple[int, int]):

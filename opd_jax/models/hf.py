@@ -10,203 +10,59 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
-from typing_extensions import TypedDict
 
 from opd_jax import mesh as meshlib
-from opd_jax import processes, records
+from opd_jax import processes
 from opd_jax.files import new_folder
-from opd_jax.models import families, hf_folder, params, transformer
-from opd_jax.models.families import HEAD, Row
+from opd_jax.models import hf_folder, params
+from opd_jax.models.architecture import ModelConfig, layers_with, specs
+from opd_jax.models.families import FAMILIES, HEAD, Row
 from opd_jax.models.hf_config import (
     generation_eos,
     model_folder,
     read_config,
-    read_json,
 )
-from opd_jax.models.params import ParamSpec
-from opd_jax.models.transformer import ModelConfig
+from opd_jax.models.hf_weights import INDEX, SINGLE, Weights, reader
 from opd_jax.pytrees import Params
 
 __all__ = ["generation_eos", "load", "read_config", "save"]
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-FLOATS = ("F64", "F32", "F16", "BF16")
+
+def table(cfg: ModelConfig, written: Collection[str] = ()) -> list[Row]:
+    """The tensors of a model, in the form in which a folder with those ``written`` has them."""
+    family, declared = FAMILIES[cfg.model_type], specs(cfg)
+    rows = [row for row in (*family.rows, HEAD) if _has(declared, row.leaf)]
+    fused = [row for row in family.fused if _has(declared, row.leaf)]
+    if not (_all_names(fused, cfg) - _all_names(rows, cfg)) & set(written):
+        return rows
+    leaves = {row.leaf for row in fused}
+    return [row for row in rows if row.leaf not in leaves] + fused
 
 
-class Index(TypedDict):
-    """What ``model.safetensors.index.json`` holds."""
-
-    weight_map: dict[str, str]  # tensor -> file
+def _has(declared, leaf: Sequence[str]) -> bool:
+    return leaf[-1] in (declared[leaf[0]] if len(leaf) > 1 else declared)
 
 
-def table(cfg: ModelConfig) -> tuple[Row, ...]:
-    """The tensors of a model."""
-    return families.rows(cfg.model_type, tied=cfg.tied)
+def _all_names(rows: list[Row], cfg: ModelConfig) -> set[str]:
+    return {name for row in rows for name in _names(row, cfg).values()}
 
 
-# --- reading the weights --------------------------------------------------------------------------
+def _names(row: Row, cfg: ModelConfig) -> dict[tuple[int, ...], str]:
+    """Index into the leading axes of a row's leaf -> tensor."""
+    return row.names(_at(specs(cfg), row.leaf), layers_with(cfg, row.leaf[-1]))
 
 
-class _Weights:
-    """All tensors of a folder by name, read lazily; every open file is a memory map."""
-
-    def __init__(self, folder: Path, stack: contextlib.ExitStack):
-        self.folder = folder
-        self.handles: dict[str, Any] = {}
-        for file in self._files():
-            records.regular(file)
-            try:
-                handle = stack.enter_context(safe_open(file, framework="numpy"))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{file} cannot be read as safetensors ({error}): expected an intact file; it "
-                    "is damaged or cut short, so fetch it again"
-                ) from error
-            twice = sorted(self.handles.keys() & set(handle.keys()))
-            if twice:
-                raise ValueError(
-                    f"{file} repeats tensors of another file: {_some(twice)}; expected each tensor "
-                    "once; remove the stale file or save the model again"
-                )
-            self.handles |= dict.fromkeys(handle.keys(), handle)
-
-    def _files(self) -> list[Path]:
-        single, index = self.folder / SINGLE, self.folder / INDEX
-        if single.exists() and index.exists():
-            raise ValueError(
-                f"{self.folder} holds both {SINGLE} and {INDEX}: expected one of them, since they "
-                "may be different weights; remove the stale one"
-            )
-        if single.exists():
-            return [single]
-        if not index.exists():
-            raise FileNotFoundError(
-                f"no {SINGLE} or {INDEX} in {self.folder}: expected safetensors weights; download "
-                "them, or convert a *.bin checkpoint with transformers' save_pretrained"
-            )
-        listed = set(read_json(index, Index)["weight_map"].values())
-        outside = sorted(name for name in listed if Path(name).name != name or name in ("", ".."))
-        if outside:
-            raise ValueError(
-                f"{index} lists {_some(outside)}: expected names of files in that folder; the "
-                "index is damaged or not to be trusted, so fetch the model again"
-            )
-        files = [self.folder / name for name in sorted(listed)]
-        absent = [file.name for file in files if not file.exists()]
-        if absent or not files:
-            raise FileNotFoundError(
-                f"{index} lists {len(files)} files, missing are: {_some(absent)}; expected every "
-                "listed file; finish the download"
-            )
-        return files
-
-    def slice(self, name: str):
-        return self.handles[name].get_slice(name)
-
-    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Raise unless exactly the expected tensors are there, in their shapes, as floats."""
-        # A buffer that old exports wrote out; it follows from the config.
-        found = {name for name in self.handles if not name.endswith(".rotary_emb.inv_freq")}
-        unknown, missing = sorted(found - expected.keys()), sorted(expected.keys() - found)
-        if unknown or missing:
-            raise ValueError(
-                f"{self.folder}: unknown tensors: {_some(unknown)}; missing tensors: "
-                f"{_some(missing)}; "
-                "expected exactly those of its config.json; check that config and weights belong "
-                "together and that the model is a plain one (no adapter, no quantization)"
-            )
-        for name, shape in expected.items():
-            view = self.slice(name)
-            if tuple(view.get_shape()) != shape or view.get_dtype() not in FLOATS:
-                raise ValueError(
-                    f"{self.folder}: tensor {name} is {view.get_dtype()} "
-                    f"{tuple(view.get_shape())}: "
-                    f"expected shape {shape} and one of {FLOATS} by its config.json; check that "
-                    "config and weights belong together"
-                )
-
-
-def _some(names: Sequence[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more if names else "none"
-
-
-def _reader(
-    weights: _Weights, row: Row, spec: ParamSpec, dtype, num_ids: int | None
-) -> Callable[[Any], np.ndarray]:
-    """A function from an index into our leaf to its values, reading no more than that from disk.
-
-    Values that are not finite raise, but for rows of a vocabulary table from ``num_ids`` on, which
-    no id looks up: they become 0, since a masked logit of NaN would still reach the gradient.
-    """
-    order = [axis for group in row.groups for axis in group]
-    names = row.names(spec.shape[0])
-    is_table = num_ids is not None and row.leaf in (("embed",), ("head",))
-    seen: dict[tuple, np.ndarray] = {}  # replicas on other local devices ask for the same block
-
-    def read(index) -> np.ndarray:
-        spans = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
-        if spans in seen:
-            return seen[spans]
-        per = spans[1:] if row.is_stacked else spans
-        full = spec.shape[1:] if row.is_stacked else spec.shape
-        sizes = [stop - start for start, stop in per]
-        cut = []
-        for first, *rest in row.groups:  # a mesh only ever splits the major axis of a group
-            inner = math.prod(full[axis] for axis in rest)
-            cut.append(slice(per[first][0] * inner, per[first][1] * inner))
-        layers = names[slice(*spans[0])] if row.is_stacked else names
-        block = np.empty((len(layers), *sizes), dtype)
-        for i, name in enumerate(layers):
-            part = weights.slice(name)[tuple(cut)].reshape([sizes[axis] for axis in order])
-            with np.errstate(over="ignore"):  # told below, by name
-                block[i] = part.transpose(np.argsort(order))
-            unused = block[i, max(num_ids - spans[0][0], 0) :] if is_table else block[i, :0]
-            if not _is_finite(unused):
-                unused[~np.isfinite(unused)] = 0
-            if not _is_finite(block[i]):
-                raise ValueError(_not_finite(weights.folder, name, part, dtype))
-        seen[spans] = block if row.is_stacked else block[0]
-        return seen[spans]
-
-    return read
-
-
-def _is_finite(values: np.ndarray) -> bool:
-    if values.dtype == jnp.bfloat16:  # numpy's own test takes ten times as long for it
-        return not np.any((values.view(np.uint16) & 0x7F80) == 0x7F80)
-    return bool(np.isfinite(values).all())
-
-
-def _not_finite(folder: Path, name: str, values: np.ndarray, dtype) -> str:
-    values = np.asarray(values, np.float32)
-    bad = ~np.isfinite(values)
-    if not bad.any():
-        return (
-            f"{folder}: tensor {name} holds {np.abs(values).max():.3g}: expected numbers that "
-            f"{jnp.dtype(dtype).name} can hold; choose float32 or bfloat16 for the model's dtype "
-            "and param_dtype"
-        )
-    where = tuple(int(i) for i in np.argwhere(bad)[0])
-    return (
-        f"{folder}: tensor {name} holds {int(bad.sum())} of {bad.size} values that are not finite, "
-        f"first {values[where]} at {list(where)}: expected finite weights; the file is damaged, or "
-        "the model diverged before it was saved; fetch it again, or take an earlier one"
-    )
-
-
-def _drop_equal_head(weights: _Weights, source: Path) -> None:
+def _drop_equal_head(weights: Weights, source: Path) -> None:
     """Accept a written-out head of a tied model if it is the embedding; raise if it is not."""
     if HEAD.name not in weights.handles or "model.embed_tokens.weight" not in weights.handles:
         return
@@ -244,19 +100,24 @@ def load(
     """
     path = model_folder(path)
     cfg = read_config(path, dtype=dtype)
-    declared = transformer.specs(cfg)
+    declared = specs(cfg)
     placed = None if mesh is None else params.shardings(declared, mesh)
     tree: Params = {"layers": {}}
     with contextlib.ExitStack() as stack:
-        weights = _Weights(path, stack)
+        weights = Weights(path, stack)
         if cfg.tied:
             _drop_equal_head(weights, path)
-        rows = [(row, _at(declared, row.leaf)) for row in table(cfg)]
+        rows = [(row, _at(declared, row.leaf)) for row in table(cfg, weights.handles)]
+        names = [_names(row, cfg) for row, _ in rows]
         weights.check(
-            {name: row.shape(spec) for row, spec in rows for name in row.names(cfg.num_layers)}
+            {
+                name: row.shape(spec)
+                for (row, spec), of_row in zip(rows, names, strict=True)
+                for name in of_row.values()
+            }
         )
-        for row, spec in rows:
-            read = _reader(weights, row, spec, jnp.dtype(dtype), num_ids)
+        for (row, spec), of_row in zip(rows, names, strict=True):
+            read = reader(weights, row, of_row, spec, jnp.dtype(dtype), num_ids)
             if placed is None:
                 leaf = jax.device_put(read((slice(None),) * len(spec.shape)))
             else:
@@ -274,28 +135,49 @@ def _at(tree, path: Sequence[str]) -> Any:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def _tensors(cfg: ModelConfig) -> list[tuple[str, Row, int, tuple[int, ...]]]:
-    """(name, row, layer, shape) of every tensor to write, one layer after the other."""
-    declared = transformer.specs(cfg)
-    entries = [
-        (name, row, i, row.shape(_at(declared, row.leaf)))
-        for row in table(cfg)
-        for i, name in enumerate(row.names(cfg.num_layers))
-    ]
+class _Tensor(NamedTuple):
+    """A tensor to write."""
+
+    name: str
+    row: Row
+    index: tuple[int, ...]  # into the leading axes of our leaf
+    layer: int  # -1: of none
+    shape: tuple[int, ...]
+
+
+def _tensors(cfg: ModelConfig) -> list[_Tensor]:
+    """Every tensor to write, one layer after the other."""
+    declared, entries = specs(cfg), []
+    for row in table(cfg):
+        shape, layers = row.shape(_at(declared, row.leaf)), layers_with(cfg, row.leaf[-1])
+        for index, name in _names(row, cfg).items():
+            layer = layers[index[0]] if index else -1
+            entries.append(_Tensor(name, row, index, layer, shape))
     # Rows come grouped by leaf; a stable sort by layer puts each layer's tensors into one shard.
-    return sorted(entries, key=lambda entry: entry[2] if entry[1].is_stacked else -1)
+    return sorted(entries, key=lambda entry: entry.layer)
 
 
-def _to_hf(leaf: jax.Array, row: Row, layer: int, shape: tuple[int, ...], dtype) -> np.ndarray:
-    value = meshlib.to_host(leaf[layer] if row.is_stacked else leaf)
-    order = [axis for group in row.groups for axis in group]
-    return np.ascontiguousarray(value.transpose(order).reshape(shape).astype(dtype))
+class _Fetch:
+    """Values of tensors on the host; a layer's array is fetched once for all its experts."""
+
+    def __init__(self, tree: Params, dtype):
+        self.tree, self.dtype = tree, dtype
+        self.held: tuple[Any, Any] = (None, None)
+
+    def __call__(self, tensor: _Tensor) -> np.ndarray:
+        leaf, (layer, *rest) = _at(self.tree, tensor.row.leaf), tensor.index or (None,)
+        key = (tensor.row.leaf, layer)
+        if self.held[0] != key:
+            self.held = (key, meshlib.to_host(leaf if layer is None else leaf[layer]))
+        value = self.held[1][tuple(rest)]
+        order = [axis for group in tensor.row.groups for axis in group]
+        return np.ascontiguousarray(value.transpose(order).reshape(tensor.shape).astype(self.dtype))
 
 
-def _shards(entries, itemsize: int, limit: int) -> Iterator[list]:
+def _shards(entries: list[_Tensor], itemsize: int, limit: int) -> Iterator[list[_Tensor]]:
     shard, size = [], 0
     for entry in entries:
-        num_bytes = math.prod(entry[3]) * itemsize
+        num_bytes = math.prod(entry.shape) * itemsize
         if shard and size + num_bytes > limit:
             yield shard
             shard, size = [], 0
@@ -361,16 +243,16 @@ def save(
 def _save_weights(folder: Path | None, cfg, tree, dtype, limit: int) -> None:
     """Write the weights; without a folder only take part in fetching them."""
     shards = list(_shards(_tensors(cfg), dtype.itemsize, limit))
-    weight_map, total = {}, 0
+    weight_map, total, fetch = {}, 0, _Fetch(tree, dtype)
     for i, shard in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         values = {}
-        for name, row, layer, shape in shard:
-            value = _to_hf(_at(tree, row.leaf), row, layer, shape, dtype)
+        for tensor in shard:
+            value = fetch(tensor)
             if folder is not None:
-                values[name] = value
+                values[tensor.name] = value
             total += value.nbytes
-            weight_map[name] = file
+            weight_map[tensor.name] = file
         if folder is not None:
             _write_shard(folder / file, values)
     if folder is not None and len(shards) > 1:

@@ -17,7 +17,8 @@ class Rope:
 
     Attributes:
       theta: base of the geometric series of wavelengths.
-      kind: ``plain``, ``llama3`` (Llama 3.1 report) or ``yarn`` (arXiv 2309.00071).
+      kind: ``plain``, ``linear`` (all wavelengths alike), ``llama3`` (Llama 3.1 report) or ``yarn``
+        (arXiv 2309.00071).
       factor: by how much long wavelengths are stretched.
       original_positions: context length before stretching.
       low_freq_factor, high_freq_factor: ends of the llama3 blend, in turns per original context.
@@ -27,7 +28,7 @@ class Rope:
     """
 
     theta: float = 10_000.0
-    kind: Literal["plain", "llama3", "yarn"] = "plain"
+    kind: Literal["plain", "linear", "llama3", "yarn"] = "plain"
     factor: float = 1.0
     original_positions: int = 0
     low_freq_factor: float = 1.0
@@ -38,12 +39,12 @@ class Rope:
     attention_factor: float | None = None
 
     def __post_init__(self):
-        if self.kind not in ("plain", "llama3", "yarn"):
+        if self.kind not in ("plain", "linear", "llama3", "yarn"):
             raise ValueError(
-                f"rope kind {self.kind!r} is not known: expected 'plain', 'llama3' or 'yarn'; "
-                "choose a model whose rope_scaling is one of these"
+                f"rope kind {self.kind!r} is not known: expected 'plain', 'linear', 'llama3' or "
+                "'yarn'; choose a model whose rope_scaling is one of these"
             )
-        if self.kind != "plain" and self.original_positions < 1:
+        if self.kind not in ("plain", "linear") and self.original_positions < 1:
             raise ValueError(
                 f"rope kind {self.kind!r} with original_positions={self.original_positions}: "
                 "expected the context length before stretching; set "
@@ -60,6 +61,8 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
     freq = np.float32(1.0) / np.float32(rope.theta) ** exponent
     if rope.kind == "plain":
         return freq, 1.0
+    if rope.kind == "linear":
+        return freq / np.float32(rope.factor), 1.0
     if rope.kind == "llama3":
         return _llama3(rope, freq), 1.0
     scale = rope.attention_factor

@@ -1,137 +1,56 @@
 """A decoder-only transformer as functions over a nested dict of arrays stacked by layer.
 
-Covers the dense Llama 3, Qwen2 and Qwen3 families: RMSNorm, rotary positions, grouped-query
-attention with optional biases and query/key norms, SwiGLU, tied or untied head.
+RMSNorm, rotary positions, grouped-query attention, a gated feed-forward or one of experts, tied or
+untied head; :class:`ModelConfig` has the switches and ``families`` what each family chooses. Layers
+run under ``lax.scan``: one program for all, which looks up what kind of layer it is. Layers with
+experts and without have other parameters, so there is a scan for each run of either.
 
-**Sharding**: the width dimension of every weight over ``fsdp``, key/value heads, feed-forward and
-vocabulary over ``model``, batch rows over ``data`` and ``fsdp``. A weight is gathered over ``fsdp``
-inside its layer, already in the compute dtype.
+**Sharding**: the width dimension of every weight over ``fsdp``, key/value heads, feed-forward,
+experts and vocabulary over ``model``, batch rows over ``data`` and ``fsdp``. A weight is gathered
+over ``fsdp`` inside its layer, already in the compute dtype.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax import mesh
-from opd_jax.models import attention, kv_cache, linear
-from opd_jax.models.families import FAMILIES
+from opd_jax.models import attention, kv_cache, linear, moe
+from opd_jax.models.architecture import REMAT, LayerKind, ModelConfig, layers_with, specs
+from opd_jax.models.attention import Span
 from opd_jax.models.kv_cache import Cache
-from opd_jax.models.params import ParamSpec, Specs
-from opd_jax.models.rope import Rope, rotate, rotations
+from opd_jax.models.rope import rotate, rotations
 from opd_jax.pytrees import Params
 
-REMAT = ("none", "full", "dots")
+__all__ = [
+    "REMAT",
+    "ModelConfig",
+    "for_decoding",
+    "head",
+    "hidden",
+    "hidden_and_head",
+    "logits",
+    "positions",
+    "specs",
+    "with_vocab_rows",
+]
+
 # Mixes the values of [B, T, ...] queries, keys and values, and says what to keep of them.
 _Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 # Of each weight, how many dimensions are inputs.
 _NUM_INPUTS = {"q": 1, "k": 1, "v": 1, "o": 3, "gate": 1, "up": 1, "down": 1}
-INIT_STD = 0.02  # initializer_range of all three families' published configs
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Everything that fixes the function computed by a set of parameters.
-
-    Attributes:
-      model_type: ``llama``, ``qwen2`` or ``qwen3``; names the weights on export, no more.
-      dtype: compute dtype, kept by name so that the config hashes; a dtype object is accepted.
-      remat: what the backward pass keeps: ``dots`` the results of weight multiplications, and it
-        recomputes what is cheap, at half the memory of ``none``, which keeps everything, and in no
-        more time (LOG.md); ``full`` keeps layer inputs only.
-
-    Raises:
-      ValueError: an unknown name, or query heads that do not divide over key/value heads.
-    """
-
-    model_type: str
-    vocab_size: int
-    width: int
-    ffn: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_eps: float = 1e-6
-    rope: Rope = Rope()  # noqa: RUF009 (Rope is frozen)
-    tied: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    max_positions: int = 2048
-    dtype: str = "float32"
-    remat: Literal["none", "full", "dots"] = "dots"
-
-    def __post_init__(self):
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
-        if self.model_type not in FAMILIES:
-            raise ValueError(
-                f"model_type {self.model_type!r} is not supported: expected one of "
-                f"{', '.join(FAMILIES)}"
-            )
-        if self.remat not in REMAT:
-            raise ValueError(f"remat {self.remat!r} is not known: expected one of {REMAT}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"{self.num_heads} query heads do not divide over {self.num_kv_heads} key/value "
-                "heads: expected a multiple; fix num_heads / num_kv_heads"
-            )
-
-    @property
-    def compute_dtype(self):
-        """The compute dtype as a dtype object."""
-        return jnp.dtype(self.dtype)
-
-    @property
-    def num_groups(self) -> int:
-        """Query heads per key/value head."""
-        return self.num_heads // self.num_kv_heads
-
-
-def specs(cfg: ModelConfig) -> Specs:
-    """Declare the parameters: embed [V, D], layers [L, ...], final_norm [D], head [V, D]."""
-    D, F, V, L = cfg.width, cfg.ffn, cfg.vocab_size, cfg.num_layers
-    K, G, H = cfg.num_kv_heads, cfg.num_groups, cfg.head_dim
-    # Residual writers are drawn smaller, so that the stream's variance does not grow with depth.
-    out_std = INIT_STD / (2 * L) ** 0.5
-
-    def matrix(shape, axes, std=INIT_STD):
-        return ParamSpec((L, *shape), (None, *axes), std)
-
-    def vector(shape, axes, mean=0.0):
-        return ParamSpec((L, *shape), (None, *axes), mean=mean)
-
-    layers = {
-        "attn_norm": vector((D,), ("fsdp",), mean=1.0),
-        "q": matrix((D, K, G, H), ("fsdp", "model", None, None)),
-        "k": matrix((D, K, H), ("fsdp", "model", None)),
-        "v": matrix((D, K, H), ("fsdp", "model", None)),
-        "o": matrix((K, G, H, D), ("model", None, None, "fsdp"), out_std),
-        "ffn_norm": vector((D,), ("fsdp",), mean=1.0),
-        "gate": matrix((D, F), ("fsdp", "model")),
-        "up": matrix((D, F), ("fsdp", "model")),
-        "down": matrix((F, D), ("model", "fsdp"), out_std),
-    }
-    if cfg.qkv_bias:
-        layers["q_bias"] = vector((K, G, H), ("model", None, None))
-        layers["k_bias"] = vector((K, H), ("model", None))
-        layers["v_bias"] = vector((K, H), ("model", None))
-    if cfg.qk_norm:
-        layers["q_norm"] = vector((H,), (None,), mean=1.0)
-        layers["k_norm"] = vector((H,), (None,), mean=1.0)
-    tree = {
-        "embed": ParamSpec((V, D), ("model", "fsdp"), INIT_STD),
-        "layers": layers,
-        "final_norm": ParamSpec((D,), ("fsdp",), mean=1.0),
-    }
-    if not cfg.tied:
-        tree["head"] = ParamSpec((V, D), ("model", "fsdp"), INIT_STD)
-    return tree
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 def for_decoding(params: Params, *, cfg: ModelConfig) -> Params:
@@ -141,8 +60,11 @@ def for_decoding(params: Params, *, cfg: ModelConfig) -> Params:
     Done once before the loop: inside, every token would slice, cast and gather all weights.
     """
     layers = params["layers"]
-    num_layers = jax.tree.leaves(layers)[0].shape[0]
-    split = [_gathered(jax.tree.map(lambda w, i=i: w[i], layers), cfg) for i in range(num_layers)]
+    place = {name: {i: at for at, i in enumerate(layers_with(cfg, name))} for name in layers}
+    split = [
+        _gathered({name: w[place[name][i]] for name, w in layers.items() if i in place[name]}, cfg)
+        for i in range(cfg.num_layers)
+    ]
     return {**params, "layers": tuple(_turned(layer, cfg) for layer in split)}
 
 
@@ -151,6 +73,7 @@ def _turned(layer: Params, cfg: ModelConfig) -> Params:
     return layer | {
         name: linear.turn(layer[name], num, axes=declared[name].axes[1:])
         for name, num in _NUM_INPUTS.items()
+        if name in layer
     }
 
 
@@ -184,11 +107,17 @@ def with_vocab_rows(params: Params, rows: int) -> Params:
     return {**params, **tables}
 
 
-def rms_norm(x: Float[Array, "*rows D"], weight_D: Float[Array, " D"], eps: float):
-    r"""``x / sqrt(mean(x^2) + eps) * weight`` in f32; keeps the dtype of ``x``."""
+def rms_norm(x: Float[Array, "*rows D"], weight_D: jax.Array, cfg: ModelConfig):
+    r"""``x / sqrt(mean(x^2) + eps) * weight`` in f32; keeps the dtype of ``x``.
+
+    The mean is over the dimensions that the weight has.
+    """
+    axes = tuple(range(-weight_D.ndim, 0))
     x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    weight = jnp.expand_dims(weight_D.astype(jnp.float32), tuple(range(x.ndim - 1)))
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + cfg.norm_eps)
+    weight = weight_D.astype(jnp.float32)
+    weight = 1.0 + weight if cfg.norm_offset else weight
+    weight = jnp.expand_dims(weight, tuple(range(x.ndim - weight.ndim)))
     return (x32 * scale * weight).astype(x.dtype)
 
 
@@ -202,8 +131,8 @@ def _attention(layer: Params, x_RD, rotation, attend: _Attend, cfg: ModelConfig)
         k_BTKH = _biased(k_BTKH, layer["k_bias"])
         v_BTKH = _biased(v_BTKH, layer["v_bias"])
     if cfg.qk_norm:
-        q_BTKGH = rms_norm(q_BTKGH, layer["q_norm"], cfg.norm_eps)
-        k_BTKH = rms_norm(k_BTKH, layer["k_norm"], cfg.norm_eps)
+        q_BTKGH = rms_norm(q_BTKGH, layer["q_norm"], cfg)
+        k_BTKH = rms_norm(k_BTKH, layer["k_norm"], cfg)
     q_BTKGH = rotate(q_BTKGH, rotation)
     k_BTKH = rotate(k_BTKH, rotation)
     mixed_BTKGH, kept = attend(q_BTKGH, k_BTKH, v_BTKH)
@@ -216,8 +145,11 @@ def _biased(x_BT: jax.Array, bias: jax.Array) -> jax.Array:
     return (x_BT.astype(jnp.float32) + bias.astype(jnp.float32)[None, None]).astype(x_BT.dtype)
 
 
-def _ffn(layer: Params, x_RD):
-    gate_RF = jax.nn.silu(linear.times(x_RD, layer["gate"]))
+def _ffn(layer: Params, x_RD, cfg: ModelConfig):
+    activation = _ACTIVATIONS[cfg.activation]
+    if "router" in layer and cfg.experts is not None:
+        return moe.ffn(layer, x_RD, experts=cfg.experts, activation=activation)
+    gate_RF = activation(linear.times(x_RD, layer["gate"]))
     up_RF = linear.times(x_RD, layer["up"])
     return linear.times(gate_RF * up_RF, layer["down"], mesh.out(mesh.BATCH, None))
 
@@ -225,10 +157,12 @@ def _ffn(layer: Params, x_RD):
 def _layer(
     h_RD, layer: Params, rotation, attend: _Attend, cfg: ModelConfig
 ) -> tuple[jax.Array, Any]:
-    x_RD = rms_norm(h_RD, layer["attn_norm"], cfg.norm_eps)
-    out_RD, kept = _attention(layer, x_RD, rotation, attend, cfg)
-    h_RD += out_RD
-    h_RD += _ffn(layer, rms_norm(h_RD, layer["ffn_norm"], cfg.norm_eps))
+    def norm(x_RD, name: str):
+        return rms_norm(x_RD, layer[name], cfg) if name in layer else x_RD
+
+    out_RD, kept = _attention(layer, norm(h_RD, "attn_norm"), rotation, attend, cfg)
+    h_RD += norm(out_RD, "attn_post_norm")
+    h_RD += norm(_ffn(layer, norm(h_RD, "ffn_norm"), cfg), "ffn_post_norm")
     return h_RD, kept
 
 
@@ -288,7 +222,10 @@ def _embedded(params: Params, ids_BT: jax.Array, cfg: ModelConfig) -> tuple[jax.
     so the table is never gathered; its gradient is summed in f32.
     """
     x_BTD, table_VD = _look_up(params["embed"], mesh.constrain(ids_BT, "data", None))
-    return mesh.constrain(x_BTD.astype(cfg.compute_dtype), mesh.BATCH, None, None), table_VD
+    x_BTD = mesh.constrain(x_BTD.astype(cfg.compute_dtype), mesh.BATCH, None, None)
+    if cfg.scaled_embed:  # by a number of the compute dtype, as these models were trained
+        x_BTD *= jnp.asarray(math.sqrt(cfg.width), cfg.compute_dtype)
+    return x_BTD, table_VD
 
 
 def hidden(
@@ -352,47 +289,107 @@ def _through_layers(
     positions_BT = mesh.constrain(positions_BT, mesh.BATCH, None)
     valid_BT = mesh.constrain(valid_BT, mesh.BATCH, None)
     rotation = rotations(positions_BT, cfg.rope, cfg.head_dim)
+    local = rotations(positions_BT, cfg.local_rope, cfg.head_dim) if cfg.local_rope else rotation
     h_RD, layers = _flat(h_BTD, None), params["layers"]
     if cache is None:
-        h_RD, cache = _from_start(h_RD, layers, rotation, valid_BT, room, cfg)
+        h_RD, cache = _from_start(h_RD, layers, rotation, local, valid_BT, room, cfg)
     else:
         assert not room  # the cache that is there has its size
-        h_RD, cache = _continued(h_RD, layers, rotation, valid_BT, cache, cfg)
+        h_RD, cache = _continued(h_RD, layers, rotation, local, valid_BT, cache, cfg)
     final_D = mesh.constrain(params["final_norm"], None)
     h_BTD = jax.lax.reshape(h_RD, h_BTD.shape, out_sharding=mesh.out(mesh.BATCH, None, None))
-    return rms_norm(h_BTD, final_D, cfg.norm_eps), cache
+    return rms_norm(h_BTD, final_D, cfg), cache
 
 
-def _from_start(h_RD, layers, rotation, valid_BT, room: int, cfg: ModelConfig):
+def _from_start(h_RD, layers, rotation, local, valid_BT, room: int, cfg: ModelConfig):
     """All layers over tokens that have none before them."""
+    span = Span(cfg.score_scale, cfg.window)
 
-    def attend(q_BTKGH, k_BTKH, v_BTKH):
-        mixed_BTKGH = attention.causal(q_BTKGH, k_BTKH, v_BTKH, valid_BT)
-        kept = (k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)) if room else None
-        return mixed_BTKGH, kept
+    def step(h_RD, inputs, is_sliding):
+        layer, is_sliding = inputs if is_sliding is None else (inputs, is_sliding)
 
-    def step(h_RD, layer):
-        return _layer(h_RD, _gathered(layer, cfg), rotation, attend, cfg)
+        def attend(q_BTKGH, k_BTKH, v_BTKH):
+            mixed_BTKGH = attention.causal(
+                q_BTKGH, k_BTKH, v_BTKH, valid_BT, span=span, is_sliding=is_sliding
+            )
+            kept = (k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)) if room else None
+            return mixed_BTKGH, kept
 
-    h_RD, kept = jax.lax.scan(_rematerialised(step, cfg), h_RD, layers)
-    return h_RD, kv_cache.start(*kept, valid_BT, room) if room else None
+        turn = _chosen(is_sliding, local, rotation)
+        return _layer(h_RD, _gathered(layer, cfg), turn, attend, cfg)
+
+    kept = []
+    for first, kinds in _runs(cfg):
+        part = _part(layers, first, kinds, cfg)
+        slides = [kind.is_sliding for kind in kinds]
+        if all(slides) or not any(slides):
+            body = functools.partial(step, is_sliding=slides[0])
+        else:
+            body, part = functools.partial(step, is_sliding=None), (part, jnp.array(slides))
+        h_RD, more = jax.lax.scan(_rematerialised(body, cfg), h_RD, part)
+        kept.append(more)
+    if not room:
+        return h_RD, None
+    k_LBKHT, v_LBKTH = kept[0] if len(kept) == 1 else jax.tree.map(_joined, *kept)
+    return h_RD, kv_cache.start(k_LBKHT, v_LBKTH, valid_BT, room)
 
 
-def _continued(h_RD, layers, rotation, valid_BT, cache: Cache, cfg: ModelConfig):
+def _joined(*parts: jax.Array) -> jax.Array:
+    return jnp.concatenate(parts)
+
+
+def _chosen(is_sliding, local, rotation):
+    """The rotation of a layer."""
+    if local is rotation or isinstance(is_sliding, bool):
+        return local if is_sliding is True else rotation
+    return jax.tree.map(functools.partial(jnp.where, is_sliding), local, rotation)
+
+
+def _runs(cfg: ModelConfig) -> list[tuple[int, list[LayerKind]]]:
+    """First layer and kinds of each run of layers whose parameters are alike."""
+    runs, first = [], 0
+    for _, group in itertools.groupby(cfg.kinds, key=lambda kind: kind.is_sparse):
+        kinds = list(group)
+        runs.append((first, kinds))
+        first += len(kinds)
+    return runs
+
+
+def _part(layers: Params, first: int, kinds: list[LayerKind], cfg: ModelConfig) -> Params:
+    """The parameters of a run of layers."""
+    if len(kinds) == cfg.num_layers:
+        return layers
+    part = {}
+    for name, w in layers.items():
+        held = layers_with(cfg, name)
+        if first in held:
+            at = held.index(first)
+            part[name] = w[at : at + len(kinds)]
+    return part
+
+
+def _continued(h_RD, layers, rotation, local, valid_BT, cache: Cache, cfg: ModelConfig):
     """All layers over tokens that come after those in the cache."""
     first = cache.length
     cache = kv_cache.extend(cache, valid_BT)
-    mask_BTS = attention.causal_mask(cache.valid_BS, first, valid_BT.shape[1])
-    for index, layer in enumerate(layers):
-        attend = functools.partial(_attend_cached, cache, index, mask_BTS)
-        h_RD, cache = _layer(h_RD, layer, rotation, attend, cfg)
+    kinds = cfg.kinds
+    masks = {
+        slides: attention.causal_mask(
+            cache.valid_BS, first, valid_BT.shape[1], cfg.window if slides else None
+        )
+        for slides in sorted({kind.is_sliding for kind in kinds})
+    }
+    for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
+        attend = functools.partial(_attend_cached, cache, index, masks[kind.is_sliding], cfg)
+        turn = local if kind.is_sliding else rotation
+        h_RD, cache = _layer(h_RD, layer, turn, attend, cfg)
     return h_RD, cache
 
 
-def _attend_cached(cache: Cache, index: int, mask_BTS, q_BTKGH, k_BTKH, v_BTKH):
+def _attend_cached(cache: Cache, index: int, mask_BTS, cfg, q_BTKGH, k_BTKH, v_BTKH):
     cache = kv_cache.write(cache, index, k_BTKH, v_BTKH)
-    mixed_BTKGH = attention.attend(q_BTKGH, cache.keys[index], cache.values[index], mask_BTS)
-    return mixed_BTKGH, cache
+    keys, values = cache.keys[index], cache.values[index]
+    return attention.attend(q_BTKGH, keys, values, mask_BTS, cfg.score_scale), cache
 
 
 def head(params: Params, cfg: ModelConfig) -> Float[Array, "V D"]:
