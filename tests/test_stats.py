@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -21,11 +22,15 @@ def test_paired_bootstrap_without_a_difference_has_p_1_and_not_more():
 def test_paired_bootstrap_meets_the_enumeration_of_all_resamples():
     difference = np.array([-1.0, 0, 0, 1, 1, 1])
     means = np.array([np.mean(d) for d in itertools.product(difference, repeat=6)])
+    # Six problems: Student's tails, and the variance of a mean of five.
+    wide = scipy.stats.t.ppf(0.975, 5) / scipy.stats.norm.ppf(0.975) * np.sqrt(6 / 5)
+    means = means.mean() + wide * (means - means.mean())
     exact = 2 * min(np.mean(means <= 0), np.mean(means >= 0))
     got = stats.paired_bootstrap(np.zeros(6), difference, resamples=40_000, seed=3)
     assert got.delta == pytest.approx(1 / 3)
     assert got.p == pytest.approx(exact, abs=4 * np.sqrt(exact / 40_000))
     assert (got.low, got.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.02)
+    assert got.p_equivalent is None
 
 
 def test_paired_bootstrap_pairs_the_problems():
@@ -43,12 +48,92 @@ def test_bootstrap_interval_of_a_mean_is_that_of_the_normal_law():
     assert got.high == pytest.approx(values.mean() + half, abs=0.02)
 
 
-def test_bootstrap_takes_another_statistic_and_repeats_itself():
-    values = [1.0, 2, 100]
-    got = stats.bootstrap(values, np.median, resamples=300, seed=5)
-    assert (got.delta, got.low, got.high) == (2, 1, 100)
-    assert got == stats.bootstrap(values, np.median, resamples=300, seed=5)
-    assert got.p < 0.01
+def test_interval_of_few_normal_values_is_students():
+    values = np.random.default_rng(2).normal(size=8)
+    got = stats.bootstrap(values, resamples=40_000)
+    low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval()
+    assert (got.low, got.high) == pytest.approx((low, high), abs=0.15 * (high - low))
+    assert got == stats.bootstrap(values, resamples=40_000)
+
+
+def test_one_value_says_nothing_about_others():
+    for got in (
+        stats.bootstrap([3.0], margin=1.0),
+        stats.student([3.0], margin=1.0),
+        stats.hierarchical_bootstrap([[0.0]], [[3.0]], margin=1.0),
+    ):
+        assert got == stats.Interval(3.0, None, None, 1.0, 1.0)
+
+
+def test_median_has_an_exact_interval_from_six_values_on():
+    values = np.random.default_rng(4).permutation(np.arange(1.0, 21))
+    got = stats.median(values)
+    # Of 20 values 6 to 15: P(B <= 5) = 0.0207 for a fair coin tossed 20 times.
+    assert (got.delta, got.low, got.high) == (10.5, 6, 15)
+    assert got.p == pytest.approx(2 / 2**20)
+    assert stats.median(values[:5]) == stats.Interval(np.median(values[:5]), None, None, 1 / 16)
+
+
+def test_equivalence_is_where_the_90_percent_interval_lies_within_the_margin():
+    rng = np.random.default_rng(6)
+    for _ in range(20):
+        drawn = rng.normal(rng.normal(0, 0.5), 0.5, 9999)
+        low, high = np.quantile(drawn, [0.05, 0.95])
+        for margin in (0.8, 1.2):
+            is_within = -margin < low and high < margin
+            p = stats.equivalence(drawn, margin)
+            assert (p < 0.05) == is_within or abs(p - 0.05) < 2e-4
+    assert stats.equivalence(np.zeros(99), 1.0) == 1 / 100
+
+
+def test_no_difference_is_no_equivalence_where_little_is_known():
+    few = stats.paired_bootstrap([1.0, 0, 1, 0], [0.0, 1, 1, 0], margin=0.05)
+    assert few.p > 0.5
+    assert few.p_equivalent > 0.3
+    base = np.tile([1.0, 0], 2000)
+    many = stats.paired_bootstrap(base, np.roll(base, 2), margin=0.05)
+    assert many.p == 1
+    assert many.p_equivalent < 0.01
+    seeds = stats.hierarchical_bootstrap([base] * 3, [base] * 3, margin=0.05)
+    assert seeds.p_equivalent < 0.01
+
+
+def test_student_is_scipys_t_test_and_never_0():
+    values = [0.1, 0.5, 0.2, 0.9]
+    got, wanted = stats.student(values, margin=1.0), scipy.stats.ttest_1samp(values, 0)
+    assert got.p == pytest.approx(wanted.pvalue)
+    assert (got.low, got.high) == pytest.approx(tuple(wanted.confidence_interval()))
+    sides = [
+        scipy.stats.ttest_1samp(values, -1.0, alternative="greater").pvalue,
+        scipy.stats.ttest_1samp(values, 1.0, alternative="less").pvalue,
+    ]
+    assert got.p_equivalent == pytest.approx(max(sides))
+    assert stats.student([0.5] * 3, margin=0.6).p == 0.25  # three signs
+    assert stats.student([0.5] * 3, margin=0.6).p_equivalent == 0.25
+    assert stats.student([0.5] * 3, margin=0.4).p_equivalent == 1
+    assert stats.student([0.0] * 3).p == 1
+    assert stats.student(1e8 + np.random.default_rng(0).normal(size=200)).p > 0
+    assert stats.sign_test(5000, 5000) > 0
+
+
+@pytest.mark.parametrize("outcomes", [(3, 9, 40), (0, 5, 5), (4, 4, 0), (0, 0, 7)])
+def test_mcnemar_counts_the_discordant_pairs(outcomes):
+    lost, won, alike = outcomes
+    base = np.array([1.0] * lost + [0.0] * won + [1.0] * alike)
+    arm = np.array([0.0] * lost + [1.0] * won + [1.0] * alike)
+    number = min(lost, won)
+    tail = sum(math.comb(lost + won, i) for i in range(number + 1)) / 2 ** (lost + won)
+    assert stats.mcnemar(base, arm) == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_share_interval_is_wilsons_and_counts_answers_that_agree_once():
+    right = np.array([1.0, 0, 1, 1, 0, 0, 0, 1, 1, 1])
+    assert stats.share_interval(right) == pytest.approx(stats.wilson(0.6, 10))
+    assert stats.share_interval(np.zeros(9)) == pytest.approx(stats.wilson(0, 9))
+    # Two answers to each problem that always agree say no more than one; that do not, more.
+    half = np.array([0.5, 0.5, 1, 0, 0.5, 0.5, 1, 0])
+    low, high = stats.share_interval(half)
+    assert (low, high) == pytest.approx(stats.wilson(0.5, 16))
 
 
 def test_bootstrap_draws_the_same_in_one_block_and_in_many(monkeypatch):
@@ -180,6 +265,11 @@ def test_spearman_meets_scipy_and_is_none_where_undefined():
         (lambda: stats.sign_test(4, 3), "4 signs of 3"),
         (lambda: stats.wilson(0.5, 0), "of 0 units"),
         (lambda: stats.wilson(1.5, 3), "share 1.5"),
+        (lambda: stats.share_interval([0.5, 1.5, 0.0]), "shares from 0.0 to 1.5"),
+        (lambda: stats.mcnemar([0.5], [1.0]), "neither 0 nor 1"),
+        (lambda: stats.equivalence(np.zeros(3), 0.0), "margin 0"),
+        (lambda: stats.bootstrap([1.0], margin=-1.0), "margin -1"),
+        (lambda: stats.student([1.0], margin=np.nan), "margin nan"),
     ],
 )
 def test_bad_input_is_refused(call, message):

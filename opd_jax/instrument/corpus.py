@@ -236,6 +236,13 @@ class TypeStats:
         arrays = (rock.count_V, rock.kl_sum_V, rock.kl_sq_V)
         return cls(*(np.asarray(x, np.float64) for x in arrays))
 
+    @classmethod
+    def total(cls, parts: Sequence[TypeStats]) -> TypeStats:
+        """The sums of several corpora, or parts of one, together."""
+        return cls(
+            *(np.sum([getattr(p, f.name) for p in parts], axis=0) for f in dataclasses.fields(cls))
+        )
+
     @property
     def mean(self) -> np.ndarray:
         """Mean KL by type, 0 where a type was not seen."""

@@ -43,7 +43,8 @@ class Rule:
         """
         score_V = metrics.metric(stats, self.score) if score_V is None else score_V
         is_eligible_V = stats.seen & (stats.count >= self.min_count) & (score_V > -np.inf)
-        is_eligible_V[descending(stats.count)[: self.skip_top]] = False
+        if self.skip_top:
+            is_eligible_V[descending(stats.count)[: self.skip_top]] = False
         order = descending(score_V)
         return order[is_eligible_V[order]]
 

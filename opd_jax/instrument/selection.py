@@ -15,8 +15,10 @@ import numpy as np
 
 from opd_jax import stats
 from opd_jax.instrument import controls, groups, metrics, null, shares
+from opd_jax.instrument import tally as tallies
 from opd_jax.instrument.corpus import Occurrences, TypeStats
 from opd_jax.instrument.rule import PLAIN, Rule
+from opd_jax.instrument.tally import Tally
 
 RESAMPLES = 1000  # bootstrap draws of an interval
 PERMUTATIONS = 100  # shuffles of the null, and random halvings
@@ -48,7 +50,9 @@ def selection(
       seed: of all draws.
 
     Returns:
-      A JSON-ready dict; every share is of all positions or of all KL of the corpus.
+      A JSON-ready dict; every share is of all positions or of all KL of the corpus. Where types are
+      chosen, they are measured on other problems, except where ``in_sample`` says so and in the
+      densities, the funnel and the kinds, which describe this corpus and this list.
 
     Raises:
       SelectError: more rocks than types, fewer than two problems, or a bad rule.
@@ -57,32 +61,35 @@ def selection(
     rocks_k = rule.rocks(sums, k)
     sizes = null.k_grid(k, len(rule.rank(sums)))
     rng = np.random.default_rng(seed)
-    table = null.Table.of(found)
-    nested = null.nested(table, sizes, rule=rule, rng=rng)
+    tally = Tally.of(found)
+    coverage = null.coverage(
+        tally, sizes, rule=rule, resamples=resamples, permutations=permutations, rng=rng
+    )
+    nested = null.nested(tally, sizes, rule=rule, rng=rng)
     return {
         "k": k,
+        "corpus": size_of(found),
         "k_grid": sizes,
         "resamples": resamples,
         "permutations": permutations,
-        "coverage": null.coverage(
-            table, sizes, rule=rule, resamples=resamples, permutations=permutations, rng=rng
-        ),
+        "coverage": coverage,
+        "coverage_note": null.covered(tally.num_problems),
         "split_half": null.split_half(
-            table, sizes, rule=rule, splits=permutations, permutations=permutations, rng=rng
+            tally, sizes, rule=rule, splits=permutations, permutations=permutations, rng=rng
         ),
         "nested": nested,
         "nested_mean": [
             {"k": size, "value": float(np.mean([r["value"] for r in nested if r["k"] == size]))}
             for size in sizes
         ],
-        "metrics": null.by_metric(table, k, rule=rule, splits=permutations, rng=rng),
+        "metrics": null.by_metric(tally, k, rule=rule, splits=permutations, rng=rng),
         "density": [
             density_row(found, sums, k, dataclasses.replace(rule, skip_top=skip))
             for skip in sorted({*SKIP_TOPS, rule.skip_top})
         ],
         "answer_shares": [float(x) for x in shares.density(found, rocks_k).token_share],
         "funnel": funnel(sums, rocks_k, token_text),
-        "controls": control_rows(sums, rocks_k, rule=rule, seed=seed),
+        "controls": control_rows(tally, k, rule=rule, seed=seed),
         "groups": groups.table(sums, groups.of_types(found, token_text), rocks_k),
         "estimators": estimators(found, sizes, rule=rule),
         "null_note": null.NOTE,
@@ -107,12 +114,12 @@ def joint_metrics(
         "token_U": np.union1d(found.token_id, other.token_id),
     }
     rows = null.by_metric(
-        null.Table.of(found, **axes),
+        Tally.of(found, **axes),
         k,
         rule=rule,
         splits=permutations,
         rng=np.random.default_rng(seed),
-        other=null.Table.of(other, **axes),
+        other=Tally.of(other, **axes),
     )
     return [row for row in rows if row["name"] in metrics.JOINT]
 
@@ -180,24 +187,55 @@ def funnel(
     }
 
 
-def control_rows(
-    sums: TypeStats, rocks_k: np.ndarray, *, rule: Rule, seed: int
-) -> list[dict[str, Any]]:
-    """The rocks, then every control: size, shares, overlap and what it leaves unmatched."""
-    lists = {"rock": rocks_k} | {
-        how: controls.choose(sums, rocks_k, how, rule=rule, seed=seed) for how in controls.CONTROLS
+def size_of(found: Occurrences) -> dict[str, int]:
+    """How much text a number is of: shares and overlaps grow and fall with it."""
+    return {
+        "problems": len(np.unique(found.problem)),
+        "answers": len(np.unique(found.answer)),
+        "tokens": len(found),
+        "types": len(np.unique(found.token_id)),
     }
+
+
+def control_rows(tally: Tally, k: int, *, rule: Rule, seed: int) -> list[dict[str, Any]]:
+    """The rocks, then every control: size, shares, overlap and what it leaves unmatched.
+
+    ``types``, ``overlap_with_rocks`` and ``residual`` are of the lists chosen on all problems,
+    which are the ones that can be gated; ``token_share`` and ``kl_share`` are measured on problems
+    that lists were not chosen on, by turns over ``null.FOLDS`` folds; ``in_sample_kl_share`` is
+    measured where they were.
+    """
+    whole = tally.stats()
+    lists = _lists(whole, k, rule, seed)
+    fold_P = tallies.folds(tally, null.FOLDS, np.random.default_rng(seed))
+    parts = tally.parts(fold_P)
+    carried = {name: np.zeros(2) for name in lists}
+    for part in parts:
+        others = TypeStats.total([other for other in parts if other is not part])
+        for name, ids in _lists(others, k, rule, seed).items():
+            carried[name] += part.count[ids].sum(), part.kl_sum[ids].sum()
+    total = np.maximum([whole.count.sum(), whole.kl_sum.sum()], np.finfo(float).tiny)
+    rocks = lists["rock"]
     return [
         {
             "name": name,
             "types": len(ids),
-            "token_share": shares.token_share(sums, ids),
-            "kl_share": shares.coverage(sums, ids),
-            "residual": None if name == "rock" else controls.residual(sums, rocks_k, ids),
-            "overlap_with_rocks": len(np.intersect1d(ids, rocks_k)),
+            "token_share": float(carried[name][0] / total[0]),
+            "kl_share": float(carried[name][1] / total[1]),
+            "in_sample_kl_share": shares.coverage(whole, ids),
+            "residual": None if name == "rock" else controls.residual(whole, rocks, ids),
+            "overlap_with_rocks": len(np.intersect1d(ids, rocks)),
         }
         for name, ids in lists.items()
     ]
+
+
+def _lists(sums: TypeStats, k: int, rule: Rule, seed: int) -> dict[str, np.ndarray]:
+    """The rocks (or as many as can be chosen) and their controls."""
+    rocks_k = rule.rank(sums)[:k]
+    return {"rock": rocks_k} | {
+        how: controls.choose(sums, rocks_k, how, rule=rule, seed=seed) for how in controls.CONTROLS
+    }
 
 
 def estimators(found: Occurrences, sizes: list[int], *, rule: Rule) -> dict[str, Any]:

@@ -193,11 +193,14 @@ def conclusion(result: Mapping[str, Any], chosen: Mapping[str, Any], out: Path) 
         f"{result['tokens']:,} tokens in {result['answers']:,} answers to {result['problems']:,} "
         f"problems: mean KL {result['kl_nats']:.4f} nats",
         f"{k} of {result['types_seen']:,} types seen carry {coverage['value']:.1%} "
-        f"({coverage['low']:.1%} to {coverage['high']:.1%}) of the KL; with KL shuffled among "
-        f"tokens the top {k} would carry {coverage['null']:.1%}",
+        f"({coverage['low']:.1%} to {coverage['high']:.1%}) of the KL of problems they were not "
+        f"chosen on, of {result['problems']:,}; in the text that chose them "
+        f"{coverage['in_sample']:.1%}",
+        f"with KL shuffled among tokens the top {k} would carry {coverage['null']:.1%}, shuffled "
+        f"within problems {coverage['null_within']:.1%}",
         f"selected on one half of the problems and on the other, they overlap by Jaccard "
         f"{halves['value']:.2f} (random halvings {halves['low']:.2f} to {halves['high']:.2f}); "
-        f"shuffled {halves['null']:.2f}",
+        f"shuffled {halves['null']:.2f}, within problems {halves['null_within']:.2f}",
         f"{result['density_median']:.1%} of the tokens of the median answer are rocks, "
         f"{result['density_corpus']:.1%} of all tokens",
         f"{'id':>9}  {'token':<16} {'of KL':>7} {'count':>7} {'mean KL':>8}  group",

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from opd_jax.instrument import controls, metrics, null, selection
+from opd_jax.instrument import controls, metrics, null, selection, shares
 from opd_jax.instrument.corpus import Occurrences, TypeStats
 from opd_jax.instrument.metrics import SelectError
 from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.tally import Tally
 
 VOCAB = 60
 WORDS = ["$", " the", ".", "1", "\n", " apples", "So", "="]
@@ -43,6 +44,8 @@ def result(found):
 def test_result_has_the_parts_that_pages_and_figures_read(result):
     assert set(result) == {
         "k",
+        "corpus",
+        "coverage_note",
         "k_grid",
         "resamples",
         "permutations",
@@ -64,6 +67,8 @@ def test_result_has_the_parts_that_pages_and_figures_read(result):
     for name in ("coverage", "split_half", "nested_mean"):
         assert [row["k"] for row in result[name]] == result["k_grid"]
     assert result["null_note"] == null.NOTE
+    assert result["corpus"] == {"problems": 12, "answers": 24, "tokens": 720, "types": 59}
+    assert "chosen on 4 of 5 parts of the 12 problems" in result["coverage_note"]
 
 
 def test_same_seed_same_result(found, result):
@@ -129,7 +134,11 @@ def test_controls_name_every_control_with_shares_and_what_is_unmatched(found, re
     rocks = Rule().rocks(stats, 7)
     assert rows["rock"]["overlap_with_rocks"] == 7
     assert rows["rock"]["residual"] is None
-    assert rows["complement"]["token_share"] + rows["rock"]["token_share"] == pytest.approx(1)
+    # Of types that no other fold has seen, neither list knows.
+    both = rows["complement"]["token_share"] + rows["rock"]["token_share"]
+    assert 0.99 < both <= 1 + 1e-12
+    assert rows["rock"]["in_sample_kl_share"] == pytest.approx(shares.coverage(stats, rocks))
+    assert rows["rock"]["kl_share"] <= rows["rock"]["in_sample_kl_share"]
     assert rows["hungarian"]["residual"] == controls.residual(
         stats, rocks, controls.choose(stats, rocks, "hungarian")
     )
@@ -162,8 +171,8 @@ def test_estimators_compare_exact_and_sampled_scores(found, result):
 def test_joint_metrics_take_the_lesser_of_two_corpora(found):
     rows = selection.joint_metrics(found, found, 7, rule=Rule(), permutations=6)
     assert [row["name"] for row in rows] == list(metrics.JOINT)
-    table = null.Table.of(found)
-    whole = null.by_metric(table, 7, rule=Rule(), splits=6, rng=np.random.default_rng(0))
+    tally = Tally.of(found)
+    whole = null.by_metric(tally, 7, rule=Rule(), splits=6, rng=np.random.default_rng(0))
     single = {row["name"]: row for row in whole}
     for row in rows:  # the lesser of equals
         assert row == single[metrics.JOINT[row["name"]]] | {"name": row["name"]}

@@ -66,7 +66,11 @@ def test_the_files_are_there_and_agree(made):
     members = load(out / "lists" / "rock.json")
     assert members == Rule().rocks(stats, 5).tolist()
     by_hand = sum(found.kl[found.token_id == i].astype(float).sum() for i in members)
-    assert told["coverage"] == pytest.approx(by_hand / found.kl.astype(float).sum())
+    assert told["coverage_in_sample"] == pytest.approx(by_hand / found.kl.astype(float).sum())
+    (row,) = (r for r in load(out / "selection.json")["coverage"] if r["k"] == 5)
+    for name in ("low", "high", "null", "null_within"):
+        assert told[f"coverage_{name}"] == row[name]
+    assert told["coverage"] == row["value"] < told["coverage_in_sample"]
     inside = np.isin(found.token_id, members)
     assert told["density_corpus"] == pytest.approx(inside.mean())
     per_answer = [inside[found.answer == i].mean() for i in range(24)]
@@ -154,7 +158,10 @@ def test_it_says_what_was_found_and_where_it_is(made):
     told = load(out / "summary.json")
     for part in (
         f"{told['coverage']:.1%}",
-        f"{told['coverage_null']:.1%}",
+        f"{told['coverage_in_sample']:.1%}",
+        f"shuffled among tokens the top 5 would carry {told['coverage_null']:.1%}",
+        f"within problems {told['coverage_null_within']:.1%}",
+        "not chosen on, of 12",
         f"Jaccard {told['split_half']:.2f}",
         f"{told['density_median']:.1%}",
         str(out / "types.csv"),
@@ -382,10 +389,11 @@ def test_writers_agree_by_chance_on_what_is_frequent():
         # The same corpus twice: measured, they agree wholly.
         k = 1 if more else 10
         overlap[name] = references.jaccard_by_chance([found] * 2, k, rule=Rule(), seed=0)
-    assert overlap["frequent"] == [[1, 1], [1, 1]]
-    # Ten of forty on either side share 2.5 on average.
-    assert overlap["alike"][0][0] == 1
-    assert overlap["alike"][0][1] == pytest.approx(2.5 / 17.5, abs=0.04)
+    for form in ("jaccard_null", "jaccard_null_within"):  # all of one problem: the same
+        assert overlap["frequent"][form] == [[1, 1], [1, 1]]
+        # Ten of forty on either side share 2.5 on average.
+        assert overlap["alike"][form][0][0] == 1
+        assert overlap["alike"][form][0][1] == pytest.approx(2.5 / 17.5, abs=0.04)
 
 
 def test_the_answers_of_the_student_before_training_are_its_own(tiny, workdir, of_run, tmp_path):

@@ -82,7 +82,6 @@ def study(bench: Workbench) -> dict[str, Any]:
         bench.found,
         disjoint_groups(bench),
         token_text=bench.pair.text,
-        seed=flags.seed,
         batch=flags.batch,
     )
 
@@ -109,8 +108,6 @@ def geometry(
     groups: Mapping[str, Any],
     *,
     token_text: Callable[[int], str],
-    resamples: int = 10_000,
-    seed: int = 0,
     batch: int = 16,
 ) -> dict[str, Any]:
     """Report the gradients of some types, and of groups of them: what ``gradients.json`` holds.
@@ -119,7 +116,6 @@ def geometry(
       corpus, pair, occurrences: the text, the models, and how the latter score the former.
       groups: ids by group name.
       token_text: printable text of an id.
-      resamples, seed: of the bootstrap over the types of a group.
       batch: answers at a time, rounded up to the mesh; does not change the result.
 
     Raises:
@@ -146,9 +142,7 @@ def geometry(
     return {
         "k": len(groups.get("rock", ())),
         "types": list(itertools.chain.from_iterable(named.values())),
-        "groups": [
-            _group(name, members, resamples=resamples, seed=seed) for name, members in named.items()
-        ],
+        "groups": [_group(name, members) for name, members in named.items()],
         "identities": {
             "contributions_global": summed,  # of the types above and of all others together
             "norm_global": found.norm["global"],
@@ -244,14 +238,14 @@ def _ratio(value: float, over: float) -> float | None:
     return value / over if over > 0 else None
 
 
-def _group(name: str, rows: list, *, resamples: int, seed: int) -> dict[str, Any]:
-    """Medians over the types of a group that have the number, with their bootstrap intervals."""
+def _group(name: str, rows: list) -> dict[str, Any]:
+    """Medians over the types of a group that have the number, with their exact intervals."""
 
     def ends(values: list) -> tuple[float | None, ...]:
         values = [x for x in values if x is not None]
         if not values:
             return None, None, None
-        found = stats.bootstrap(values, np.median, resamples=resamples, seed=seed)
+        found = stats.median(values)
         return found.delta, found.low, found.high
 
     result: dict[str, Any] = {

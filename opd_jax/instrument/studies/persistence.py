@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,18 +31,21 @@ from opd_jax.instrument.studies import matrix, pooled
 from opd_jax.instrument.studies.matrix import Matrix
 from opd_jax.instrument.workbench import Workbench
 
+MARGIN = math.log(1.1)  # of a contrast: one group keeps a tenth more of its KL than the other
 NOTE = (
     "Groups are selected on half of the problems and every number but the naive ones is measured "
     "on the other half, so selection cannot make a group look as if it had learned. alignment: "
     "the corpus of `from`, scored by `to` minus by `from`; context_drift: model `to`, its own "
     "corpus minus that of `from`, another mix of the group's types included; both: their sum, each "
-    "model on its own corpus, as published. delta is of mean KL per position of the group, low and "
-    "high its 95 % bootstrap interval over problems with p_bootstrap; p is Wilcoxon's over the "
-    "means of the types, which takes types as independent; p_adjusted and p_bootstrap_adjusted are "
-    "Benjamini-Hochberg over all of both. contrasts: log of how much of its KL one group keeps "
-    "over how much the other does. control: types matched to the rocks on count, none of them a "
-    "rock, as far as counts allow; high_kl: largest mean KL among the other types. naive: measured "
-    "where it was selected."
+    "model on its own corpus, as published. delta is of mean KL per position of the group; low, "
+    "high and p_bootstrap are by resampling problems, and p_bootstrap_adjusted is "
+    "Benjamini-Hochberg over all tests of that kind. p_types is Wilcoxon's over the means of the "
+    "types, as published: it takes types as independent, though the same problems move them all, "
+    "and rejects far too often; it decides nothing here. contrasts: log of how much of its KL one "
+    "group keeps over how much the other does; p_equivalent is of a difference of {margin:.0%} or "
+    "more, small where they keep as much. control: types matched to the rocks on count, none of "
+    "them a rock, as far as counts allow; high_kl: largest mean KL among the other types. naive: "
+    "measured where it was selected."
 )
 _SHOWN = 20  # types of a group that are listed
 
@@ -123,6 +127,7 @@ def analyse(
     rule: Rule,
     seed: int = 0,
     resamples: int = 10_000,
+    margin: float = MARGIN,
     token_text: Callable[[int], str] = str,
     select_on: Cell | None = None,
 ) -> dict[str, Any]:
@@ -134,6 +139,7 @@ def analyse(
       rule: how rocks are ranked.
       seed: of the split and of the bootstrap.
       resamples: of the bootstrap over problems.
+      margin: the smallest log ratio of two groups that counts, for the test of equivalence.
       token_text: text of an id, for the lists of types.
       select_on: the cell to select on. Default: the first model on the first corpus, because a
         selection at the end picks types *for having stayed high*, and a selection before training
@@ -176,10 +182,11 @@ def analyse(
                 {"group": name} | about | row for name, row in zip(groups, rows, strict=True) if row
             ]
             contrasts += [
-                row | about for row in _contrasts(list(groups), measured, drawn, old, new)
+                row | about for row in _contrasts(list(groups), measured, drawn, old, new, margin)
             ]
-    _adjust(tests, "p", "p_bootstrap")
+    _adjust(tests, "p_bootstrap")
     _adjust(contrasts, "p_bootstrap")
+    _adjust(contrasts, "p_equivalent")
     return {
         "models": list(scores.models),
         "corpora": list(scores.corpora),
@@ -199,7 +206,8 @@ def analyse(
         ],
         "tests": tests,
         "contrasts": contrasts,
-        "note": NOTE,
+        "margin": margin,
+        "note": NOTE.format(margin=math.expm1(margin)),
     }
 
 
@@ -216,6 +224,11 @@ class _Measured:
     sums: Mapping[Cell, np.ndarray]
     mean: Mapping[Cell, np.ndarray]
     types: Mapping[Cell, TypeStats]
+
+    def problems(self, old: Cell, new: Cell, group: int) -> int:
+        """Problems with a position of the group in both cells: what an interval rests on."""
+        counts = [self.sums[cell][1][:, group] > 0 for cell in (old, new)]
+        return int(min(np.sum(count) for count in counts))
 
 
 def _measure(
@@ -250,8 +263,12 @@ def _changes(
             {
                 "delta": float(after - before),
                 "relative": float(after / before - 1) if before else None,
-                **pooled.interval(drawn[new][:, g] - drawn[old][:, g]),
-                "p": p,
+                **pooled.interval(
+                    float(after - before),
+                    drawn[new][:, g] - drawn[old][:, g],
+                    measured.problems(old, new, g),
+                ),
+                "p_types": p,
                 "types": types,
                 "naive_delta": _number(naive[new][g] - naive[old][g]),
             }
@@ -260,7 +277,12 @@ def _changes(
 
 
 def _contrasts(
-    names: list[str], measured: _Measured, drawn: Mapping[Cell, np.ndarray], old: Cell, new: Cell
+    names: list[str],
+    measured: _Measured,
+    drawn: Mapping[Cell, np.ndarray],
+    old: Cell,
+    new: Cell,
+    margin: float,
 ) -> list[dict[str, Any]]:
     """How much more (above 0) of its KL one group keeps than another, as a log ratio."""
     change_G = _log(measured.mean[new]) - _log(measured.mean[old])
@@ -268,9 +290,11 @@ def _contrasts(
     a, rows = names.index("rock"), []
     for other in ("control", "high_kl"):
         if other in names and np.isfinite(change_G[[a, b := names.index(other)]]).all():
+            ratio, drawn_R = float(change_G[a] - change_G[b]), change_RG[:, a] - change_RG[:, b]
+            units = min(measured.problems(old, new, g) for g in (a, b))
             rows.append(
-                {"groups": ["rock", other], "log_ratio": float(change_G[a] - change_G[b])}
-                | pooled.interval(change_RG[:, a] - change_RG[:, b])
+                {"groups": ["rock", other], "log_ratio": ratio}
+                | pooled.interval(ratio, drawn_R, units, margin)
             )
     return rows
 
@@ -314,11 +338,9 @@ def _wilcoxon(old: TypeStats, new: TypeStats, member_V: np.ndarray) -> tuple[flo
     return p, int(both.sum())
 
 
-def _adjust(rows: list[dict[str, Any]], *names: str) -> None:
-    """Add the adjusted values of all p-values of these names, taken as one family."""
-    found = [(row, name) for row in rows for name in names]
-    adjusted = stats.bh_adjusted([row[name] for row, name in found])
-    for (row, name), p in zip(found, adjusted, strict=True):
+def _adjust(rows: list[dict[str, Any]], name: str) -> None:
+    """Add the adjusted values of all p-values of a name, taken as one family."""
+    for row, p in zip(rows, stats.bh_adjusted([row[name] for row in rows]), strict=True):
         row[f"{name}_adjusted"] = float(p)
 
 

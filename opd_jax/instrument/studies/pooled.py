@@ -53,10 +53,19 @@ def bootstrap(
     return {cell: np.concatenate(part) for cell, part in parts.items()}
 
 
-def interval(delta_R: np.ndarray) -> dict[str, float | None]:
-    """95 % percentile interval and two-sided p of the bootstrap against 0."""
-    delta_R = delta_R[np.isfinite(delta_R)]  # a draw can miss a rare group altogether
-    if not len(delta_R):
-        return {"low": None, "high": None, "p_bootstrap": 1.0}
-    low, high = stats.quantiles(delta_R)
-    return {"low": float(low), "high": float(high), "p_bootstrap": stats.two_sided(delta_R)}
+def interval(
+    delta: float, drawn_R: np.ndarray, problems: int, margin: float | None = None
+) -> dict[str, float | None]:
+    """The interval of a difference and its p-values by resampled problems, ready for a row.
+
+    Args:
+      delta: measured.
+      drawn_R: of the resamples.
+      problems: that it rests on.
+      margin: for ``p_equivalent``, see :func:`stats.equivalence`.
+    """
+    drawn_R = drawn_R[np.isfinite(drawn_R)]  # a draw can miss a rare group altogether
+    units = problems if len(drawn_R) else 1
+    found = stats.interval(delta, drawn_R, units, margin)
+    row = {"low": found.low, "high": found.high, "p_bootstrap": found.p}
+    return row if margin is None else row | {"p_equivalent": found.p_equivalent}

@@ -15,6 +15,7 @@ import numpy as np
 from opd_jax.instrument import null, selection, shares
 from opd_jax.instrument.corpus import Occurrences, TypeStats
 from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.tally import Tally, shuffled
 from opd_jax.instrument.workbench import Workbench
 
 
@@ -50,9 +51,7 @@ def study(bench: Workbench) -> dict[str, Any]:
         "jaccard": [
             [shares.jaccard(a[:k], b[:k]) for b in ranked.values()] for a in ranked.values()
         ],
-        "jaccard_null": jaccard_by_chance(
-            list(found.values()), k, rule=bench.rule, seed=bench.flags.seed
-        ),
+        **jaccard_by_chance(list(found.values()), k, rule=bench.rule, seed=bench.flags.seed),
         "joint_metrics": (
             selection.joint_metrics(
                 bench.found, found["teacher"], k, rule=bench.rule, seed=bench.flags.seed
@@ -63,35 +62,42 @@ def study(bench: Workbench) -> dict[str, Any]:
         "note": (
             f"{'; '.join(notes)}. Scored by {subject.student.name} against {subject.teacher.name} "
             f"unless said otherwise. jaccard: overlap of the top {k} types of each two corpora; "
-            "jaccard_null: the same with the KL of either shuffled; joint_metrics: stability of "
-            f"the minimum over this corpus and the teacher's; {null.NOTE}"
+            "jaccard_null: the same with the KL of either shuffled among its positions, "
+            "jaccard_null_within among those of each problem; joint_metrics: stability of the "
+            "minimum over this corpus and the teacher's; "
+            f"{null.covered(len(np.unique(bench.found.problem)))}; {null.NOTE}"
         ),
     }
 
 
 def jaccard_by_chance(
     corpora: Sequence[Occurrences], k: int, *, rule: Rule, seed: int
-) -> list[list[float]]:
+) -> dict[str, list[list[float]]]:
     """Mean overlap of the top ``k`` types of each two corpora, the KL of either shuffled.
 
     Writers of one language share its frequent types: this much they agree whatever the type has to
-    do with its KL.
+    do with its KL. ``jaccard_null`` shuffles among all positions of a corpus,
+    ``jaccard_null_within`` among those of each problem.
     """
-    rng = np.random.default_rng(seed)
-    total = np.zeros((len(corpora), len(corpora)))
-    for _ in range(selection.PERMUTATIONS):
-        tops = []
-        for found in corpora:
-            sums = TypeStats.of(found.token_id, rng.permutation(found.kl), found.vocab_size)
-            tops.append(rule.rank(sums)[:k])
-        total += [[shares.jaccard(a, b) for b in tops] for a in tops]
-    return (total / selection.PERMUTATIONS).tolist()
+    result = {}
+    for name in ("jaccard_null", "jaccard_null_within"):
+        rng = np.random.default_rng(seed)
+        total = np.zeros((len(corpora), len(corpora)))
+        for _ in range(selection.PERMUTATIONS):
+            tops = []
+            for found in corpora:
+                group = found.problem if name.endswith("within") else np.zeros(len(found), int)
+                kl = shuffled(found.kl, group, rng)
+                tops.append(rule.rank(TypeStats.of(found.token_id, kl, found.vocab_size))[:k])
+            total += [[shares.jaccard(a, b) for b in tops] for a in tops]
+        result[name] = (total / selection.PERMUTATIONS).tolist()
+    return result
 
 
 def _reference(name: str, found: Occurrences, k: int, bench: Workbench) -> dict[str, Any]:
     sums = TypeStats.of_occurrences(found)
     (row,) = null.coverage(
-        null.Table.of(found),
+        Tally.of(found),
         [k],
         rule=bench.rule,
         resamples=selection.RESAMPLES,
@@ -100,12 +106,14 @@ def _reference(name: str, found: Occurrences, k: int, bench: Workbench) -> dict[
     )
     return {
         "name": name,
-        "tokens": len(found),
+        **selection.size_of(found),
         "kl_nats": float(found.kl.mean(dtype=np.float64)),
         "coverage": row["value"],
         "coverage_low": row["low"],
         "coverage_high": row["high"],
+        "coverage_in_sample": row["in_sample"],
         "coverage_null": row["null"],
+        "coverage_null_within": row["null_within"],
         "density_median": selection.density_row(found, sums, k, bench.rule)["median"],
         "types_seen": int(sums.seen.sum()),
     }

@@ -4,7 +4,7 @@ The conjecture (arXiv 2605.09253, sec. 2; left untested there): frequent types i
 moment :math:`\hat\nu` of their rows, so that their effective step
 :math:`|\hat\mu| / (\sqrt{\hat\nu} + \epsilon)` shrinks and their KL stays. Frequency alone moves
 both, so groups are compared with types of like count, and whether a high second moment goes with
-less decrease of KL is asked with the count partialled out.
+less decrease of KL is asked at equal count.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 
 from opd_jax import config as settings
 from opd_jax import optim, stats
 from opd_jax.files import path_of
-from opd_jax.instrument import controls
+from opd_jax.instrument import controls, correlation
 from opd_jax.instrument.corpus import Occurrences, TypeStats
+from opd_jax.instrument.correlation import Correlation
 from opd_jax.instrument.rule import Rule
 from opd_jax.instrument.studies import persistence
 from opd_jax.instrument.workbench import Workbench
@@ -35,7 +35,7 @@ from opd_jax.store import workdir as workdirs
 
 GROUPS = ("rock", "control", "high_kl", "rest", "unseen")
 MEASURES = ("second_moment", "effective_step")
-_MIN_TYPES = 10  # below, a rank correlation with covariates says nothing
+_MIN_TYPES = 20  # below, a rank correlation says nothing
 NOTE = (
     "second_moment: bias-corrected, mean over the row of a type in the output head{tied}; "
     "effective_step: mean over the row of |first moment| / (sqrt(second moment) + eps), in units "
@@ -43,13 +43,16 @@ NOTE = (
     "its median over types). rest: types seen and in no other group. The moments forget with "
     "b1={b1} and b2={b2} a step, so a checkpoint tells of its last steps. Every other parameter "
     "has moments too, which are not read. Tests are rank correlations over types; decrease is "
-    "log(mean KL before / after) on one half of the problems, count and KL that are partialled "
-    "out come from the other half, so a chance high value cannot appear as a decrease. With "
+    "log(mean KL before / after) on one half of the problems; count and KL that are held equal are "
+    "measured on either half of the other half, so a chance high value cannot appear as a "
+    "decrease, and their noise is accounted for (reliability: correlation of the two measurements "
+    "of the noisiest; no rho below {least}). With "
     "decrease the conjecture expects rho below 0 for second_moment and above 0 for "
     "effective_step; with count the opposite. Moments are read after the decrease that they are "
     "to explain: a type whose KL has fallen has smaller gradients since, which alone gives "
-    "second_moment a rho below 0, so the first checkpoints say most. p is from permutations, "
-    "p_adjusted Benjamini-Hochberg over all tests."
+    "second_moment a rho below 0, so the first checkpoints say most. p is from permutations of "
+    "types, or from resampled types where something is held equal; p_adjusted Benjamini-Hochberg "
+    "over all tests."
 )
 
 
@@ -94,7 +97,7 @@ def run(
     steps: Sequence[int] | None = None,
     rule: Rule,
     seed: int = 0,
-    permutations: int = 2000,
+    draws: int = 2000,
 ) -> dict[str, Any]:
     """Compare the optimizer's treatment of rocks with that of other types.
 
@@ -103,12 +106,12 @@ def run(
       before: a corpus scored by the student before training; rocks are selected on it.
       after: the same corpus scored by the trained student.
       k: number of rocks.
-      rule: how rocks are ranked; a type needs its ``min_count`` positions in either half of the
-        problems to be tested.
+      rule: how rocks are ranked; to be tested, a type needs its ``min_count`` positions in either
+        half of the problems, and one in either half of the first.
       vocab_size: real ids; rows of padding are left out.
       steps: checkpoints; default all.
-      seed: of the split and of the permutations.
-      permutations: per test.
+      seed: of the split, the permutations and the resamples.
+      draws: permutations or resamples, per test.
 
     Returns:
       The content of ``optimizer.json``.
@@ -145,7 +148,7 @@ def run(
             measured[measure].append([_median(value_V[ids]) for ids in groups.values()])
             tests += [
                 {"step": step, "measure": measure} | row
-                for row in _tests(value_V, *outcome, permutations, seed)
+                for row in _tests(value_V, outcome, draws, seed)
             ]
     for row, p in zip(tests, stats.bh_adjusted([row["p"] for row in tests]), strict=True):
         row["p_adjusted"] = float(p)
@@ -165,7 +168,7 @@ def run(
             for g, (name, ids) in enumerate(groups.items())
         ],
         "tests": tests,
-        "note": NOTE.format(tied=tied, b1=spec.b1, b2=spec.b2),
+        "note": NOTE.format(tied=tied, b1=spec.b1, b2=spec.b2, least=correlation.MIN_RELIABILITY),
     }
 
 
@@ -210,33 +213,6 @@ def _rows(first_VD, second_VD, count, *, spec: OptimSpec):
     return jnp.mean(second_VD, axis=1), jnp.mean(step_VD, axis=1)
 
 
-def partial_spearman(
-    x: np.ndarray, y: np.ndarray, given: Sequence[np.ndarray] = (), *, permutations: int, seed: int
-) -> tuple[float | None, float]:
-    """Rank correlation of ``x`` and ``y`` with others partialled out, and its permutation p.
-
-    Ranks are regressed on the ranks of ``given``; what is left of one side is permuted against the
-    other.
-
-    Returns:
-      (rho, two-sided p). (None, 1) where one side is constant or explained by ``given``.
-    """
-    ranks = [scipy.stats.rankdata(values) for values in (x, y, *given)]
-    design = np.column_stack([np.ones(len(x)), *ranks[2:]])
-    left = []
-    for rank in ranks[:2]:
-        rest = rank - design @ np.linalg.lstsq(design, rank, rcond=None)[0]
-        size = np.linalg.norm(rest)
-        if size <= 1e-9 * np.linalg.norm(rank):
-            return None, 1.0
-        left.append(rest / size)
-    rho = float(left[0] @ left[1])
-    rng = np.random.default_rng(seed)
-    drawn = np.array([rng.permutation(left[0]) @ left[1] for _ in range(permutations)])
-    reached = np.sum(np.abs(drawn) >= abs(rho) * (1 - 1e-12))
-    return rho, float((1 + reached) / (permutations + 1))
-
-
 def _adam(run_dir: str | Path):
     """(student's config, optimizer spec, flat config of the run).
 
@@ -266,32 +242,60 @@ def _groups(
     return {name: groups[name] for name in GROUPS}
 
 
-def _outcome(before: Occurrences, after: Occurrences, min_count: float, seed: int):
-    """(types, decrease of log KL on half B, their count and KL before training on half A)."""
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """What the corpus says of the types that have enough positions.
+
+    Attributes:
+      ids: of the types.
+      decrease: of their log mean KL, on half B of the problems.
+      count, kl: positions and mean KL before training, on two quarters that make up half A.
+    """
+
+    ids: np.ndarray
+    decrease: np.ndarray
+    count: tuple[np.ndarray, np.ndarray]
+    kl: tuple[np.ndarray, np.ndarray]
+
+
+def _outcome(before: Occurrences, after: Occurrences, min_count: float, seed: int) -> _Outcome:
     half_a, half_b = persistence.split(before.problem, seed)
-    on_a, on_b = np.isin(before.problem, half_a), np.isin(before.problem, half_b)
-    known = TypeStats.of_occurrences(before.where(on_a))
+    on_b = np.isin(before.problem, half_b)
+    quarters = [half_a[::2], half_a[1::2]]  # a problem is in a half by chance, so in a quarter too
+    parts = [before.where(np.isin(before.problem, quarter)) for quarter in quarters]
+    known = [TypeStats.of_occurrences(part) for part in parts]
+    whole = TypeStats.total(known)
     old, new = (TypeStats.of_occurrences(found.where(on_b)) for found in (before, after))
-    enough = (known.count >= min_count) & (old.count >= min_count)
-    ids = np.flatnonzero(enough & (known.kl_sum > 0) & (old.kl_sum > 0) & (new.kl_sum > 0))
-    decrease = np.log(old.mean[ids] / new.mean[ids])
-    return ids, decrease, known.count[ids], known.mean[ids]
-
-
-def _tests(value_V, ids, decrease, count, kl, permutations: int, seed: int) -> list[dict[str, Any]]:
-    value = value_V[ids]
-    asked = (
-        ("with_count", count, ()),
-        ("with_decrease", decrease, ()),
-        ("with_decrease_given_count", decrease, (count,)),
-        ("with_decrease_given_count_and_kl", decrease, (count, kl)),
+    enough = (whole.count >= min_count) & (old.count >= min_count)
+    enough &= known[0].seen & known[1].seen
+    ids = np.flatnonzero(enough & (whole.kl_sum > 0) & (old.kl_sum > 0) & (new.kl_sum > 0))
+    return _Outcome(
+        ids,
+        np.log(old.mean[ids] / new.mean[ids]),
+        (known[0].count[ids], known[1].count[ids]),
+        (known[0].mean[ids], known[1].mean[ids]),
     )
+
+
+def _tests(value_V, outcome: _Outcome, draws: int, seed: int) -> list[dict[str, Any]]:
+    value, count = value_V[outcome.ids], np.sum(outcome.count, axis=0)
+    asked = {
+        "with_count": lambda: correlation.plain(value, count, permutations=draws, seed=seed),
+        "with_decrease": lambda: correlation.plain(
+            value, outcome.decrease, permutations=draws, seed=seed
+        ),
+        "with_decrease_given_count": lambda: correlation.partial(
+            value, outcome.decrease, [outcome.count], resamples=draws, seed=seed
+        ),
+        "with_decrease_given_count_and_kl": lambda: correlation.partial(
+            value, outcome.decrease, [outcome.count, outcome.kl], resamples=draws, seed=seed
+        ),
+    }
+    types = len(outcome.ids)
     rows = []
-    for name, other, given in asked:
-        rho, p = None, 1.0
-        if len(ids) >= _MIN_TYPES:
-            rho, p = partial_spearman(value, other, given, permutations=permutations, seed=seed)
-        rows.append({"test": name, "rho": rho, "p": p, "types": len(ids)})
+    for name, ask in asked.items():
+        found = ask() if types >= _MIN_TYPES else Correlation(None, 1.0)
+        rows.append({"test": name, **dataclasses.asdict(found), "types": types})
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from opd_jax.instrument.corpus import Occurrences
 from opd_jax.instrument.studies import pooled
@@ -50,15 +51,19 @@ def test_all_cells_see_the_same_draw():
 @pytest.mark.parametrize(("below", "p"), [(0, 2 / 101), (10, 22 / 101), (60, 82 / 101)])
 def test_p_counts_the_rarer_side(below, p):
     values = np.concatenate([-np.ones(below), np.ones(100 - below)])
-    assert pooled.interval(values)["p_bootstrap"] == pytest.approx(p)
+    assert pooled.interval(0.0, values, 50)["p_bootstrap"] == pytest.approx(p)
 
 
-def test_draws_without_the_group_are_left_out():
-    found = pooled.interval(np.array([np.nan, 1.0, 2.0, 3.0]))
+def test_draws_without_the_group_are_left_out_and_few_problems_widen_the_rest():
+    found = pooled.interval(2.0, np.array([np.nan, 1.0, 2.0, 3.0]), 4)
+    wide = scipy.stats.t.ppf(0.975, 3) / scipy.stats.norm.ppf(0.975) * np.sqrt(4 / 3)
     assert found == {
-        "low": pytest.approx(1.05),
-        "high": pytest.approx(2.95),
+        "low": pytest.approx(2 - 0.95 * wide),
+        "high": pytest.approx(2 + 0.95 * wide),
         "p_bootstrap": pytest.approx(0.5),
     }
     nothing = {"low": None, "high": None, "p_bootstrap": 1.0}
-    assert pooled.interval(np.full(3, np.nan)) == nothing
+    assert pooled.interval(1.0, np.full(3, np.nan), 9) == nothing
+    assert pooled.interval(1.0, np.ones(3), 1) == nothing
+    one = pooled.interval(0.0, np.linspace(-1, 1, 99), 40, margin=2.0)
+    assert one["p_equivalent"] == pytest.approx(1 / 100)

@@ -95,11 +95,12 @@ def occurrences(token_id, kl):
 
 
 def planted(decrease_of, second_of, noise=0.3, seed=0):
-    """A corpus before and after, and moments; functions of (count, KL by type, rng)."""
+    """A corpus before and after, and moments; functions of (expected count, KL by type, rng)."""
     rng = np.random.default_rng(seed)
     share = 1 / np.arange(1, V + 1) ** 0.7
     token_id = rng.choice(V, PROBLEMS * LENGTH, p=share / share.sum()).astype(np.int32)
-    kl_V, count_V = rng.uniform(0.5, 2.0, V), np.bincount(token_id, minlength=V)
+    # Training saw other text: the moments know how frequent a type is, not its count in this one.
+    kl_V, count_V = rng.uniform(0.5, 2.0, V), share / share.sum() * len(token_id)
     decrease_V = decrease_of(count_V, kl_V, rng)
     luck_V = np.exp(rng.normal(0, noise, (PROBLEMS, V)))  # of a type in an answer
     kl = kl_V[token_id] * luck_V[np.repeat(np.arange(PROBLEMS), LENGTH), token_id]
@@ -110,7 +111,7 @@ def planted(decrease_of, second_of, noise=0.3, seed=0):
 
 def analysed(monkeypatch, workdir, before, after, found, **settings):
     monkeypatch.setattr(second_moments, "moments", lambda run_dir, step: found)
-    settings = dict(k=10, vocab_size=V, rule=RULE, steps=[4], permutations=500, seed=1) | settings
+    settings = dict(k=10, vocab_size=V, rule=RULE, steps=[4], draws=500, seed=1) | settings
     return second_moments.run(workdir, before, after, **settings)
 
 
@@ -134,15 +135,21 @@ def test_a_held_back_type_is_seen_at_equal_count(workdir, monkeypatch):
 
 
 def test_what_frequency_alone_does_goes_away_at_equal_count(workdir, monkeypatch):
-    case = planted(
-        lambda count, kl, rng: 3 - np.log10(count) + rng.normal(0, 0.3, V),
-        lambda count, kl, decrease, rng: count * np.exp(rng.normal(0, 0.3, V)),
-    )
-    result = analysed(monkeypatch, workdir, *case)
-    assert rho(result, "with_count")["rho"] > 0.8
-    assert rho(result, "with_decrease")["rho"] < -0.5
-    assert rho(result, "with_decrease")["p_adjusted"] < 0.05
-    assert rho(result, "with_decrease_given_count")["p_adjusted"] > 0.05
+    rejected = 0
+    for seed in range(8):
+        case = planted(
+            lambda count, kl, rng: 4 - 1.3 * np.log10(count) + rng.normal(0, 0.3, V),
+            lambda count, kl, decrease, rng: count * np.exp(rng.normal(0, 0.3, V)),
+            seed=seed,
+        )
+        result = analysed(monkeypatch, workdir, *case)
+        assert rho(result, "with_count")["rho"] > 0.7
+        assert rho(result, "with_decrease")["rho"] < -0.45
+        assert rho(result, "with_decrease")["p_adjusted"] < 0.05
+        held = rho(result, "with_decrease_given_count")
+        assert 0.6 < held["reliability"] < 0.95
+        rejected += held["p"] <= 0.05
+    assert rejected < 3  # of 8 at 5%: three or more in 6 of 1000; with the counts as they are all
 
 
 def test_luck_before_training_is_no_decrease(workdir, monkeypatch):
@@ -189,37 +196,6 @@ def test_unseen_rows_leave_the_padding_out(workdir, monkeypatch):
     assert result["groups"][-1]["types"] == 40
 
 
-def test_partial_rank_correlation_in_closed_form():
-    rng = np.random.default_rng(0)
-    z = rng.normal(size=300)
-    x, y = np.exp(z + rng.normal(size=300)), z**3 + rng.normal(size=300)
-    r = {a + b: scipy.stats.spearmanr(u, v)[0] for a, u in zip("xyz", (x, y, z), strict=True)
-         for b, v in zip("xyz", (x, y, z), strict=True)}  # fmt: skip
-    expected = (r["xy"] - r["xz"] * r["yz"]) / np.sqrt((1 - r["xz"] ** 2) * (1 - r["yz"] ** 2))
-    found, p = second_moments.partial_spearman(x, y, [z], permutations=200, seed=0)
-    assert found == pytest.approx(expected, abs=1e-12)
-    assert 0.02 < p <= 1
-    plain, p = second_moments.partial_spearman(x, y, permutations=200, seed=0)
-    assert plain == pytest.approx(r["xy"], abs=1e-12)
-    assert p == pytest.approx(1 / 201)
-
-
-def test_permutation_p_is_uniform_without_an_effect():
-    rng = np.random.default_rng(0)
-    draws = [
-        second_moments.partial_spearman(*rng.normal(size=(2, 30)), permutations=99, seed=i)[1]
-        for i in range(200)
-    ]
-    assert scipy.stats.kstest(draws, "uniform").pvalue > 0.01
-
-
-@pytest.mark.parametrize("given", [[], [np.arange(5.0)]])
-def test_a_constant_or_explained_side_has_no_correlation(given):
-    y = np.array([3.0, 1, 4, 1, 5])
-    x = np.arange(5.0) if given else np.ones(5)
-    assert second_moments.partial_spearman(x, y, given, permutations=9, seed=0) == (None, 1.0)
-
-
 def test_a_real_run_from_checkpoint_to_result(workdir, one_device):
     rng = np.random.default_rng(0)
     token_id = rng.integers(0, 40, 2000).astype(np.int32)
@@ -230,9 +206,7 @@ def test_a_real_run_from_checkpoint_to_result(workdir, one_device):
                     vocab_size=640)
         for _ in range(2)
     )  # fmt: skip
-    result = second_moments.run(
-        workdir, before, after, k=5, vocab_size=640, rule=RULE, permutations=50
-    )
+    result = second_moments.run(workdir, before, after, k=5, vocab_size=640, rule=RULE, draws=50)
     found = second_moments.moments(workdir, 4)
     assert result["groups"][-1]["second_moment"][1] == np.median(found.second_moment[40:])
     assert result["groups"][-1]["types"] == 600
