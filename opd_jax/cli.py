@@ -28,6 +28,7 @@ COMMANDS = {
     "export": Command("store.export:main", "write a checkpoint as a Hugging Face folder"),
     "generate": Command("evaluate.generate:main", "sample answers to a file of prompts"),
     "eval": Command("evaluate.command:main", "grade models on tasks, and compare two of them"),
+    "lm-eval": Command("evaluate.harness:main", "lm-evaluation-harness with our models"),
     "rocks": Command("instrument.stages:main", "find the tokens that carry most of the KL"),
     "table": Command("store.table:main", "write a checkpoint's rock state, type by type"),
     "sweep": Command("run.sweep:main", "train arms x seeds and compare them"),

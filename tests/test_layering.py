@@ -86,6 +86,9 @@ ORDER: list[str | tuple[str, list]] = [
             "results",
             "benchmark",
             "command",
+            "scoring",
+            "lm_eval",
+            "harness",
         ],
     ),
     (
