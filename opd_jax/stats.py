@@ -67,6 +67,19 @@ def equivalence(drawn: np.ndarray, margin: float) -> float:
     return float((1 + int(worst)) / (len(drawn) + 1))
 
 
+def verdict(p: float, p_equivalent: float | None) -> str:
+    """What a comparison says at ``LEVEL``, in one of four words.
+
+    ``different``, ``equivalent`` (by less than the margin, if at all), ``different, within the
+    margin``, or ``undecided``: no difference was found, and none was ruled out either.
+    """
+    is_different = p <= 1 - LEVEL
+    is_equivalent = p_equivalent is not None and p_equivalent <= 1 - LEVEL
+    if is_different:
+        return "different, within the margin" if is_equivalent else "different"
+    return "equivalent" if is_equivalent else "undecided"
+
+
 def widening(units: int) -> float:
     """By how much resampled values have to be spread about the estimate, from 2 units on.
 

@@ -1,5 +1,8 @@
 """Arms of a sweep side by side: what each masked, what came of it, how it differs from a baseline.
 
+No difference found is not yet "as good as": that takes a margin, the smallest difference that
+counts, and a test that the difference is below it.
+
 The unit is a run's workdir; what is read are its ``summary.json``, ``metrics.jsonl`` and
 ``graded.jsonl``.
 """
@@ -7,7 +10,6 @@ The unit is a run's workdir; what is read are its ``summary.json``, ``metrics.js
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats as distributions
 
 from opd_jax import stats
 from opd_jax.spec import RunConfig
@@ -38,6 +39,30 @@ _COLUMNS = 100
 
 
 @dataclasses.dataclass(frozen=True)
+class Margins:
+    """The smallest differences that count; below them arms are equivalent.
+
+    Attributes:
+      accuracy: a share; 0.02 is two percentage points.
+      kl: of KL, as a share of the baseline's.
+
+    Raises:
+      ValueError: one that is not between 0 and 1.
+    """
+
+    accuracy: float = 0.02
+    kl: float = 0.05
+
+    def __post_init__(self):
+        for flag, value in (("--margin", self.accuracy), ("--margin-kl", self.kl)):
+            if not 0 < value < 1:
+                raise ValueError(
+                    f"{flag} is {value}: expected a share between 0 and 1, the smallest "
+                    f"difference that counts; change {flag}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
     """One run of a sweep, and its workdir."""
 
@@ -46,17 +71,26 @@ class Job:
     folder: Path
 
 
-def summarise(jobs: Sequence[Job], baseline: str) -> dict[str, Any]:
+MARGINS = Margins()
+
+
+def summarise(jobs: Sequence[Job], baseline: str, *, margins: Margins = MARGINS) -> dict[str, Any]:
     """Read the finished runs and compare each arm with the baseline.
 
-    Means over seeds carry Student's t intervals. Accuracy is compared by a bootstrap over problems
-    with Student's t for the seeds, paired in both; KL by a paired t-test over seeds. The p-values
-    of all comparisons are adjusted together (Benjamini-Hochberg). With one seed a mean and a change
-    of KL have no interval, and that of a change of accuracy stands for the problems alone.
+    Means over seeds carry Student's t intervals, that of accuracy one of problems and seeds.
+    Accuracy is compared by a bootstrap over problems with Student's t for the seeds, paired in
+    both; KL by a paired t-test over seeds. Each comparison is tested twice: for a difference, and
+    for one below the margin (two one-sided tests). The p-values of all comparisons are adjusted
+    together (Benjamini-Hochberg), either test by itself.
+
+    With one seed a mean of anything but accuracy has no interval, KL is not tested, and what is
+    said of accuracy stands for these two runs on further problems, not for the arms: by McNemar's
+    exact test where every problem has one answer.
 
     Args:
       jobs: finished runs; those of one seed pair up.
       baseline: the arm to compare with.
+      margins: the smallest differences that count.
 
     Raises:
       WorkdirError: runs of different length, learning rates or prompts.
@@ -73,6 +107,8 @@ def summarise(jobs: Sequence[Job], baseline: str) -> dict[str, Any]:
         for name in METRICS:
             values = [_value(summaries[job], lines[job], name) for job in own]
             ends = {k: v for k, v in over_seeds(values).items() if k != "p"}
+            if name == "accuracy":
+                ends |= _accuracy_ends([graded[job][1] for job in own])
             metrics[name] = ends | {"values": values}
         rows.append(
             {
@@ -84,13 +120,18 @@ def summarise(jobs: Sequence[Job], baseline: str) -> dict[str, Any]:
                 "metrics": metrics,
             }
         )
-    before = [summaries[job]["before"] for job in jobs if job.arm == baseline]
+    first = [job for job in jobs if job.arm == baseline]
+    before = [summaries[job]["before"] for job in first]
+    # One model, whatever the seed: answers differ, problems are the units.
+    graded_before = [graded_problems(job, step=0)[1] for job in first]
     return {
         "baseline": baseline,
+        "margins": dataclasses.asdict(margins),
         "arms": rows,
         "start": {name: over_seeds([x.get(name) for x in before])["mean"] for name in METRICS},
-        "comparisons": _comparisons(rows, graded, baseline),
-        "note": _note(len({job.run.seed for job in jobs}), baseline),
+        "start_interval": _accuracy_ends([_mean_of(graded_before)]),
+        "comparisons": _comparisons(jobs, rows, graded, baseline, margins),
+        "note": _note(len({job.run.seed for job in jobs}), baseline, margins),
     }
 
 
@@ -146,54 +187,86 @@ def _check_alike(
             )
 
 
+def _accuracy_ends(right: Sequence[np.ndarray]) -> dict[str, float | None]:
+    """Interval of accuracy from the shares of right answers to each problem, seed by seed."""
+    if not len(right) or not right[0].size:
+        return {}
+    if len(right) == 1:
+        low, high = stats.share_interval(right[0])
+        return {"low": low, "high": high}
+    found = stats.hierarchical_bootstrap([np.zeros_like(x) for x in right], right)
+    ends = (None if x is None else min(max(x, 0.0), 1.0) for x in (found.low, found.high))
+    return dict(zip(("low", "high"), ends, strict=True))
+
+
 def _comparisons(
+    jobs: Sequence[Job],
     rows: Sequence[dict[str, Any]],
     graded: dict[Job, tuple[list[int], np.ndarray]],
     baseline: str,
+    margins: Margins,
 ) -> list[dict[str, Any]]:
-    """Each arm against the baseline; rows of one arm stand in the order of the seeds."""
     base = next(row for row in rows if row["arm"] == baseline)
-    right = {
-        row["arm"]: [x for job, (_, x) in graded.items() if job.arm == row["arm"]] for row in rows
-    }
+    right = {row["arm"]: [graded[j][1] for j in jobs if j.arm == row["arm"]] for row in rows}
     found = []
     for row in rows:
         if row is base:
             continue
+        about = {"arm": row["arm"]}
         if right[baseline][0].size:
-            change = stats.hierarchical_bootstrap(right[baseline], right[row["arm"]])
-            found.append({"arm": row["arm"], "metric": "accuracy", **dataclasses.asdict(change)})
+            change = _compare_accuracy(right[baseline], right[row["arm"]], margins.accuracy)
+            found.append(about | {"metric": "accuracy", **change})
         values = [x["metrics"]["kl_nats"]["values"] for x in (base, row)]
         if None not in values[0] + values[1]:
-            change = over_seeds(list(np.subtract(values[1], values[0])))
-            found.append(
-                {"arm": row["arm"], "metric": "kl_nats", "delta": change.pop("mean"), **change}
-            )
-    tested = [comparison for comparison in found if comparison["p"] is not None]
-    adjusted = iter(stats.bh_adjusted([comparison["p"] for comparison in tested]))
+            margin = margins.kl * float(np.mean(values[0]))
+            change = _compare_kl(np.subtract(values[1], values[0]), margin)
+            found.append(about | {"metric": "kl_nats", **change})
+    for name in ("p", "p_equivalent"):
+        tested = [comparison for comparison in found if comparison[name] is not None]
+        adjusted = iter(stats.bh_adjusted([comparison[name] for comparison in tested]))
+        for comparison in found:
+            is_tested = comparison[name] is not None
+            comparison[f"{name}_adjusted"] = float(next(adjusted)) if is_tested else None
     for comparison in found:
-        is_tested = comparison["p"] is not None
-        comparison["p_adjusted"] = float(next(adjusted)) if is_tested else None
+        p, away = comparison["p_adjusted"], comparison["p_equivalent_adjusted"]
+        comparison["verdict"] = "not tested" if p is None else stats.verdict(p, away)
     return found
+
+
+def _compare_accuracy(
+    base: Sequence[np.ndarray], arm: Sequence[np.ndarray], margin: float
+) -> dict[str, Any]:
+    change = stats.hierarchical_bootstrap(base, arm, margin=margin)
+    test = "paired bootstrap over seeds and problems"
+    if len(base) == 1:
+        test = "paired bootstrap over problems"
+        if np.isin([base[0], arm[0]], (0, 1)).all():  # one answer to each problem, or as good as
+            test = "McNemar, exact, over problems"
+            change = dataclasses.replace(change, p=stats.mcnemar(base[0], arm[0]))
+    return {**dataclasses.asdict(change), "margin": margin, "test": test}
+
+
+def _compare_kl(change_S: np.ndarray, margin: float) -> dict[str, Any]:
+    known = {"margin": margin, "test": "paired t over seeds"}
+    if len(change_S) == 1 or not margin > 0:
+        found = over_seeds(change_S.tolist())
+        return {"delta": found.pop("mean"), **found, "p_equivalent": None, **known}
+    return {**dataclasses.asdict(stats.student(change_S, margin)), **known}
 
 
 def over_seeds(values: Sequence[float | None]) -> dict[str, float | None]:
     """Mean of one value per seed with Student's t interval and the p-value of its being 0.
 
-    A bootstrap of a handful of seeds would be too sure of itself. All are None where a value was
-    not measured, and all but the mean with a single one.
+    All are None where a value was not measured, and all but the mean with a single one.
     """
     known = [float(value) for value in values if value is not None]
     empty: dict[str, float | None] = {"mean": None, "low": None, "high": None, "p": None}
     if not known or len(known) < len(values):
         return empty
-    mean, free = float(np.mean(known)), len(known) - 1
-    if not free:
-        return empty | {"mean": mean}
-    error = float(np.std(known, ddof=1)) / math.sqrt(len(known))
-    reach = error * float(distributions.t.ppf((1 + stats.LEVEL) / 2, free))
-    p = 2 * float(distributions.t.sf(abs(mean) / error, free)) if error else float(mean == 0)
-    return {"mean": mean, "low": mean - reach, "high": mean + reach, "p": p}
+    found = stats.student(known)
+    if len(known) == 1:
+        return empty | {"mean": found.delta}
+    return {"mean": found.delta, "low": found.low, "high": found.high, "p": found.p}
 
 
 def _masked_share(job: Job, lines: Sequence[Mapping[str, Any]]) -> float | None:
@@ -206,13 +279,20 @@ def _masked_share(job: Job, lines: Sequence[Mapping[str, Any]]) -> float | None:
     return float(np.mean(shares)) if shares else None
 
 
-def graded_problems(job: Job) -> tuple[list[int], np.ndarray]:
-    """Indices of the prompts graded last, and the share of right answers to each."""
+def graded_problems(job: Job, *, step: int | None = None) -> tuple[list[int], np.ndarray]:
+    """Indices of the prompts graded last (or at a step), and the share of right answers to each."""
     path = job.folder / "graded.jsonl"
     lines = run_files.load_lines(path, run_files.GradedLine) if path.exists() else []
+    lines = [line for line in lines if step in (None, line["step"])]
     if not lines:
         return [], np.zeros(0)
     return lines[-1]["index"], np.asarray([np.mean(right) for right in lines[-1]["correct"]])
+
+
+def _mean_of(right: Sequence[np.ndarray]) -> np.ndarray:
+    """Share of right answers to each problem over several gradings of the same ones."""
+    alike = len({len(shares) for shares in right}) == 1
+    return np.mean(right, axis=0) if alike else np.zeros(0)
 
 
 def _trained(job: Job) -> list[dict[str, Any]]:
@@ -220,57 +300,68 @@ def _trained(job: Job) -> list[dict[str, Any]]:
     return [line for line in run_files.metrics(job.folder) if "loss" in line]
 
 
-def _note(seeds: int, baseline: str) -> str:
+def _note(seeds: int, baseline: str, margins: Margins) -> str:
     level = f"{stats.LEVEL:.0%}"
+    counts = (
+        f"equivalent: a difference below {100 * margins.accuracy:g} points of accuracy, or "
+        f"{margins.kl:.0%} of the KL of {baseline}, by two one-sided tests; p-values adjusted over "
+        "all comparisons, of either kind (Benjamini-Hochberg)"
+    )
     if seeds == 1:
         return (
-            f"one seed: the {level} intervals of changes of accuracy against {baseline} stand for "
-            "the problems alone, and other values have none; run more seeds"
+            f"one seed: {level} intervals and p-values of accuracy stand for these runs on further "
+            "problems, not for the arms, which other seeds would train otherwise; other values "
+            f"have none; run more seeds. {counts}"
         )
     return (
         f"{level} intervals over {seeds} seeds: Student's t for means and for changes of KL, "
-        "paired by seed; these and a bootstrap over problems, paired too, for changes of "
-        f"accuracy against {baseline}; p-values adjusted over all comparisons (Benjamini-Hochberg)"
+        "paired by seed; these and a bootstrap over problems, paired too, for accuracy and its "
+        f"changes against {baseline}. {counts}"
     )
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """The result for a reader: one line per arm, changes against the baseline with intervals.
+    """The result for a reader: accuracy of the arms, then KL, with intervals and verdicts.
 
     Changes of accuracy are in percentage points.
     """
     width = max(len(row["arm"]) for row in result["arms"])
-    against = f"against {result['baseline']}"
-    lines = [
-        f"{'arm':<{width}} {'masked':>7} {'accuracy':>9} {'points ' + against:>24} {'p adj.':>7}"
-        f" {'KL nats':>8} {against:>26} {'p adj.':>7}"
-    ]
+    against, margins = f"against {result['baseline']}", result["margins"]
+    of = "p, problems" if max(len(row["seeds"]) for row in result["arms"]) == 1 else "p adj."
     changes = {(found["arm"], found["metric"]): found for found in result["comparisons"]}
-    for row in result["arms"]:
-        parts = [f"{row['arm']:<{width}} {_show(row['masked_share'], '.1%'):>7}"]
-        for name, spec, unit, moved, columns in (
-            ("accuracy", ".1%", 0.01, "+.1f", (9, 24)),
-            ("kl_nats", ".4f", 1.0, "+.4f", (8, 26)),
-        ):
-            change = changes.get((row["arm"], name), {"p_adjusted": None})
-            text = ""
-            if "delta" in change:
-                delta, *ends = (
-                    _show(None if change[key] is None else change[key] / unit, moved)
-                    for key in ("delta", "low", "high")
-                )
-                text = f"{delta} [{', '.join(ends)}]"
-            parts.append(
-                f"{_show(row['metrics'][name]['mean'], spec):>{columns[0]}} {text:>{columns[1]}}"
-                f" {_show(change['p_adjusted'], '.2g'):>7}"
+    lines = []
+    for name, head, spec, unit, form, margin in (
+        ("accuracy", "accuracy", ".1%", 0.01, "+.1f", f"{100 * margins['accuracy']:g} points"),
+        ("kl_nats", "KL, nats", ".4f", 1.0, "+.4f", f"{margins['kl']:.0%}"),
+    ):
+        within = f"p >= {margin}"
+        lines.append(
+            f"{'arm':<{width}} {'masked':>7} {head:>24} {against:>26} {of:>11} {within:>12}"
+        )
+        for row in result["arms"]:
+            change = changes.get((row["arm"], name), {})
+            shown = _interval(row["metrics"][name], "mean", spec, 1.0)
+            moved = _interval(change, "delta", form, unit) if change else ""
+            tested = (_show(change.get(f"{p}_adjusted"), ".2g") for p in ("p", "p_equivalent"))
+            p, away = tested if change else ("", "")
+            lines.append(
+                f"{row['arm']:<{width}} {_show(row['masked_share'], '.1%'):>7} {shown:>24} "
+                f"{moved:>26} {p:>11} {away:>12}  {change.get('verdict', '')}".rstrip()
             )
-        lines.append(" ".join(parts))
-    start = result["start"]
+    start = {"mean": result["start"]["accuracy"], **result["start_interval"]}
     lines.append(
-        f"before training: accuracy {_show(start['accuracy'], '.1%')}, "
-        f"KL {_show(start['kl_nats'], '.4f')} nats"
+        f"before training: accuracy {_interval(start, 'mean', '.1%', 1.0)}, "
+        f"KL {_show(result['start']['kl_nats'], '.4f')} nats"
     )
     return [*lines, *textwrap.wrap(result["note"], _COLUMNS)]
+
+
+def _interval(row: Mapping[str, Any], middle: str, spec: str, unit: float) -> str:
+    """A value and its interval in a unit: ``59.4% [53.3%, 65.2%]``."""
+    values = (row.get(name) for name in (middle, "low", "high"))
+    value, low, high = (None if x is None else x / unit for x in values)
+    text = _show(value, spec)
+    return text if low is None or high is None else f"{text} [{low:{spec}}, {high:{spec}}]"
 
 
 def _show(value: float | None, spec: str) -> str:

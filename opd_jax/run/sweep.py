@@ -21,7 +21,7 @@ from opd_jax import config, files, processes
 from opd_jax.processes import say
 from opd_jax.run import arms as comparison
 from opd_jax.run import train
-from opd_jax.run.arms import Job
+from opd_jax.run.arms import Job, Margins
 from opd_jax.spec import ConfigError, RunConfig
 from opd_jax.store import run_files
 from opd_jax.store import workdir as workdirs
@@ -52,6 +52,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, ...; default 1")
     parser.add_argument("--workdir", required=True, help="a new folder, or that of the sweep")
     parser.add_argument("--baseline", default="", help="the arm to compare with; default: full")
+    margins = comparison.MARGINS
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=margins.accuracy,
+        help=f"smallest difference of accuracy that counts; default: {margins.accuracy}",
+    )
+    parser.add_argument(
+        "--margin-kl",
+        type=float,
+        default=margins.kl,
+        help=f"smallest difference of KL that counts, of the baseline's; default: {margins.kl}",
+    )
     flags, overrides = parser.parse_known_args(list(argv))
     if flags.seeds > _MOST_SEEDS:
         raise ConfigError(f"seeds {flags.seeds}: expected at most {_MOST_SEEDS}; set --seeds")
@@ -63,6 +76,7 @@ def main(argv: Sequence[str]) -> int:
         flags.workdir,
         overrides=overrides,
         baseline=flags.baseline,
+        margins=Margins(flags.margin, flags.margin_kl),
         command=["opd-jax", "sweep", *argv],
         stop=stop,
     )
@@ -77,6 +91,7 @@ def sweep(
     *,
     overrides: Sequence[str] = (),
     baseline: str = "",
+    margins: Margins = comparison.MARGINS,
     command: Sequence[str] = (),
     stop: processes.Stop | None = None,
 ) -> dict[str, Any] | None:
@@ -92,6 +107,7 @@ def sweep(
       workdir: of the sweep.
       overrides: ``--config.group.key=value`` flags for every run.
       baseline: the arm that the others are compared with; empty: ``full``, else the first.
+      margins: the smallest differences that count.
       command: goes into every ``run.json``.
       stop: the wish to stop, where the caller wants to know of it.
 
@@ -131,7 +147,7 @@ def sweep(
                 say(f"stopped by {stop.signal}, {left} runs left; the same command goes on")
                 return None
     processes.meet("sweep")  # what process 0 has written is there before others read it
-    result = comparison.summarise(jobs, baseline)
+    result = comparison.summarise(jobs, baseline, margins=margins)
     path = Path(workdir) / "sweep.json"
     if jax.process_index() == 0:
         text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)

@@ -8,7 +8,7 @@ import pytest
 import tiny_run
 from scipy import stats as reference
 
-from opd_jax import spec
+from opd_jax import spec, stats
 from opd_jax.rock import RockConfig
 from opd_jax.run import arms
 from opd_jax.store import workdir as workdirs
@@ -181,10 +181,77 @@ def test_one_seed_has_no_interval_of_kl(made):
     accuracy, kl = result["comparisons"]
     assert kl["delta"] is not None
     assert kl["low"] is kl["high"] is kl["p"] is kl["p_adjusted"] is None
+    assert (kl["verdict"], kl["p_equivalent"]) == ("not tested", None)
+    assert accuracy["test"] == "paired bootstrap over problems"
     assert accuracy["low"] < accuracy["delta"] < accuracy["high"]
     assert accuracy["p_adjusted"] == accuracy["p"]
     assert result["arms"][0]["metrics"]["kl_nats"]["low"] is None
     assert "one seed" in result["note"]
+    assert "not for the arms" in result["note"]
+    low, high = (result["arms"][0]["metrics"]["accuracy"][end] for end in ("low", "high"))
+    right = made[1]["full"]["right"][0].mean(axis=1)
+    assert (low, high) == pytest.approx(stats.share_interval(right))
+    assert "p, problems" in arms.table(result)[0]
+
+
+def one_answer_each(tmp_path, lost, won, alike):
+    """Two runs of one seed, graded on one answer a problem."""
+    base = [[1]] * lost + [[0]] * won + [[1]] * alike
+    arm = [[0]] * lost + [[1]] * won + [[1]] * alike
+    jobs = []
+    for name, right in (("full", base), ("rock", arm)):
+        write(tmp_path / name, right=right, kl=1.0, shares=[0.0] * STEPS)
+        jobs.append(arms.Job(name, run_of(0), tmp_path / name))
+    return jobs
+
+
+def test_one_answer_each_of_one_seed_is_compared_by_mcnemar(tmp_path):
+    found = arms.summarise(one_answer_each(tmp_path, 2, 9, 30), "full")["comparisons"][0]
+    assert found["test"] == "McNemar, exact, over problems"
+    assert found["p"] == pytest.approx(reference.binomtest(2, 11).pvalue)
+    assert found["delta"] == pytest.approx(7 / 41)
+
+
+def test_as_good_as_takes_a_margin_and_enough_problems(tmp_path):
+    few = one_answer_each(tmp_path / "few", 3, 3, 30)
+    many = one_answer_each(tmp_path / "many", 3, 3, 2000)
+    words = [arms.summarise(jobs, "full")["comparisons"][0]["verdict"] for jobs in (few, many)]
+    assert words == ["undecided", "equivalent"]
+    wide = arms.summarise(few, "full", margins=arms.Margins(accuracy=0.5))
+    assert wide["comparisons"][0]["verdict"] == "equivalent"
+    assert wide["margins"] == {"accuracy": 0.5, "kl": 0.05}
+    with pytest.raises(ValueError, match="--margin is 0"):
+        arms.Margins(accuracy=0.0)
+    with pytest.raises(ValueError, match="--margin-kl is 5"):
+        arms.Margins(kl=5)
+
+
+def test_equivalence_of_kl_is_of_the_baselines_kl(made):
+    jobs, truth = made
+    margins = arms.Margins(kl=0.9)
+    (found,) = [
+        x
+        for x in arms.summarise(jobs, "full", margins=margins)["comparisons"]
+        if x["metric"] == "kl_nats"
+    ]
+    margin = 0.9 * truth["full"]["kl"].mean()
+    change = truth["rock"]["kl"] - truth["full"]["kl"]
+    sides = [
+        reference.ttest_1samp(change, -margin, alternative="greater").pvalue,
+        reference.ttest_1samp(change, margin, alternative="less").pvalue,
+    ]
+    assert found["margin"] == pytest.approx(margin)
+    assert found["p_equivalent"] == pytest.approx(max(sides))
+
+
+def test_accuracy_of_an_arm_has_the_spread_of_problems_and_seeds(made):
+    jobs, truth = made
+    row = arms.summarise(jobs, "full")["arms"][1]["metrics"]["accuracy"]
+    right = truth["rock"]["right"].mean(axis=2)
+    over_seeds = reference.t.interval(
+        0.95, SEEDS - 1, right.mean(), reference.sem(right.mean(axis=1))
+    )
+    assert row["low"] < over_seeds[0] < over_seeds[1] < row["high"]
 
 
 def test_without_answers_only_kl_is_compared(tmp_path):
@@ -235,7 +302,7 @@ def test_runs_whose_prompts_are_used_up_are_equally_long(tmp_path):
         ([1.0, None], (None, None)),
         ([2.0], (2.0, None)),
         ([0.0, 0.0], (0.0, 1.0)),
-        ([1.0, 1.0], (1.0, 0.0)),
+        ([1.0, 1.0], (1.0, 0.5)),  # two signs; no p is 0
     ],
 )
 def test_over_seeds_says_nothing_it_does_not_know(values, expected):
@@ -249,13 +316,19 @@ def test_the_table_shows_every_arm_and_the_note(made):
     assert "against full" in lines[0]
     assert lines[1].startswith("full ")
     assert "35.0%" in lines[2]
-    assert f"{result['comparisons'][1]['delta']:+.4f}" in lines[2]
-    accuracy = result["comparisons"][0]
+    accuracy, kl = result["comparisons"]
+    assert f"{kl['delta']:+.4f} [{kl['low']:+.4f}, {kl['high']:+.4f}]" in lines[5]
+    assert lines[2].endswith(accuracy["verdict"])
+    row = result["arms"][1]["metrics"]["accuracy"]
+    assert f"{row['mean']:.1%} [{row['low']:.1%}, {row['high']:.1%}]" in lines[2]
     points = [f"{100 * accuracy[key]:+.1f}" for key in ("delta", "low", "high")]
     assert f"{points[0]} [{points[1]}, {points[2]}]" in lines[2]
-    assert "points against full" in lines[0]
-    assert max(len(line) for line in lines) <= 110
-    assert lines[3] == "before training: accuracy 25.0%, KL 2.0000 nats"
-    assert " ".join(lines[4:]) == result["note"]
+    assert "p >= 2 points" in lines[0]
+    assert "p >= 5%" in lines[3]
+    assert max(len(line) for line in lines) <= 132
+    low, high = stats.wilson(0, PROBLEMS)  # as it was graded
+    interval = f"[{low:.1%}, {high:.1%}]"
+    assert lines[6] == f"before training: accuracy 25.0% {interval}, KL 2.0000 nats"
+    assert " ".join(lines[7:]) == result["note"]
     assert all(math.isfinite(x["p_adjusted"]) for x in result["comparisons"])
     assert json.loads(json.dumps(result, allow_nan=False)) == result

@@ -149,7 +149,7 @@ def test_what_frequency_alone_does_goes_away_at_equal_count(workdir, monkeypatch
         held = rho(result, "with_decrease_given_count")
         assert 0.6 < held["reliability"] < 0.95
         rejected += held["p"] <= 0.05
-    assert rejected < 3  # of 8 at 5%: three or more in 6 of 1000; with the counts as they are all
+    assert rejected < 3  # of 8 at 5%: three or more in 6 of 1000
 
 
 def test_luck_before_training_is_no_decrease(workdir, monkeypatch):
