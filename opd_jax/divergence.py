@@ -16,6 +16,17 @@ skew_forward    :math:`KL(q\|aq+(1-a)p)`                                    ``sk
 :class:`VocabSweep` measures a chunk of positions whose logits are there, and gives the gradient in
 closed form (arXiv 2605.09253, section 2). Which positions, and on which shard, is decided by
 :mod:`opd_jax.kl`.
+
+**Stop events.** Two models may end a response by different ids. To a divergence over ids these are
+different events, and mass on ending is trained away: where the student's probability of the
+teacher's stop id is 1e-11, reverse KL cannot raise it. With ``stop_ids`` S the distributions are
+compared with S as one event, with P and Q its probabilities: for reverse KL
+
+.. math:: KL' = KL - \sum_{v \in S} p_v \log(p_v/q_v) + P \log(P/Q),
+
+still a divergence, of coarser events, and never larger. All directions are homogeneous, t(cp, cq) =
+c t(p, q), so KL' is KL from p to a teacher that spreads its Q over S as the student spreads P. One
+replaces the teacher's logits there, and both the value and the gradient follow.
 """
 
 from __future__ import annotations
@@ -30,6 +41,7 @@ from jax import lax
 
 from opd_jax import mesh, rules
 
+MERGES = ("auto", "on", "off")
 DIRECTIONS = ("reverse", "forward", "jsd", "skew_reverse", "skew_forward")
 
 # Finite, so that padded columns have probability 0 and their log-probabilities can be subtracted.
@@ -50,6 +62,9 @@ class KLSpec:
       beta: weight of the student in ``jsd``.
       skew: share of its own distribution mixed into the reference by ``skew_*``.
       ce: share of label cross-entropy mixed in, for off-policy data; 1 needs no teacher.
+      merge_stops: whether the stop ids of both models count as one event: ``auto``, where they
+        differ; ``on``; or ``off``. A run derives ``stop_ids`` from it.
+      stop_ids: the ids that count as one event; empty: none.
     """
 
     direction: str = "reverse"
@@ -59,6 +74,8 @@ class KLSpec:
     beta: float = 0.5
     skew: float = 0.1
     ce: float = 0.0
+    merge_stops: str = "auto"
+    stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         rules.check(
@@ -70,12 +87,25 @@ class KLSpec:
             ("skew", 0 < self.skew < 1, "a share between 0 and 1, ends excluded"),
             ("ce", 0 <= self.ce <= 1, "a share from 0 to 1"),
             ("chunk", self.chunk >= 0, "rows per chunk, or 0"),
+            ("merge_stops", self.merge_stops in MERGES, f"one of {MERGES}"),
         )
 
     @property
     def is_default_divergence(self) -> bool:
         """Whether the trained divergence is already the reverse KL at temperature 1."""
         return self.direction == "reverse" and self.temperature == 1.0 and self.ce == 0.0
+
+
+def merged_stops(merge: str, stop_ids: tuple[int, ...], *, are_equal: bool) -> tuple[int, ...]:
+    """The stop ids that count as one event.
+
+    Args:
+      merge: one of ``MERGES``.
+      stop_ids: of both models.
+      are_equal: whether both have the same.
+    """
+    is_merged = merge == "on" or (merge == "auto" and not are_equal)
+    return stop_ids if is_merged and len(stop_ids) > 1 else ()
 
 
 def project(h_CD, w_VD):
@@ -157,7 +187,8 @@ class VocabSweep:
         self.logits = (zs_CV,) if zt_CV is None else (zs_CV, zt_CV)
         self.num_ids = zs_CV.shape[1]
         self.tile = min(_TILE, self.num_ids) if mesh.platform() == "cpu" else self.num_ids
-        self.labels = [self._at_label(z_CV) for z_CV in self.logits]
+        self.labels = [self._at(z_CV, self.label_C) for z_CV in self.logits]
+        self.stops = self._stop_logits()
         moments = self._moments(1.0)
         self.norms = self.hot_norms = moments.norms
         if spec.temperature != 1.0:
@@ -183,7 +214,14 @@ class VocabSweep:
         if self.spec.vocab_size is not None:
             is_real_1W = (self._ids(start, size) < self.spec.vocab_size)[None, :]
             tiles = [jnp.where(is_real_1W, z_CW, _MASKED) for z_CW in tiles]
-        return tiles if temperature == 1.0 else [z_CW / temperature for z_CW in tiles]
+        if temperature != 1.0:
+            tiles = [z_CW / temperature for z_CW in tiles]
+        if self.stops is not None:
+            is_stop_1W = jnp.isin(self._ids(start, size), jnp.array(self.spec.stop_ids))[None, :]
+            log_masses = [jax.nn.logsumexp(z_CS / temperature, axis=1) for z_CS in self.stops]
+            spread_CW = tiles[0] + (log_masses[1] - log_masses[0])[:, None]
+            tiles[1] = jnp.where(is_stop_1W, spread_CW, tiles[1])
+        return tiles
 
     def _moments(self, temperature):
         """One sweep for all that follows from sums of exp(z): see :class:`_Moments`."""
@@ -222,15 +260,41 @@ class VocabSweep:
             for z_CW, (top_C, log_sum_C) in zip(tiles, norms, strict=True)
         ]
 
-    def _at_label(self, z_CV):
-        """Logit of the label, [C]; -inf where another shard has it or there is none."""
-        if self.label_C is None:
+    def _at(self, z_CV, id_C):
+        """Logit of an id per row, [C]; -inf where another shard has it or there is none."""
+        if id_C is None:
             return jnp.full(z_CV.shape[0], -jnp.inf)
-        column_C = self.label_C - self.first_id
+        column_C = id_C - self.first_id
         z_C = jnp.take_along_axis(z_CV, column_C[:, None], axis=1, mode="clip")[:, 0]
         if self.spec.vocab_size is not None:
-            z_C = jnp.where(self.label_C < self.spec.vocab_size, z_C, _MASKED)
+            z_C = jnp.where(id_C < self.spec.vocab_size, z_C, _MASKED)
         return jnp.where((column_C >= 0) & (column_C < self.num_ids), z_C, -jnp.inf)
+
+    def _stop_logits(self):
+        """Logits of the stop ids that are one event, [C, S] of each model; None: there are none."""
+        if len(self.spec.stop_ids) < 2 or len(self.logits) < 2:
+            return None
+        num_rows = self.logits[0].shape[0]
+
+        def of(z_CV):
+            columns = [self._at(z_CV, jnp.full(num_rows, i)) for i in self.spec.stop_ids]
+            return jnp.stack(columns, axis=1)
+
+        stops = [of(z_CV) for z_CV in self.logits]
+        return lax.pmax(stops, self.over_vocab) if self.over_vocab else stops
+
+    def _teacher_entropy(self, entropy_C):
+        """Its own entropy, given that of the teacher whose mass on S is spread as the student's."""
+        if self.stops is None:
+            return entropy_C
+
+        def plogp(z_CS, shift_C):
+            logq_CS = (z_CS - (self.norms[1][0] - shift_C)[:, None]) - self.norms[1][1][:, None]
+            return jnp.sum(jnp.exp(logq_CS) * logq_CS, axis=1)
+
+        ours_C, theirs_C = (jax.nn.logsumexp(z_CS, axis=1) for z_CS in self.stops)
+        spread_C = plogp(self.stops[0], theirs_C - ours_C)
+        return entropy_C + spread_C - plogp(self.stops[1], 0.0)
 
     def _label_log_probs(self):
         """Log-probability of the label under each model at temperature 1, [C]; 0 without one."""
@@ -273,7 +337,7 @@ class VocabSweep:
         logp_C, *teacher = self._label_log_probs()
         if spec.ce > 0:
             divergence_C = (1 - spec.ce) * divergence_C - spec.ce * logp_C
-        teacher_entropy_C = entropies_MC[1] if has_teacher else zero_C
+        teacher_entropy_C = self._teacher_entropy(entropies_MC[1]) if has_teacher else zero_C
         stats = (divergence_C, reverse_C, entropies_MC[0], teacher_entropy_C)
         return jnp.stack((*stats, logp_C, *(teacher or [zero_C])), axis=-1), slope_C
 

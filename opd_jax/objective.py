@@ -41,6 +41,7 @@ class ObjectiveConfig:
         the code published with arXiv 2605.09253 does, for comparison only. Sequences without a
         scored token do not count.
       microbatches: equal pieces the batch is scanned in; does not change the result.
+      stop_ids: that end an answer, whose share of the KL is measured.
     """
 
     student: ModelConfig
@@ -49,6 +50,7 @@ class ObjectiveConfig:
     rock: RockConfig = RockConfig()  # noqa: RUF009 (frozen)
     normaliser: str = "tokens"
     microbatches: int = 1
+    stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         rules.check(

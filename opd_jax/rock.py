@@ -61,6 +61,8 @@ class RockConfig:
       ramp: steps from ``start`` over which a gated weight goes linearly from 1 to its value; 0: at
         once.
       until: step from which nothing is gated any more; 0: never. Members are refreshed all along.
+      stops: whether ids that end an answer may be rocks of ``ema`` and ``adaptive``.
+      never: ids that may not; a run derives them from ``stops``.
     """
 
     mode: str = "off"
@@ -81,6 +83,8 @@ class RockConfig:
     share: float = 0.0
     ramp: int = 0
     until: int = 0
+    stops: bool = False
+    never: tuple[int, ...] = ()
 
     def __post_init__(self):
         is_later = self.until == 0 or self.until > self.start
@@ -229,7 +233,8 @@ def refresh(rock: RockState, *, cfg: RockConfig) -> RockState:
     if not cfg.is_refreshed:
         return rock
     is_eligible_V = (
-        (rock.count_V >= cfg.min_count)
+        _may_be(rock, cfg.never)
+        & (rock.count_V >= cfg.min_count)
         & (rock.count_V > 0)
         & (persistence(rock) >= cfg.persist)
         & (_rank(rock.count_V) >= cfg.skip_top)
@@ -246,14 +251,25 @@ def _rank(score_V):
     return jnp.zeros_like(ranks_V).at[order_V].set(ranks_V)
 
 
-def leaders(rock: RockState, limit: int) -> dict[str, jax.Array]:
+def _may_be(rock: RockState, never: tuple[int, ...]) -> Bool[Array, " V"]:
+    """Whether a type may be a rock."""
+    return ~jnp.isin(jnp.arange(rock.count_V.size), jnp.array(never, jnp.int32))
+
+
+def leaders(rock: RockState, limit: int, never: tuple[int, ...] = ()) -> dict[str, jax.Array]:
     """The ``limit`` types with the highest Rock Score, best first; ties go to the smaller id.
+
+    Args:
+      rock: the state.
+      limit: most types.
+      never: ids that are left out.
 
     Returns:
       ``ids_K`` with ``count_K``, ``kl_sum_K`` and ``member_K``, and the sums over all types,
       ``count`` and ``kl_sum``: little to fetch, whatever the vocabulary.
     """
-    kl_sum_K, ids_K = lax.top_k(rock.kl_sum_V, min(limit, rock.kl_sum_V.size))
+    score_V = jnp.where(_may_be(rock, never), rock.kl_sum_V, -1.0)
+    kl_sum_K, ids_K = lax.top_k(score_V, min(limit, rock.kl_sum_V.size))
     return {
         "ids_K": ids_K,
         "kl_sum_K": kl_sum_K,

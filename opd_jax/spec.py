@@ -95,6 +95,8 @@ class TrainSpec:
     prompts: int = 16  # prompts per step; rows per step are prompts x rollout.samples
     microbatches: int = 1  # equal pieces a step's rows are scanned in
     normaliser: str = "tokens"  # or weight; per_sequence for comparison
+    max_truncated: float = 1.0  # share of answers cut by length above which the run stops
+    truncated_steps: int = 20  # steps over which that share is averaged
 
     def __post_init__(self):
         rules.check(
@@ -104,6 +106,8 @@ class TrainSpec:
             ("prompts", self.prompts >= 1, "at least 1"),
             ("microbatches", self.microbatches >= 1, "at least 1"),
             ("normaliser", self.normaliser in NORMALISERS, f"one of {NORMALISERS}"),
+            ("max_truncated", 0 < self.max_truncated <= 1, "a share above 0, up to 1 (never)"),
+            ("truncated_steps", self.truncated_steps >= 1, "at least 1"),
         )
 
 

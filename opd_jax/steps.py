@@ -196,10 +196,12 @@ def measure(
     ``kl_nats`` is the reverse KL at temperature 1 over all scored tokens, whatever is trained on
     and whatever is gated; ``kl_gated`` and ``kl_ungated`` split it by what the gate means, from the
     first step on. ``gated_share`` (of positions) and ``gated_kl_share`` (of that KL) count what it
-    acts on now; ``gate_weight`` is the mean weight. Without a teacher (``cfg.kl.ce == 1``) what
+    acts on now; ``gate_weight`` is the mean weight; ``stop_kl_share`` is the share of that KL where
+    an answer ends. Without a teacher (``cfg.kl.ce == 1``) what
     compares with one is left out.
     """
     seen_BT = goal.importance_BT
+    is_stop_BT = jnp.isin(goal.ids_BT, jnp.array(cfg.stop_ids, jnp.int32))
     is_changed_BT = goal.weight_BT != goal.mask_BT
 
     def mean(x_BT, over_BT=seen_BT):
@@ -212,6 +214,7 @@ def measure(
         "kl_gated": mean(tokens.reverse_BT, seen_BT * goal.gated_BT),
         "kl_ungated": mean(tokens.reverse_BT, seen_BT * ~goal.gated_BT),
         "gated_kl_share": mean(is_changed_BT.astype(jnp.float32), seen_BT * tokens.reverse_BT),
+        "stop_kl_share": mean(is_stop_BT.astype(jnp.float32), seen_BT * tokens.reverse_BT),
         "teacher_entropy_nats": mean(tokens.teacher_entropy_BT),
     }
     return (against_teacher if cfg.kl.ce < 1 else {}) | {

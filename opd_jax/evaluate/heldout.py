@@ -32,6 +32,7 @@ FIELDS = (
     "kl_nats",
     "kl_gated",
     "kl_ungated",
+    "stop_kl_share",
     "mean_length",
     "truncated_share",
 )
@@ -211,9 +212,9 @@ def evaluate(
 
     Returns:
       ``FIELDS``: accuracy, unparsed_share (graded answers without a recognisable answer), kl_nats,
-      kl_gated, kl_ungated (nats per token), mean_length (tokens) and truncated_share, the last two
-      of the samples that KL was measured on (of the graded answers where there are none); and which
-      answers were right.
+      kl_gated, kl_ungated (nats per token), stop_kl_share (of the KL, where an answer ends),
+      mean_length (tokens) and truncated_share, the last two of the samples that KL was measured on
+      (of the graded answers where there are none); and which answers were right.
     """
     result, graded = dict(EMPTY), Graded()
     graded_key, kl_key = jax.random.split(key)

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from opd_jax import bounded, optim, steps
+from opd_jax import bounded, divergence, optim, steps
 from opd_jax import mesh as meshlib
 from opd_jax.data import batches
 from opd_jax.data import prompts as prompt_files
@@ -122,11 +122,18 @@ def assemble(
     cfg = ObjectiveConfig(
         student=student,
         teacher=teacher,
-        kl=dataclasses.replace(run.kl, vocab_size=vocab_size),
-        rock=run.rock,
+        kl=dataclasses.replace(
+            run.kl,
+            vocab_size=vocab_size,
+            stop_ids=divergence.merged_stops(run.kl.merge_stops, stop_ids, are_equal=not message),
+        ),
+        rock=dataclasses.replace(run.rock, never=() if run.rock.stops else stop_ids),
         normaliser=run.train.normaliser,
         microbatches=run.train.microbatches,
+        stop_ids=stop_ids,
     )
+    if cfg.kl.stop_ids:
+        say(f"the KL counts the stop ids {cfg.kl.stop_ids} as one event (kl.merge_stops)")
     for name, part in (("student", student), ("teacher", teacher)):
         longest = max(len(row.ids) for row in (*rows, *heldout))
         if longest + run.rollout.max_new > part.max_positions:

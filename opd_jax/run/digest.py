@@ -67,12 +67,14 @@ def phase_seconds(took: Sequence[Mapping[str, float]]) -> dict[str, dict[str, fl
     }
 
 
-_leaders = functools.partial(jax.jit, static_argnames="limit")(rock.leaders)
+_leaders = functools.partial(jax.jit, static_argnames=("limit", "never"))(rock.leaders)
 
 
-def rock_table(state: RockState, tokenizer: Any, limit: int) -> list[dict[str, Any]]:
+def rock_table(
+    state: RockState, tokenizer: Any, limit: int, never: tuple[int, ...] = ()
+) -> list[dict[str, Any]]:
     """The types with the highest Rock Score, decoded, with their share of KL and of tokens."""
-    found = mesh.to_host(_leaders(state, limit=limit))
+    found = mesh.to_host(_leaders(state, limit=limit, never=never))
     all_kl, all_tokens = float(found["kl_sum"]), float(found["count"])
     columns = (found[name].tolist() for name in ("ids_K", "kl_sum_K", "count_K", "member_K"))
     return [

@@ -36,6 +36,7 @@ class Journal:
     _samples: writers.Writer
     _rocks: writers.Writer
     _graded: writers.Writer
+    never: tuple[int, ...] = ()  # ids that are no rocks
     last_rocks: dict[str, Any] | None = None  # the latest line of rocks.jsonl by this process
 
     def step(self, step: int, values: Mapping[str, Any]) -> None:
@@ -66,7 +67,7 @@ class Journal:
         """
         if not self._has_rocks(step):
             return
-        top = digest.rock_table(state, self.tokenizer, _TOP)
+        top = digest.rock_table(state, self.tokenizer, _TOP, self.never)
         names = ("token_id", "token", "share", "member")
         self.last_rocks = {
             "step": step,
@@ -95,6 +96,7 @@ def open(
     tokenizer: Any,
     restored: int | None,
     say: Callable[[str], None] = lambda line: None,
+    never: tuple[int, ...] = (),
 ) -> Iterator[Journal]:
     """Open the files of a run in ``folder`` and close them at the end of the block.
 
@@ -104,6 +106,7 @@ def open(
       tokenizer: decodes ids.
       restored: step of the checkpoint that the run goes on from; None for a start from nothing.
       say: receives what a user should know of lines that are lost.
+      never: ids that are no rocks.
 
     Raises:
       ImportError: the logger of an extra is asked for and not installed.
@@ -145,6 +148,7 @@ def open(
             lines("samples.jsonl", again),
             lines("rocks.jsonl", restored),
             lines("graded.jsonl", restored),
+            never,
         )
 
 

@@ -125,11 +125,12 @@ def evaluation_text(result: dict[str, float | None]) -> str:
         "kl_nats": "KL {:.4f} nats",
         "kl_gated": "gated {:.4f}",
         "kl_ungated": "ungated {:.4f}",
+        "stop_kl_share": "stops {:.1%} of it",
         "mean_length": "length {:.1f}",
         "truncated_share": "truncated {:.1%}",
     }
     shown = [
-        text.format(result[name]) for name, text in formats.items() if result[name] is not None
+        text.format(result[name]) for name, text in formats.items() if result.get(name) is not None
     ]
     return ", ".join(shown) or "not measured"
 

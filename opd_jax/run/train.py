@@ -6,6 +6,7 @@ the step, the data order by grain. A restored state and iterator therefore conti
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import time
@@ -38,6 +39,10 @@ _BEST = {"accuracy": "max", "kl_nats": "min"}
 _MANY_TRUNCATED = 0.5
 
 
+class RunawayError(RuntimeError):
+    """Answers are cut by length as a rule; the run has stopped, and is saved."""
+
+
 class NonFiniteError(RuntimeError):
     """Loss or gradients are NaN or infinite; nothing of this step has been saved."""
 
@@ -66,6 +71,7 @@ def train(
       WorkdirError: the workdir belongs to another run.
       CheckpointError: saving or restoring failed.
       NonFiniteError: loss or gradients are not finite.
+      RunawayError: more answers are cut by length than ``train.max_truncated`` allows.
     """
     started = time.monotonic() if started is None else started
     folder = Path(path_of(workdir))
@@ -246,6 +252,9 @@ class _Loop:
         self.seconds_before = 0.0  # of earlier processes of this run
         self.process_started, self.started = started, time.monotonic()
         self.has_warned = False
+        self.truncated: collections.deque[float] = collections.deque(
+            maxlen=run.train.truncated_steps
+        )
         self.teacher: Params = {}  # loaded once it is known that there is something left to do
         self._journal: journal.Journal | None = None  # open while the loop runs
 
@@ -266,7 +275,9 @@ class _Loop:
             say(line)
         say(f"steps {first} to {last}, in {self.folder}")
         restored = first if is_resumed else None
-        with journal.open(self.folder, run, self.parts.tokenizer, restored, say) as self._journal:
+        with journal.open(
+            self.folder, run, self.parts.tokenizer, restored, say, self.parts.cfg.rock.never
+        ) as self._journal:
             if not is_resumed and run.eval.every:
                 self.before = self.latest = self._evaluate(state, 0)
             shown = progress.Progress(last, start=first, every=run.log.every)
@@ -283,6 +294,7 @@ class _Loop:
                     self.on_step(step, values)
                 if run.eval.every and step % run.eval.every == 0 and step < last:
                     self.latest = self._evaluate(state, step)
+                self._check_truncation(state, step)
                 is_due = run.checkpoint.every and step % run.checkpoint.every == 0
                 if is_due and step < last:  # the last one waits for its evaluation
                     self._save(state, step)
@@ -354,6 +366,7 @@ class _Loop:
         values["lr"] = float(np.asarray(self.schedule(step)))
         del values["nonfinite"]
         self._warn_of_truncation(values["truncated_share"])
+        self.truncated.append(values["truncated_share"])
         self.journal.rocks(step + 1, values, state.rock)
         seconds = self._step_seconds()
         values["tokens_per_s"] = num_tokens / seconds["step"]
@@ -408,6 +421,22 @@ class _Loop:
                 f"({self.run_cfg.rollout.max_new} tokens), so the student seldom learns to end; "
                 "raise --config.rollout.max_new if answers should be shorter than that"
             )
+
+    def _check_truncation(self, state: TrainState, step: int) -> None:
+        limit = self.run_cfg.train.max_truncated
+        share = sum(self.truncated) / max(len(self.truncated), 1)
+        if len(self.truncated) < self.run_cfg.train.truncated_steps or share <= limit:
+            return
+        self._save(state, step)
+        self.saves.wait()
+        raise RunawayError(
+            f"step {step}: {share:.0%} of the answers of the last {len(self.truncated)} steps are "
+            f"cut at rollout.max_new ({self.run_cfg.rollout.max_new} tokens): expected at most "
+            f"train.max_truncated ({limit:.0%}); the run is saved. The student may be losing its "
+            "stop id: look at samples.jsonl, set --config.kl.merge_stops=on where its teacher "
+            "stops by another, raise --config.rollout.max_new, or go on with "
+            "--config.train.max_truncated=1"
+        )
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float | None]:
         with self.timer.phase("eval"):
@@ -468,7 +497,12 @@ class _Loop:
             **digest.phase_seconds([*self.took, self.timer.take()]),
             "is_finished": is_finished,
             "stopped_by": None if is_finished else self.stop.signal,
-            "rocks": digest.rock_table(state.rock, self.parts.tokenizer, self.run_cfg.log.rocks),
+            "rocks": digest.rock_table(
+                state.rock,
+                self.parts.tokenizer,
+                self.run_cfg.log.rocks,
+                self.parts.cfg.rock.never,
+            ),
         }
         if jax.process_index() == 0:
             text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from opd_jax import divergence
 from opd_jax import mesh as meshlib
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.files import EMBEDDED, path_of
@@ -269,7 +270,11 @@ def open_pair(
         cfg=ObjectiveConfig(
             student=ours_cfg,
             teacher=dataclasses.replace(theirs_cfg, vocab_size=ours_cfg.vocab_size),
-            kl=KLSpec(vocab_size=vocab_size),
+            kl=KLSpec(
+                vocab_size=vocab_size,
+                stop_ids=divergence.merged_stops("auto", stop_ids, are_equal=not message),
+            ),
+            stop_ids=stop_ids,
         ),
         mesh=mesh,
         tokenizer=tokenizer,
