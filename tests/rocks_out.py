@@ -96,7 +96,7 @@ def _write_selection(folder, rows, count, mean, k) -> None:
             )
     rock = [{n: row[n] for n in ("token_id", "token", "count", "kl_mean")} for row in rows[:k]]
 
-    def line(values, null):
+    def line(values, null, is_coverage=False):
         return [
             {
                 "k": g,
@@ -106,6 +106,10 @@ def _write_selection(folder, rows, count, mean, k) -> None:
                 "null": n,
                 "null_low": n - 0.03,
                 "null_high": n + 0.03,
+                "null_within": n + 0.02,
+                "null_within_low": n - 0.01,
+                "null_within_high": n + 0.05,
+                **({"in_sample": v + 0.03} if is_coverage else {}),
             }
             for g, v, n in zip(grid, values, null, strict=True)
         ]
@@ -116,7 +120,9 @@ def _write_selection(folder, rows, count, mean, k) -> None:
         {
             "k": k,
             "k_grid": grid,
-            "coverage": line(coverage, [0.8 * v for v in coverage]),
+            "corpus": {"problems": 64, "answers": 64, "tokens": 12000, "types": len(rows)},
+            "coverage_note": "coverage: types are chosen on 4 of 5 parts of the 64 problems",
+            "coverage": line(coverage, [0.8 * v for v in coverage], True),
             "split_half": line(np.linspace(0.6, 0.8, len(grid)), np.linspace(0.4, 0.7, len(grid))),
             "nested": [{"k": k, "n": 50, "value": 0.7}],
             "nested_mean": [{"k": g, "value": 0.85} for g in grid],
@@ -140,6 +146,7 @@ def _write_selection(folder, rows, count, mean, k) -> None:
                     "types": k,
                     "token_share": tokens,
                     "kl_share": kl,
+                    "in_sample_kl_share": kl + 0.02,
                     "residual": None,
                     "overlap_with_rocks": overlap,
                 }
@@ -183,7 +190,11 @@ def _write_selection(folder, rows, count, mean, k) -> None:
             "skip_top": 0,
             "min_count": 1,
             "coverage": 0.62,
+            "coverage_low": 0.58,
+            "coverage_high": 0.66,
+            "coverage_in_sample": 0.65,
             "coverage_null": 0.5,
+            "coverage_null_within": 0.52,
             "density_median": 0.5,
             "density_corpus": 0.52,
             "split_half": 0.7,
@@ -229,8 +240,9 @@ def _write_persistence(folder) -> None:
             "relative": -0.5,
             "low": delta - 0.1,
             "high": delta + 0.1,
-            "p": 0.01,
-            "p_adjusted": 0.02,
+            "p_types": 0.01,
+            "p_bootstrap": 0.01,
+            "p_bootstrap_adjusted": 0.02,
             "types": 20,
         }
         for group, delta in (("rock", -0.8), ("high_kl", -2.6), ("control", -0.5))
@@ -238,7 +250,15 @@ def _write_persistence(folder) -> None:
     ]
     write(
         folder / "persistence.json",
-        {"models": models, "corpora": models, "groups": groups, "tests": tests, "note": "n"},
+        {
+            "models": models,
+            "corpora": models,
+            "groups": groups,
+            "tests": tests,
+            "contrasts": [{"p_bootstrap_adjusted": 0.3, "p_equivalent_adjusted": 0.04}],
+            "margin": 0.0953,
+            "note": "n",
+        },
     )
 
 
@@ -252,6 +272,7 @@ def _write_references(folder) -> None:
             "coverage_low": coverage - 0.02,
             "coverage_high": coverage + 0.02,
             "coverage_null": coverage - 0.1,
+            "coverage_null_within": coverage - 0.08,
             "density_median": 0.5,
             "types_seen": 200,
         }
@@ -354,6 +375,11 @@ def make_run(folder: Path, *, seed: int = 0, steps: int = 40, floor: float = 0.3
             accuracy = 0.3 + 0.4 * step / steps + 0.05 * float(rng.random())
             lines.append({"step": step, "eval/kl_nats": kl, "eval/accuracy": accuracy})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    graded = [  # of 50 prompts
+        {"step": s, "index": [*range(50)], "correct": [[i < n] for i in range(50)]}
+        for s, n in ((0, 15), (steps, 35))
+    ]
+    (folder / "graded.jsonl").write_text("".join(json.dumps(line) + "\n" for line in graded))
     side = {"accuracy": 0.3, "kl_nats": 8.3, "mean_length": 40.0}
     rock = {"token_id": 1, "token": "⏎", "share": 0.1, "kl_mean": 1.0, "token_share": 0.05}
     write(
@@ -405,6 +431,11 @@ def make_sweep(folder: Path, *, seeds: int = 3) -> Path:
                     "high": delta * number + 0.04,
                     "p": 0.03,
                     "p_adjusted": 0.06,
+                    "p_equivalent": 0.5,
+                    "p_equivalent_adjusted": 0.6,
+                    "margin": 0.02,
+                    "test": "paired bootstrap over seeds and problems",
+                    "verdict": "undecided",
                 }
                 for name, delta in (("accuracy", -0.05), ("kl_nats", 0.2))
             ]
@@ -414,6 +445,8 @@ def make_sweep(folder: Path, *, seeds: int = 3) -> Path:
             "baseline": "full",
             "arms": arms,
             "start": {"accuracy": 0.3, "kl_nats": 8.3},
+            "start_interval": {"low": 0.19, "high": 0.44},
+            "margins": {"accuracy": 0.02, "kl": 0.05},
             "comparisons": comparisons,
             "note": "three seeds",
         },

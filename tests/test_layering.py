@@ -94,6 +94,7 @@ ORDER: list[str | tuple[str, list]] = [
     (
         "report",
         [
+            "accuracy",
             "style",
             "curve_figures",
             "study_figures",

@@ -19,7 +19,7 @@ from typing import Any
 import matplotlib
 
 from opd_jax.files import write_atomic
-from opd_jax.report import curve_figures, markup, page_data, rock_figures, style
+from opd_jax.report import accuracy, curve_figures, markup, page_data, rock_figures, style
 from opd_jax.store import run_files
 from opd_jax.store import workdir as workdirs
 from opd_jax.store.run_files import RunFiles
@@ -222,15 +222,15 @@ def _tiles(found: Mapping[str, Path], folder: Path | None) -> str:
         name, path = list(found.items())[-1]
         summary = run_files.summary(path)
         before, after = summary.get("before") or {}, summary.get("after") or {}
-        for key, label in (("accuracy", "Accuracy, held out"), ("kl_nats", "KL, held out")):
-            if after.get(key) is not None:
-                tiles.append(
-                    (
-                        label,
-                        _number(after[key], key),
-                        f"before {_number(before.get(key), key)}; {name}",
-                    )
-                )
+        ends = accuracy.intervals(path)
+        if after.get("accuracy") is not None:
+            own = ends.get(summary["steps"])
+            small = f"{_accuracy(after['accuracy'], own).partition(' ')[2]}; " if own else ""
+            small += f"before {_accuracy(before.get('accuracy'), ends.get(0))}; {name}"
+            tiles.append(("Accuracy, held out", _number(after["accuracy"], "accuracy"), small))
+        if after.get("kl_nats") is not None:
+            small = f"before {_number(before.get('kl_nats'), 'kl_nats')}; {name}"
+            tiles.append(("KL, held out", _number(after["kl_nats"], "kl_nats"), small))
     summary = rock_figures.read(folder, "summary.json") if folder else None
     if folder and summary:
         with run_files.used(folder / "summary.json"):
@@ -248,19 +248,25 @@ def _rock_tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     numbers = {name: summary[name] for name in ("coverage", "split_half", "density_median")}
     beside = {n: summary[n] for n in ("coverage_null", "split_half_null", "density_corpus")}
     (coverage, halves, median), (null, found, whole) = numbers.values(), beside.values()
+    size = f"{summary['problems']:,} problems, {summary['tokens']:,} tokens"
+    small = f"null {null:.1%}; {size}"
+    if summary.get("coverage_low") is not None:  # an older folder has none
+        low, high = summary["coverage_low"], summary["coverage_high"]
+        small = f"[{low:.1%}, {high:.1%}], {small}"
     return [
-        (f"KL in the top {k} types", f"{coverage:.1%}", f"null {null:.1%}"),
+        (f"KL in the top {k} types", f"{coverage:.1%}", small),
         ("Found again, Jaccard", f"{halves:.2f}", f"null {found:.2f}"),
         ("Rocks in an answer", f"{median:.1%}", f"whole corpus {whole:.1%}"),
     ]
 
 
 def _run_table(found: Mapping[str, Path]) -> str:
-    sides = {}
-    steps = {}
+    sides, intervals, steps = {}, {}, {}
     for name, path in found.items():
         summary = run_files.summary(path)
         sides[name] = [summary.get("before") or {}, summary.get("after") or {}]
+        ends = accuracy.intervals(path)
+        intervals[name] = [ends.get(0), ends.get(summary["steps"])]
         steps[name] = _number(summary.get("steps"), "steps")
     keys = [  # without those that no run measured
         key
@@ -269,10 +275,24 @@ def _run_table(found: Mapping[str, Path]) -> str:
     ]
     head = ["run", "steps", *(f"{curve_figures.METRICS[key]}, before → after" for key in keys)]
     rows = [
-        [name, steps[name], *(" → ".join(_number(side.get(k), k) for side in pair) for k in keys)]
+        [name, steps[name], *(_before_after(k, pair, intervals[name]) for k in keys)]
         for name, pair in sides.items()
     ]
     return markup.table("Before and after, on held-out prompts", head, rows)
+
+
+def _before_after(
+    key: str, pair: Sequence[Mapping[str, Any]], ends: Sequence[accuracy.Ends | None]
+) -> str:
+    if key == "accuracy":
+        told = [_accuracy(side.get(key), own) for side, own in zip(pair, ends, strict=True)]
+    else:
+        told = [_number(side.get(key), key) for side in pair]
+    return " → ".join(told)
+
+
+def _accuracy(value: float | None, ends: accuracy.Ends | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else accuracy.told(value, ends)
 
 
 def _sweep(sweep: Mapping[str, Any] | None, arms: Mapping[str, Sequence[RunFiles]]) -> str:
@@ -296,6 +316,7 @@ def _sweep(sweep: Mapping[str, Any] | None, arms: Mapping[str, Sequence[RunFiles
             if difference and difference["delta"] is not None:
                 p = _number(difference["p_adjusted"], "p")
                 small = f"Δ {_interval(difference, metric, 'delta')}, p {p}"
+                small += f": {difference['verdict']}" if difference.get("verdict") else ""
             row.append((_interval(arm["metrics"].get(metric), metric, "mean"), small))
         rows.append(row)
     head = [
@@ -307,18 +328,31 @@ def _sweep(sweep: Mapping[str, Any] | None, arms: Mapping[str, Sequence[RunFiles
     ]
     caption = (
         f"Mean over seeds [interval]; Δ is the difference from {sweep['baseline']} [interval] with "
-        "its p after correction."
+        f"its p after correction{_of_problems(sweep)}."
     )
     start = sweep.get("start") or {}
     measured = [metric for metric in metrics if start.get(metric) is not None]
     if measured:
-        values = (f"{curve_figures.METRICS[m]} {_number(start[m], m)}" for m in measured)
+        ends = sweep.get("start_interval") or {}
+        told = (ends["low"], ends["high"]) if ends.get("low") is not None else None
+        values = (
+            f"{curve_figures.METRICS[m]} "
+            + (_accuracy(start[m], told) if m == "accuracy" else _number(start[m], m))
+            for m in measured
+        )
         caption += f" Step 0: {'; '.join(values)}."
     plates = [curve_figures.arms(arms, sweep["baseline"])]
     if any(row["delta"] is not None for row in sweep["comparisons"]):
         plates.append(curve_figures.comparisons(sweep))
     note = f'<p class="note">{html.escape(str(sweep.get("note") or ""))}</p>'
     return markup.table(caption, head, rows) + note + markup.plates(plates)
+
+
+def _of_problems(sweep: Mapping[str, Any]) -> str:
+    """What p stands for where every arm has one seed."""
+    if max(len(arm["seeds"]) for arm in sweep["arms"]) > 1:
+        return ""
+    return ", of these runs on further problems and not of the arms, since there is one seed"
 
 
 def _rocks(folder: Path | None) -> str:

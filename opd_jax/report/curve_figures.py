@@ -74,6 +74,9 @@ def comparisons(sweep: Mapping[str, Any]) -> Plate:
             color = SERIES[0] if is_sure else MUTED
             style.intervals(axes, [row], [place], color)
         axes.axvline(0, color=INK, linewidth=0.9)
+        margin = next((r.get("margin") for r in rows if r["metric"] == metric), None) or 0.0
+        for end in {-margin, margin} - {0.0}:
+            axes.axvline(end, color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)))
         axes.set_title(METRICS[metric])
         axes.set_xlabel(f"difference from {sweep['baseline']}")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -84,13 +87,20 @@ def comparisons(sweep: Mapping[str, Any]) -> Plate:
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.4, -0.6)
     sure = sum(row["p_adjusted"] is not None and row["p_adjusted"] < 0.05 for row in rows)
-    return Plate(
-        "comparisons",
-        f"Does an arm differ from {sweep['baseline']}?",
+    alike = sum("equivalent" in row.get("verdict", "") for row in rows)
+    note = (
         f"{sure} of {len(rows)} differences are told from 0 at 5% after correction for their "
-        "number (blue; grey: not told from 0). Bars are intervals; the line at 0 is the control.",
-        figure,
+        "number (blue; grey: not told from 0). Bars are intervals; the line at 0 is the control."
     )
+    if margins := sweep.get("margins"):
+        note += (
+            f" {alike} are told to be less than the margin (dotted: {100 * margins['accuracy']:g} "
+            f"points of accuracy, {margins['kl']:.0%} of KL), which no difference found does not "
+            "say."
+        )
+    if max(len(arm["seeds"]) for arm in sweep["arms"]) == 1:
+        note += " One seed: all this is of these runs on further problems, not of the arms."
+    return Plate("comparisons", f"Does an arm differ from {sweep['baseline']}?", note, figure)
 
 
 def _panels(named: Mapping[str, Sequence[RunFiles]]) -> Figure:

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
 from opd_jax.report import study_figures, style
-from opd_jax.report.style import ACCENT, INK, MAIN, MUTED, PAPER, TOKEN_FONT, Plate
+from opd_jax.report.style import ACCENT, AMBER, INK, MAIN, MUTED, PAPER, TOKEN_FONT, Plate
 from opd_jax.store import run_files
 from opd_jax.store import workdir as workdirs
 
@@ -245,21 +245,40 @@ def stability(selection: Mapping[str, Any]) -> Plate:
         "stability",
         "How much do the top K carry, and would they be found again?",
         f"At K = {selection['k']} the types carry {cover['value']:.1%} of the KL (null "
-        f"{cover['null']:.1%}) and two disjoint halves of the problems agree by a Jaccard of "
-        f"{halves['value']:.2f} (null {halves['null']:.2f}). Bands hold 95%: left of "
-        "resamples of the problems with these types kept, right of random halvings, grey of "
-        "shuffles. "
-        f"{_sentence(selection.get('null_note', 'null: KL shuffled among positions'))}",
+        f"{cover['null']:.1%}{_within(cover, '.1%')}){_size(selection)} and two disjoint halves of "
+        f"the problems agree by a Jaccard of {halves['value']:.2f} (null {halves['null']:.2f}"
+        f"{_within(halves, '.2f')}). Bands hold 95%: left of resampled problems, right of random "
+        "halvings, grey of shuffles. "
+        f"{_sentence(selection.get('coverage_note', ''))}"
+        f"{_sentence(selection.get('null_note', 'null: KL shuffled among positions'))}".rstrip(),
         figure,
     )
 
 
 def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:].rstrip(".") + "."
+    return text[:1].upper() + text[1:].rstrip(".") + ". " if text else ""
+
+
+def _within(row: Mapping[str, Any], spec: str) -> str:
+    return f", within problems {row['null_within']:{spec}}" if "null_within" in row else ""
+
+
+def _size(selection: Mapping[str, Any]) -> str:
+    """How much text it is of; a share of a corpus of another size does not compare."""
+    size = selection.get("corpus")
+    if not size:
+        return ""
+    return f" of {size['problems']:,} problems ({size['tokens']:,} tokens, {size['types']:,} types)"
 
 
 def _against_null(axes: Axes, rows: Sequence[Mapping[str, Any]], title: str, label: str) -> None:
     ks = [row["k"] for row in rows]
+    if all("null_within" in row for row in rows):
+        within = [row["null_within"] for row in rows]
+        axes.plot(ks, within, color=AMBER, linestyle=(0, (1, 1.2)), label="null within problems")
+    if all("in_sample" in row for row in rows):
+        same = [row["in_sample"] for row in rows]
+        axes.plot(ks, same, color=ACCENT, linewidth=1.2, linestyle=(0, (4, 2)), label="in sample")
     for keys, color, line, name in (
         (("null", "null_low", "null_high"), MUTED, (0, (4, 2)), "null"),
         (("value", "low", "high"), MAIN, "-", label),
@@ -325,6 +344,8 @@ def controls(rows: Sequence[Mapping[str, Any]]) -> Plate:
         "A list whose tokens carry the mean KL has both points in one place. Every list but the "
         "rocks is a control."
     )
+    if any("in_sample_kl_share" in row for row in rows):
+        note += " Lists are chosen on some problems and measured on others, by turns."
     if worst:
         note += (
             f" The control with most KL, {NAMES.get(worst['name'], worst['name'])}, holds "

@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from opd_jax.report import style
+from opd_jax.report import accuracy, style
+from opd_jax.report.accuracy import Ends
 from opd_jax.report.style import ACCENT, LEGEND, LOG_SPAN, MAIN, MUTED
 from opd_jax.store import run_files
 from opd_jax.store.run_files import RunFiles, Series
@@ -34,13 +35,18 @@ def training(workdir: str | os.PathLike, out: str | os.PathLike) -> None:
       OSError: the file cannot be written.
     """
     style.check_format(out)
-    run = run_files.read(workdir)
+    run, ends = run_files.read(workdir), accuracy.intervals(workdir)
     with matplotlib.rc_context(style.STYLE):
-        style.save(draw(run), out)
+        style.save(draw(run, ends), out)
 
 
-def draw(run: RunFiles) -> Figure:
-    """Draw a run: KL above accuracy, beside them the rock tokens; what is missing has no panel."""
+def draw(run: RunFiles, ends: Mapping[int, Ends] | None = None) -> Figure:
+    """Draw a run: KL above accuracy, beside them the rock tokens; what is missing has no panel.
+
+    Args:
+      run: what its files say.
+      ends: of the interval of accuracy, by step.
+    """
     figure = style.figure(10.5 if run.rocks else 6.5, 5.4)
     figure.suptitle(
         f"Distilling {run.teacher} into {run.student}",
@@ -59,7 +65,7 @@ def draw(run: RunFiles) -> Figure:
     )
     bottom = figure.add_subplot(grid[-1, 0])
     if has_accuracy:
-        _draw_accuracy(bottom, run.accuracy)
+        _draw_accuracy(bottom, run.accuracy, ends or {})
     if has_kl:
         top = figure.add_subplot(grid[0, 0], sharex=bottom) if has_accuracy else bottom
         _draw_kl(top, run)
@@ -87,9 +93,12 @@ def _draw_kl(axes: Axes, run: RunFiles) -> None:
     axes.legend(**LEGEND)
 
 
-def _draw_accuracy(axes: Axes, accuracy: Series) -> None:
-    axes.set_title("Accuracy on held-out prompts")
-    _draw_points(axes, accuracy, "{:.1%}", line="-", label="accuracy")
+def _draw_accuracy(axes: Axes, series: Series, ends: Mapping[int, Ends]) -> None:
+    axes.set_title("Accuracy on held-out prompts" + ("; bars: intervals" if ends else ""))
+    steps = [step for step in series.steps if step in ends]
+    low, high = ([ends[step][i] for step in steps] for i in (0, 1))
+    axes.vlines(steps, low, high, color=MAIN, linewidth=1.4, alpha=0.5, label="interval")
+    _draw_points(axes, series, "{:.1%}", line="-", label="accuracy")
     axes.margins(x=0.06, y=0.3)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, 0.0), min(high, 1.2))  # above 1 there is only the label

@@ -6,6 +6,7 @@ from files alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -169,18 +170,25 @@ def _changes(data: Mapping[str, Any]) -> Plate:
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("change of mean KL, nats; bar: interval")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    by_types, by_problems = (
-        sum(t.get(p) is not None and t[p] < 0.05 for t in tests)
-        for p in ("p_adjusted", "p_bootstrap_adjusted")
+    adjusted = [test.get("p_bootstrap_adjusted") for test in tests]
+    sure = sum(p is not None and p < 0.05 for p in adjusted)
+    note = (
+        f"{sure} of {len(tests)} changes differ from 0 at 5% by resampling problems, as the bars "
+        "do, after Benjamini and Hochberg. Control: types matched by count, chosen and measured on "
+        "the same halves of the problems."
     )
-    return Plate(
-        "changes",
-        "What moved, the model or the text?",
-        f"{by_types} of {len(tests)} changes differ from 0 at 5% by Wilcoxon's test over types, "
-        f"{by_problems} by resampling problems as the bars do, both after Benjamini and Hochberg. "
-        "Control: types matched by count, chosen and measured on the same halves of the problems.",
-        figure,
-    )
+    contrasts = [c for c in data.get("contrasts", []) if "p_equivalent_adjusted" in c]
+    if contrasts:
+        apart, alike = (
+            sum(c[p] < 0.05 for c in contrasts)
+            for p in ("p_bootstrap_adjusted", "p_equivalent_adjusted")
+        )
+        note += (
+            f" Of {len(contrasts)} contrasts of how much of their KL rocks and other types keep, "
+            f"{apart} differ from 0 and {alike} are told to differ by less than "
+            f"{math.expm1(data['margin']):.0%}."
+        )
+    return Plate("changes", "What moved, the model or the text?", note, figure)
 
 
 def _test_name(test: Mapping[str, Any]) -> str:
@@ -200,6 +208,8 @@ def references(data: Mapping[str, Any]) -> Plate:
             left.hlines(place, row["coverage_low"], row["coverage_high"], color=MAIN, linewidth=2)
     left.plot([row["coverage"] for row in rows], places, "o", color=MAIN, label="measured")
     left.plot([row["coverage_null"] for row in rows], places, "D", color=MUTED, label="null")
+    if within := [row.get("coverage_null_within") for row in rows if "coverage_null_within" in row]:
+        left.plot(within, places, "s", color=AMBER, markersize=4, label="null within problems")
     left.set_yticks(places, names)
     left.set_ylim(len(rows) - 0.4, -0.6)
     left.set_xlim(0, 1)
@@ -212,12 +222,13 @@ def references(data: Mapping[str, Any]) -> Plate:
     first, *others = rows
     note = (
         f"Rocks of the text written by {first['name']} carry {first['coverage']:.1%} of its KL "
-        f"(null {first['coverage_null']:.1%})."
+        f"(null {first['coverage_null']:.1%}; {first['tokens']:,} tokens)."
     )
     overlaps = data["jaccard"][0][1:]
     by_chance = data.get("jaccard_null", [[None] * len(rows)])[0][1:]
     controls = [
-        f"{other['name']} {other['coverage']:.1%} (null {other['coverage_null']:.1%}), Jaccard "
+        f"{other['name']} {other['coverage']:.1%} (null {other['coverage_null']:.1%}; "
+        f"{other['tokens']:,} tokens), Jaccard "
         f"{style.measured(overlap, 2)} (null {style.measured(chance, 2)})"
         for other, overlap, chance in zip(others, overlaps, by_chance, strict=True)
     ]

@@ -94,7 +94,8 @@ def test_the_sweep_table_holds_intervals_and_differences(made):
     row = re.search(r'<tr><th scope="row">rock</th>.*?</tr>', text)[0]
     assert "25.0%" in row
     assert "65.0% [58.5%, 71.5%]" in row
-    assert "Δ -5.0 points [-9.0, -1.0], p 0.06" in row
+    assert "Δ -5.0 points [-9.0, -1.0], p 0.06: undecided" in row
+    assert "accuracy 30.0% [19.0%, 44.0%]" in text
     assert "Δ 0.2 [0.16, 0.24], p 0.06" in row
     full = re.search(r'<tr><th scope="row">full</th>.*?</tr>', text)[0]
     assert "Δ" not in full
@@ -103,7 +104,14 @@ def test_the_sweep_table_holds_intervals_and_differences(made):
 def test_the_first_numbers_are_of_the_last_run_and_the_rocks(made):
     text = (made / "all.html").read_text()
     tiles = re.search(r'<dl class="tiles">.*?</dl>', text)[0]
-    for wanted in ("70.0%", "before 30.0%; two", "62.0%", "null 50.0%", "0.70", "null 0.50"):
+    for wanted in (
+        "70.0%",
+        "[56.2%, 80.9%]; before 30.0% [19.1%, 43.8%]; two",
+        "62.0%",
+        "[58.0%, 66.0%], null 50.0%; 64 problems,",
+        "0.70",
+        "null 0.50",
+    ):
         assert wanted in tiles
 
 

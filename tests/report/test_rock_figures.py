@@ -136,7 +136,9 @@ def test_every_stability_curve_stands_beside_its_null(selection, panel, key):
 def test_the_stability_note_speaks_of_the_chosen_k(selection):
     row = next(r for r in selection["coverage"] if r["k"] == selection["k"])
     note = rock_figures.stability(selection).note
-    assert f"{row['value']:.1%} of the KL (null {row['null']:.1%})" in note
+    nulls = f"null {row['null']:.1%}, within problems {row['null_within']:.1%}"
+    assert f"{row['value']:.1%} of the KL ({nulls}) of 64 problems (12,000 tokens," in note
+    assert selection["coverage_note"] in note.replace("Coverage:", "coverage:")
     assert selection["null_note"] in note
 
 
@@ -210,12 +212,15 @@ def test_matrices_are_written_out(out):
 
 def test_changes_are_counted_after_correction(out):
     data = json.loads((out / "persistence.json").read_text())
-    data["tests"][0]["p_adjusted"] = 0.5
-    data["tests"][1]["p_adjusted"] = None
-    data["tests"][0]["p_bootstrap_adjusted"] = 0.01  # the test that the bars belong to
+    data["tests"][0]["p_bootstrap_adjusted"] = 0.5
+    data["tests"][1]["p_bootstrap_adjusted"] = None
     _, changes = study_figures.persistence(data)
-    assert changes.note.startswith("7 of 9 changes")
-    assert "by Wilcoxon's test over types, 1 by resampling problems as the bars do" in changes.note
+    assert changes.note.startswith("7 of 9 changes differ from 0 at 5% by resampling problems")
+    assert "Of 1 contrasts" in changes.note
+    assert "0 differ from 0 and 1 are told to differ by less than 10%" in changes.note
+    for name in ("contrasts", "margin"):  # as an earlier version wrote it
+        del data[name]
+    assert "contrasts" not in study_figures.persistence(data)[1].note
     assert len(changes.figure.axes[0].get_yticklabels()) == 9
 
 
@@ -246,7 +251,8 @@ def test_other_writers_stand_beside_the_first(out):
     assert xy(labelled(left, "measured"))[0] == [0.62, 0.7]
     assert xy(labelled(left, "null"))[0] == [row["coverage_null"] for row in data["corpora"]]
     assert [text.get_text() for text in right.texts] == ["1", "0.25", "0.25", "1"]
-    assert "teacher 70.0% (null 60.0%), Jaccard 0.25 (null 0.1)" in plate.note
+    assert "teacher 70.0% (null 60.0%; 1,000 tokens), Jaccard 0.25 (null 0.1)" in plate.note
+    assert xy(labelled(left, "null within problems"))[0] == pytest.approx([0.54, 0.62])
     del data["jaccard_null"]  # of a folder that an earlier version wrote
     assert "Jaccard 0.25 (null –)" in study_figures.references(data).note
 

@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 import pytest
 import tiny_run
 
-from opd_jax import cli
-from opd_jax.report import run_figure, style
+from opd_jax import cli, stats
+from opd_jax.report import accuracy, run_figure, style
 from opd_jax.store import run_files
 from opd_jax.store import workdir as workdirs
 
@@ -201,3 +201,32 @@ def test_the_command_draws(tmp_path, capsys):
     assert out.exists()
     assert cli.main(["figure", f"--workdir={tmp_path / 'none'}", f"--out={out}"]) == 1
     assert "expected the folder of a run" in capsys.readouterr().err
+
+
+def test_accuracy_stands_in_its_interval_where_it_was_graded(tmp_path):
+    folder = write_run(tmp_path / "run")
+    graded = [
+        {"step": step, "index": [*range(8)], "correct": [[i < right] for i in range(8)]}
+        for step, right in ((0, 2), (4, 6))
+    ]
+    (folder / "graded.jsonl").write_text("".join(json.dumps(line) + "\n" for line in graded))
+    ends = accuracy.intervals(folder)
+    assert {step: pytest.approx(stats.wilson(n / 8, 8)) for step, n in ((0, 2), (4, 6))} == ends
+    with matplotlib.rc_context(style.STYLE):
+        figure = run_figure.draw(run_files.read(folder), ends)
+    axes = next(a for a in figure.axes if "Accuracy" in a.get_title("left"))
+    bars = axes.collections[0].get_segments()
+    assert [tuple(bar[:, 1]) for bar in bars] == [pytest.approx(ends[0]), pytest.approx(ends[4])]
+    (folder / "graded.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(workdirs.WorkdirError, match=r"graded\.jsonl is damaged"):
+        run_figure.training(folder, tmp_path / "out.png")
+
+
+def test_answers_that_agree_within_a_problem_count_once(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert accuracy.intervals(folder) == {}
+    line = {"step": 4, "index": [0, 1, 2, 3], "correct": [[True] * 4, [False] * 4] * 2}
+    (folder / "graded.jsonl").write_text(json.dumps(line) + "\n")
+    assert accuracy.intervals(folder)[4] == pytest.approx(stats.wilson(0.5, 4))
+    assert accuracy.told(0.5, (0.25, 0.75)) == "50.0% [25.0%, 75.0%]"
+    assert accuracy.told(0.5, None) == "50.0%"
