@@ -24,6 +24,7 @@ from opd_jax.data import tokenizer as tokenizers
 from opd_jax.instrument import corpus as corpora
 from opd_jax.instrument.corpus import Occurrences
 from opd_jax.models import hf, hf_config
+from opd_jax.models.families import FAMILIES
 from opd_jax.report import build, page_data, rock_figures, style
 from opd_jax.run import arms, writers
 from opd_jax.store import checkpoint_record, run_files
@@ -232,21 +233,31 @@ def model(tiny, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_config_of_a_model(model, family):
     path = model / "config.json"
     whole = path.read_bytes()
-    from opd_jax.models.families import FAMILIES
-
-    good = json.loads(whole) | {
+    good = json.loads(whole)
+    good |= {
         "model_type": family,
         "architectures": [FAMILIES[family].architecture],
+        "layer_types": ["full_attention", "sliding_attention"] * good["num_hidden_layers"],
+        "sliding_window": 5,
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+        "query_pre_attn_scalar": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0],
         "rope_scaling": {
             "rope_type": "yarn",
             "factor": 2.0,
             "original_max_position_embeddings": 32,
         },
     }
+    good["layer_types"] = good["layer_types"][: good["num_hidden_layers"]]
     good.pop("rope_parameters", None)
 
     @settings(max_examples=150, **FUZZ)

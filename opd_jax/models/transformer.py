@@ -32,6 +32,7 @@ from opd_jax.pytrees import Params
 
 __all__ = [
     "REMAT",
+    "LayerKind",
     "ModelConfig",
     "for_decoding",
     "head",

@@ -76,6 +76,61 @@ def test_gradient_of_causal_is_that_of_the_whole_score_matrix(length):
         assert np.abs(expected).max() > 1e-2
 
 
+def windowed(window, slides):
+    """``causal`` of layers of which some slide, as they are in a scan."""
+    span = attention.Span(H**-0.5, window)
+
+    def run(q, k, v, valid):
+        if slides is None:
+            return attention.causal(q, k, v, valid, span=span)
+        one = lambda s: attention.causal(q, k, v, valid, span=span, is_sliding=s)  # noqa: E731
+        return jax.lax.map(one, jnp.array([slides]))[0]
+
+    return run
+
+
+@pytest.mark.parametrize("slides", [None, True, False])
+@pytest.mark.parametrize(("length", "window"), [(T, 2), (77, 3), (77, 100), (600, 130)])
+def test_a_window_equals_a_mask_and_so_does_its_gradient(length, window, slides):
+    """600 tokens in blocks of 160: the last three leave out keys before their window."""
+    q, k, v = draw(0, B, length, K, G, H), draw(1, B, length, K, H), draw(2, B, length, K, H)
+    valid = jnp.asarray(padded(length))
+    mask = attention.causal_mask(valid, 0, length)
+    if slides is not False:
+        apart = np.arange(length)[:, None] - np.arange(length)
+        mask &= (apart < window)[None]
+        found = attention.causal_mask(valid, 0, length, window)
+        np.testing.assert_array_equal(found, mask)
+    sees = np.asarray(mask.any(-1))[..., None, None, None]
+    weight = draw(3, B, length, K, G, H) * sees
+
+    def plain(q, k, v):
+        score = jnp.einsum("BTKGH,BSKH->BKGTS", q, k) / math.sqrt(H)
+        prob = jax.nn.softmax(jnp.where(mask[:, None, None], score, -1e9), axis=-1)
+        return jnp.einsum("BKGTS,BSKH->BTKGH", prob, v)
+
+    def both(f):
+        def loss(q, k, v):
+            out = f(q, k, v)
+            return jnp.sum(out * weight), out * sees
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    run = windowed(window, slides)
+    found, expected = both(lambda q, k, v: run(q, k, v, valid)), both(plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), found, expected)
+
+
+def test_keys_before_all_windows_are_not_read():
+    """Of 2,048 tokens a block of 512 reads the 640 that its queries' windows of 100 lie in."""
+    q = jax.ShapeDtypeStruct((1, 2048, 1, 1, H), jnp.float32)
+    kv = jax.ShapeDtypeStruct((1, 2048, 1, H), jnp.float32)
+    valid = jax.ShapeDtypeStruct((1, 2048), bool)
+    text = jax.jit(windowed(100, None)).lower(q, kv, kv, valid).compile().as_text()
+    sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"\w\[([\d,]+)\]", text)]
+    assert max(sizes) == 512 * 640
+
+
 def test_causal_keeps_half_precision_and_close_to_f32():
     q, k, v = draw(0, B, T, K, G, H), draw(1, B, T, K, H), draw(2, B, T, K, H)
     valid = jnp.ones((B, T), bool)

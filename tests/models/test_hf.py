@@ -29,13 +29,17 @@ def assert_logits(folder, expected, *, atol=1e-5, rtol=0.0):
     )
 
 
-@pytest.fixture
-def folder(tmp_path):
+def copied(case, tmp_path):
     """A copy of a golden, to be damaged."""
     target = tmp_path / "model"
-    shutil.copytree(GOLDENS / "llama_tied", target)
+    shutil.copytree(GOLDENS / case, target)
     (target / "expected.safetensors").unlink()
     return target
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return copied("llama_tied", tmp_path)
 
 
 def edit(folder, **fields):
@@ -97,9 +101,10 @@ def test_a_mesh_gets_the_same_values_in_place(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "out")[1], alone)
 
 
-def test_a_mesh_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match=r"layers/.*--config\.mesh\.model"):
-        hf.load(GOLDENS / "llama_tied", mesh=mesh.make(data=1, fsdp=1, model=8))
+@pytest.mark.parametrize(("case", "leaf"), [("llama_tied", ""), ("mixtral_tied", "expert_")])
+def test_a_mesh_that_does_not_divide_is_refused(case, leaf):
+    with pytest.raises(ValueError, match=rf"layers/{leaf}.*--config\.mesh\.model"):
+        hf.load(GOLDENS / case, mesh=mesh.make(data=1, fsdp=1, model=8))
 
 
 def test_dtypes_of_both_directions(tmp_path):
@@ -230,6 +235,63 @@ def test_configs_that_would_compute_something_else_are_refused(folder, fields, w
     edit(folder, **fields)
     with pytest.raises(ValueError, match=words):
         hf.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "words"),
+    [
+        ("mistral_tied", {"layer_types": ["full_attention"] * 2}, "a way that mistral does not"),
+        ("mistral_tied", {"layer_types": ["sliding_attention"]}, "1 entries.*each of 2 layers"),
+        ("qwen2_tied", {"layer_types": ["full_attention", "local"]}, r"unknown are: \['local'\]"),
+        ("qwen3_tied", {"layer_types": ["sliding_attention"] * 2}, "sliding_window=None"),
+        ("gemma3_text_tied", {"sliding_window": 0}, "sliding_window=0"),
+        ("gemma3_text_tied", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ("gemma3_text_tied", {"use_bidirectional_attention": True}, "bidirectional"),
+        ("gemma3_text_tied", {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+        ("qwen3_moe_tied", {"num_experts_per_tok": 5}, "5 experts per token of 4"),
+        ("qwen3_moe_tied", {"num_local_experts": 3}, r"unknown tensors: .*experts\.3\."),
+        ("qwen3_moe_tied", {"moe_intermediate_size": 13}, r"experts\..* is F32 .*expected shape"),
+        ("qwen3_moe_tied", {"mlp_only_layers": [1]}, r"missing tensors: .*1\.mlp\.gate_proj"),
+    ],
+)
+def test_layers_that_are_not_as_their_family_has_them_are_refused(tmp_path, case, fields, words):
+    folder = copied(case, tmp_path)
+    edit(folder, **fields)
+    with pytest.raises(ValueError, match=words):
+        hf.load(folder)
+
+
+def test_a_missing_expert_is_named(tmp_path):
+    folder = copied("mixtral_tied", tmp_path)
+    edit_tensors(folder, lambda x: x.pop("model.layers.1.block_sparse_moe.experts.2.w3.weight"))
+    with pytest.raises(
+        ValueError, match=r"missing tensors: \S+layers\.1\S+experts\.2\.w3\.weight;"
+    ):
+        hf.load(folder)
+
+
+def test_an_expert_that_is_not_finite_is_named(tmp_path):
+    folder, name = copied("qwen3_moe_tied", tmp_path), "model.layers.1.mlp.experts.2.up_proj.weight"
+    edit_tensors(folder, lambda tensors: tensors[name].__setitem__((3, 0), np.nan))
+    with pytest.raises(ValueError, match=rf"tensor {re.escape(name)} holds 1 of"):
+        hf.load(folder)
+
+
+def test_defaults_of_a_family(tmp_path):
+    """As transformers has them where config.json is silent."""
+    folder = copied("gemma3_text_tied", tmp_path)
+    left_out = ("layer_types", "rope_parameters", "query_pre_attn_scalar", "sliding_window")
+    edit(folder, **dict.fromkeys((*left_out, "head_dim", "tie_word_embeddings")))
+    edit(folder, num_hidden_layers=8)
+    cfg = hf.read_config(folder)
+    assert [kind.is_sliding for kind in cfg.kinds] == [True] * 5 + [False] + [True] * 2
+    assert (cfg.window, cfg.head_dim, cfg.query_scalar, cfg.tied) == (4096, 256, 256, True)
+    assert (cfg.rope, cfg.local_rope) == (Rope(theta=1e6), Rope(theta=1e4))
+    older = {"rope_theta": 7e5, "rope_local_base_freq": 7e3, "sliding_window_pattern": 2}
+    edit(folder, **older, rope_scaling={"rope_type": "linear", "factor": 8.0})
+    cfg = hf.read_config(folder)
+    assert [kind.is_sliding for kind in cfg.kinds] == [True, False] * 4
+    assert (cfg.rope, cfg.local_rope) == (Rope(7e5, "linear", 8.0), Rope(theta=7e3))
 
 
 def test_an_inactive_sliding_window_is_fine(folder):

@@ -208,6 +208,27 @@ def test_bf16_compute_over_f32_parameters():
     assert error.mean() < 0.02 * np.abs(expected()).mean()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_embeddings_are_scaled_by_a_number_of_the_compute_dtype(dtype):
+    """As the models were trained: 4.46875 in bfloat16, whose root of 20 that is."""
+    cfg = dataclasses.replace(CFG, width=20, scaled_embed=True, dtype=dtype)
+    tree = wide(cfg)
+    found, _ = transformer._embedded(tree, IDS, cfg)
+    scale = jnp.asarray(4.46875 if dtype == "bfloat16" else 20**0.5, dtype)
+    np.testing.assert_array_equal(found, tree["embed"][IDS].astype(dtype) * scale)
+
+
+def test_a_pattern_must_fit_its_model():
+    slides = (transformer.LayerKind(is_sliding=True), transformer.LayerKind())
+    assert dataclasses.replace(CFG, pattern=(transformer.LayerKind(),) * 2) == CFG
+    with pytest.raises(ValueError, match="has 3 layers, the model 2"):
+        dataclasses.replace(CFG, pattern=(*slides, slides[0]), window=3)
+    with pytest.raises(ValueError, match="a window of None tokens"):
+        dataclasses.replace(CFG, pattern=slides)
+    with pytest.raises(ValueError, match=r"ModelConfig\.experts"):
+        dataclasses.replace(CFG, pattern=(transformer.LayerKind(is_sparse=True),) * 2)
+
+
 def test_config_is_hashable_and_refuses_what_it_does_not_know():
     assert hash(CFG) == hash(dataclasses.replace(CFG, dtype=jnp.float32))
     with pytest.raises(ValueError, match="'gpt2' is not supported"):
