@@ -78,6 +78,7 @@ ORDER: list[str | tuple[str, list]] = [
             "judge",
             "structure",
             "equality",
+            "instructions",
             "grading",
             "heldout",
             "generate",

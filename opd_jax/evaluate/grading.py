@@ -1,13 +1,14 @@
 r"""Graders: whether a response is right, and why.
 
 A grader finds the answer in a response (:mod:`finding` has the rules, and which responses have
-none) and compares it with the gold answer. Four are named:
+none) and compares it with the gold answer. Five are named:
 
 =========== ====================================================================================
 ``math``    numbers, words, expressions, lists, intervals, sets, matrices: :mod:`equality`
 ``numeric`` numbers only, exactly; a response that is one number and nothing else is read as it
 ``choice``  the letter of an option, whatever its case, also "(B) text", or "B" alone
 ``exact``   the text, without its case and spacing; a response without a mark is its own answer
+``ifeval``  whether the response behind its thought follows its :mod:`instructions`
 =========== ====================================================================================
 
 A user's own is named ``module:function`` or ``path/to/file.py:function``. It is called with the
@@ -29,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from opd_jax.evaluate import arithmetic, cleaning, equality, finding, quantities
+from opd_jax.evaluate import arithmetic, cleaning, equality, finding, instructions, quantities
 from opd_jax.files import path_of
 
 
@@ -158,7 +159,28 @@ def exact(text: str, gold: str, *, truncated: bool = False, in_thought: bool = F
     return Verdict(is_equal, equality.TEXT if is_equal else equality.OTHER_TEXT, answer)
 
 
-GRADERS: dict[str, Grader] = {"math": math, "numeric": numeric, "choice": choice, "exact": exact}
+def ifeval(text: str, gold: str, *, truncated: bool = False, in_thought: bool = False) -> Verdict:
+    """The grader ``ifeval``; a response that was cut is checked as it stands, as the harness does.
+
+    Raises:
+      ImportError, ValueError: as :func:`instructions.follows`.
+    """
+    rest = finding.find(text, in_thought=in_thought).rest
+    if rest is None:
+        return Verdict(False, finding.UNFINISHED_THOUGHT)
+    if not rest.strip():
+        return Verdict(False, finding.NO_ANSWER)
+    does = instructions.follows(rest.strip(), gold)
+    return Verdict(does, instructions.FOLLOWED if does else instructions.NOT_FOLLOWED, rest.strip())
+
+
+GRADERS: dict[str, Grader] = {
+    "math": math,
+    "numeric": numeric,
+    "choice": choice,
+    "exact": exact,
+    "ifeval": ifeval,
+}
 
 
 def named(name: str) -> Grader:

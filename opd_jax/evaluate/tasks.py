@@ -15,6 +15,9 @@ One object a line. Names of fields count whatever their case; further fields are
 ``id``          a name to find the problem again; default: its line
 =============== ==============================================================================
 
+Lines of IFEval have ``instruction_id_list`` and ``kwargs`` in place of an answer, and are graded by
+``ifeval``.
+
 How a problem becomes a prompt is :class:`Form`.
 """
 
@@ -32,7 +35,7 @@ from typing import Any
 from opd_jax import bounded, records
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.data.prompts import Example
-from opd_jax.evaluate import grading
+from opd_jax.evaluate import grading, instructions
 from opd_jax.files import path_of
 
 FORMATS = ("auto", "chat", "raw")
@@ -240,6 +243,8 @@ def _problem(line: bytes, index: int, grader: str) -> Problem:
             f"{_nearest(value, _QUESTIONS) if not asked else ''}; rename or remove"
         )
     choices = _choices(fields.get("choices"))
+    if "instruction_id_list" in fields:
+        fields |= {"answer": _instructions(fields, asked[0]), "grader": "ifeval"}
     told = fields.get("answer", fields.get("solution"))
     if told is None:
         raise ValueError(
@@ -250,7 +255,7 @@ def _problem(line: bytes, index: int, grader: str) -> Problem:
     if not isinstance(own, str):
         raise ValueError(f"`grader` is {own!r}: expected a name; correct it")
     grading.named(own)
-    answer = _answer(told, choices)
+    answer = told if own == "ifeval" else _answer(told, choices)
     question = _question(fields[asked[0]], asked[0])
     return Problem(index, str(fields.get("id", index)), question, answer, own, choices)
 
@@ -277,6 +282,15 @@ def _question(value: Any, name: str) -> str | list[dict[str, Any]]:
     if value[-1]["role"] == "assistant":
         raise ValueError("the last of `messages` is the assistant's: expected the turn to answer")
     return [dict(message) for message in value]
+
+
+def _instructions(fields: Mapping[str, Any], asked: str) -> str:
+    """The gold answer of a line of IFEval."""
+    names = ("instruction_id_list", "kwargs")
+    gold = {name: fields.get(name) for name in names} | {"prompt": fields[asked]}
+    text = json.dumps(gold)
+    instructions.read(text)
+    return text
 
 
 def _choices(value: Any) -> tuple[str, ...]:

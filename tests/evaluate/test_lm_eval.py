@@ -90,7 +90,7 @@ def tasks(tmp_path_factory):
             "answer": "12",
             "text": f"Tara has {i} plums. " * (1 + 9 * (i % 3)) + "She buys more, so she has many.",
         }
-        for i in range(10)
+        for i in range(6)
     ]
     tiny_run.write_lines(folder / "rows.jsonl", rows)
     for name, rest in TASKS.items():

@@ -112,6 +112,22 @@ def test_the_interval_of_the_untruncated_covers():
     assert held / 120 > 0.95 - 3 * math.sqrt(0.95 * 0.05 / 120)
 
 
+def test_the_intervals_of_pass_at_k_and_majority_cover(monkeypatch):
+    """Where nearly all problems are solved, at whose end resampling is too sure of itself."""
+    monkeypatch.setattr(metrics, "_mean_value", lambda values: metrics.Value(0.0))  # slow
+    rng = np.random.default_rng(4)
+    names = ("pass@1", "pass@4", "maj@8")
+    found = []
+    for _ in range(250):
+        rate = rng.beta(6, 2, 60)
+        drawn = problems(*(rng.random((60, 8)) < rate[:, None]).astype(int))
+        found.append(metrics.summarise(drawn))
+    for name in names:
+        truth = np.mean([x[name].value for x in found])  # unbiased over the task files
+        held = np.mean([x[name].low <= truth <= x[name].high for x in found])
+        assert held > 0.95 - 3 * math.sqrt(0.95 * 0.05 / 250), name
+
+
 def test_greedy_comparison_is_mcnemars_exact_test():
     base, arm = problems(*[[1]] * 10, *[[0]] * 10), problems(*[[1]] * 9, *[[0]] * 4, *[[1]] * 7)
     found = metrics.compare([base], [arm], margin=0.05)

@@ -1,5 +1,7 @@
 """Log-likelihood of continuations, against the logits of whole sequences."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +27,8 @@ def opened(tiny):
 def rows(seed=0, num=11):
     rng = np.random.default_rng(seed)
     return [
-        (rng.integers(0, 631, rng.integers(1, 50)).tolist(), rng.integers(0, 631, n).tolist())
-        for n in rng.integers(1, 12, num)
+        (rng.integers(0, 631, m).tolist(), rng.integers(0, 631, n).tolist())
+        for m, n in itertools.islice(itertools.cycle([(1, 2), (40, 9), (1, 1), (45, 4)]), num)
     ]
 
 
