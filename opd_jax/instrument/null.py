@@ -71,7 +71,8 @@ def coverage(
     chosen anew (copies of a problem stay in its fold). It also holds the share that the list chosen
     on all problems has in further text. (Percentiles of the resamples would lie too low: a resample
     has fewer different problems to choose on.) ``in_sample`` is the share where they were chosen.
-    ``null*`` are the same of shuffled KL, ``*_low`` and ``*_high`` the middle 95 % of permutations.
+    ``null*`` are the same of shuffled KL, ``*_low`` and ``*_high`` the middle 95 % of permutations,
+    ``*_p`` one-sided permutation p-values of "no more than by chance".
 
     Raises:
       SelectError: fewer than two problems.
@@ -99,7 +100,11 @@ def coverage(
         name: np.stack([shuffled(group_P) for _ in range(permutations)])
         for name, group_P in _groups(problems).items()
     }
-    return _rows(sizes, value_K, ends, nulls, {"in_sample": in_sample_K})
+    p = {
+        f"{name}_p": (1 + np.sum(drawn_RK >= value_K * (1 - 1e-12), axis=0)) / (permutations + 1)
+        for name, drawn_RK in nulls.items()
+    }
+    return _rows(sizes, value_K, ends, nulls, {"in_sample": in_sample_K} | p)
 
 
 def crossfitted(parts: Sequence[TypeStats], sizes: Sequence[int], *, rule: Rule) -> np.ndarray:

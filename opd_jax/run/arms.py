@@ -108,7 +108,7 @@ def summarise(jobs: Sequence[Job], baseline: str, *, margins: Margins = MARGINS)
             values = [_value(summaries[job], lines[job], name) for job in own]
             ends = {k: v for k, v in over_seeds(values).items() if k != "p"}
             if name == "accuracy":
-                ends |= _accuracy_ends([graded[job][1] for job in own])
+                ends |= accuracy_interval([graded[job][1] for job in own])
             metrics[name] = ends | {"values": values}
         rows.append(
             {
@@ -129,7 +129,7 @@ def summarise(jobs: Sequence[Job], baseline: str, *, margins: Margins = MARGINS)
         "margins": dataclasses.asdict(margins),
         "arms": rows,
         "start": {name: over_seeds([x.get(name) for x in before])["mean"] for name in METRICS},
-        "start_interval": _accuracy_ends([_mean_of(graded_before)]),
+        "start_interval": accuracy_interval([_mean_of(graded_before)]),
         "comparisons": _comparisons(jobs, rows, graded, baseline, margins),
         "note": _note(len({job.run.seed for job in jobs}), baseline, margins),
     }
@@ -187,14 +187,22 @@ def _check_alike(
             )
 
 
-def _accuracy_ends(right: Sequence[np.ndarray]) -> dict[str, float | None]:
-    """Interval of accuracy from the shares of right answers to each problem, seed by seed."""
+def accuracy_interval(
+    right: Sequence[np.ndarray], *, resamples: int = 10_000
+) -> dict[str, float | None]:
+    """Ends of the interval of accuracy: of problems and, where there are several, of seeds.
+
+    Args:
+      right: seed by seed the shares of right answers to each problem; {} comes of none.
+      resamples: of the bootstrap over problems.
+    """
     if not len(right) or not right[0].size:
         return {}
     if len(right) == 1:
         low, high = stats.share_interval(right[0])
         return {"low": low, "high": high}
-    found = stats.hierarchical_bootstrap([np.zeros_like(x) for x in right], right)
+    nothing = [np.zeros_like(x) for x in right]
+    found = stats.hierarchical_bootstrap(nothing, right, resamples=resamples)
     ends = (None if x is None else min(max(x, 0.0), 1.0) for x in (found.low, found.high))
     return dict(zip(("low", "high"), ends, strict=True))
 
@@ -214,12 +222,12 @@ def _comparisons(
             continue
         about = {"arm": row["arm"]}
         if right[baseline][0].size:
-            change = _compare_accuracy(right[baseline], right[row["arm"]], margins.accuracy)
+            change = compare_accuracy(right[baseline], right[row["arm"]], margins.accuracy)
             found.append(about | {"metric": "accuracy", **change})
         values = [x["metrics"]["kl_nats"]["values"] for x in (base, row)]
         if None not in values[0] + values[1]:
             margin = margins.kl * float(np.mean(values[0]))
-            change = _compare_kl(np.subtract(values[1], values[0]), margin)
+            change = compare_kl(np.subtract(values[1], values[0]), margin)
             found.append(about | {"metric": "kl_nats", **change})
     for name in ("p", "p_equivalent"):
         tested = [comparison for comparison in found if comparison[name] is not None]
@@ -233,10 +241,21 @@ def _comparisons(
     return found
 
 
-def _compare_accuracy(
-    base: Sequence[np.ndarray], arm: Sequence[np.ndarray], margin: float
+def compare_accuracy(
+    base: Sequence[np.ndarray],
+    arm: Sequence[np.ndarray],
+    margin: float,
+    *,
+    resamples: int = 10_000,
 ) -> dict[str, Any]:
-    change = stats.hierarchical_bootstrap(base, arm, margin=margin)
+    """The change of accuracy from base to arm, as a row of ``sweep.json`` has it.
+
+    Args:
+      base, arm: seed by seed the shares of right answers to each problem.
+      margin: the smallest difference that counts.
+      resamples: of the bootstrap over problems.
+    """
+    change = stats.hierarchical_bootstrap(base, arm, margin=margin, resamples=resamples)
     test = "paired bootstrap over seeds and problems"
     if len(base) == 1:
         test = "paired bootstrap over problems"
@@ -246,7 +265,8 @@ def _compare_accuracy(
     return {**dataclasses.asdict(change), "margin": margin, "test": test}
 
 
-def _compare_kl(change_S: np.ndarray, margin: float) -> dict[str, Any]:
+def compare_kl(change_S: np.ndarray, margin: float) -> dict[str, Any]:
+    """The change of KL, one value a seed, as a row of ``sweep.json`` has it."""
     known = {"margin": margin, "test": "paired t over seeds"}
     if len(change_S) == 1 or not margin > 0:
         found = over_seeds(change_S.tolist())
