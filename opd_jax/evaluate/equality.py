@@ -49,10 +49,12 @@ _MARK = re.compile(
 )
 _CHOICE = re.compile(
     r"(?:(?:option|choice|answer) )?"
-    r"(?:\(([A-Za-z])\)|([A-Z])(?=$|[).:]|, ?[a-z]{2}| - | ?\([^)]{2})\)?)\s?[.:)]?\s?(?P<text>.*)",
+    r"(?:\(([A-Za-z])\)|"
+    r"([A-Z])(?=$|[).:]|, ?[a-z]{2}| - | ?\([^)]{2}| is (?:the )?(?:correct|best))\)?)\s?[.:)]?\s?(?P<text>.*)",
     re.DOTALL | re.IGNORECASE,
 )
 _OTHER_CHOICE = re.compile(r"\([A-Z]\)|^,? ?(?:and|or|&|/)\b|\b(?:and|or) \(?[A-Z]\)?$|^- [A-Z]$")
+_RATIO = re.compile(r"[0-9]+(?: ?: ?[0-9]+)+")
 _YES_NO = re.compile(r"(yes|no|true|false)(?=[,.;:!]|$)", re.IGNORECASE)
 _TOWER = re.compile(r"[0-9][)}]* ?\^ ?[({]* ?[0-9]+[)}]* ?\^|!\s?!|\\uparrow|[0-9]{5,}\s?!")
 _KNOWN_WORDS = (
@@ -95,6 +97,10 @@ def _texts(given: str, wanted: str, deadline: _Deadline) -> tuple[bool, str]:
         return True, TEXT
     if match := _MARK.match(given):
         given = given[match.end() :]
+    if _RATIO.fullmatch(wanted):
+        given = given.replace(" to ", ":")
+        is_same = cleaning.key(given) == cleaning.key(wanted)
+        return is_same, TEXT if is_same else OTHER_TEXT
     if _is_word(wanted) or _gold_letter(wanted) is not None:
         return _leaves(given, wanted, deadline)
     verdict = (False, OTHER_TEXT)

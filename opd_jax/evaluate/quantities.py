@@ -176,7 +176,9 @@ _BASES = {
     "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
     "ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16,
 }  # fmt: skip
-_SUBSCRIPT = re.compile(r"\(?([0-9A-Fa-f ]{1,60})\)? ?_ ?\{? ?\(?([0-9]{1,2}|[a-z]{3,7})\)? ?\}?")
+_SUBSCRIPT = re.compile(
+    r"\(?([0-9A-Fa-f ]{1,60})\)? ?_ ?\{? ?(?:base )?\(?([0-9]{1,2}|[a-z]{3,7})\)? ?\}?"
+)
 _IN_BASE = re.compile(
     r"([0-9A-Fa-f ]{1,60}?),? ?\(?(?:in )?base[ -]?([0-9]{1,2}|[a-z]{3,7})\)?", re.IGNORECASE
 )

@@ -97,6 +97,9 @@ def read(text: str) -> Node:
         return _list(text, parts)
     if (bracketed := _bracketed(text)) is not None:
         return bracketed
+    row = _bracketed(_TRANSPOSED.sub("", text)) if _TRANSPOSED.search(text) else None
+    if row is not None and row.kind in ("()", "[]"):  # (1, 2)^T is a column
+        return Node("matrix", text, tuple(Node("row", x.text, (x,)) for x in row.items))
     if (interval := _interval(text)) is not None:
         return interval
     if (both := _both_signs(text)) is not None:
@@ -142,7 +145,9 @@ def _overlap(text: str, first: Node, second: Node) -> Node | None:
 
 
 def _is_prose(text: str) -> bool:
-    return bool(WORDS.fullmatch(text)) and not re.fullmatch(r"[A-Z](?: (?:and|or) [A-Z])+", text)
+    return bool(WORDS.fullmatch(text)) and not re.fullmatch(
+        r"[A-Z]{1,4}(?: (?:and|or) [A-Z]{1,4})+", text
+    )
 
 
 def _bracketed(text: str) -> Node | None:

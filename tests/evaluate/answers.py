@@ -563,7 +563,7 @@ A, D ||| A,C ||| 0
 7 \text{ mol L}^{-1} ||| 7 ||| 1
 7 \frac{\text{m}}{\text{s}} ||| 7 ||| 1
 7 : 3 ||| 7:3 ||| 1
-3 to 7 ||| 3:7 ||| 0
+3 to 7 ||| 3:7 ||| 1
 07:30 ||| 7:30 ||| 0
 2x + 3y = 5 ||| 4x+6y=10 ||| 1
 2x + 3y = 5 ||| 4x+6y=11 ||| 0
@@ -591,6 +591,126 @@ P(x) = x^2 - 1 ||| (x-1)(x+1) ||| 1
 \text{10 percent} ||| 10\% ||| 1
 10 ||| 10\% ||| 1
 9\% ||| 10\% ||| 0
+-\frac{\sqrt{3}}{2} ||| \frac{-\sqrt{3}}{2} ||| 1
+\frac{3 \pm \sqrt{5}}{2} ||| \frac{3+\sqrt5}{2}, \frac{3-\sqrt5}{2} ||| 1
+\frac{3 \pm \sqrt{7}}{2} ||| \frac{3+\sqrt5}{2}, \frac{3-\sqrt5}{2} ||| 0
+k = \pm 2 ||| 2, -2 ||| 1
+x = 2, x = -2 ||| \pm 2 ||| 1
+2, -2 ||| \pm 3 ||| 0
+5\sqrt{5} \text{ units} ||| 5\sqrt5 ||| 1
+\text{about } 3.5 \text{ hours} ||| 3.5 ||| 1
+3.5\text{ h} ||| 3.5 ||| 1
+\$0.75 ||| 0.75 ||| 1
+75 cents ||| 75 ||| 1
+75¢ ||| 75 ||| 1
+¥500 ||| 500 ||| 1
+£3.50 ||| 3.5 ||| 1
+1,000,000 ||| 10^6 ||| 1
+10^{6} ||| 1{,}000{,}000 ||| 1
+1 million dollars ||| 1000000 ||| 1
+2.5 \times 10^{5} ||| 250000 ||| 1
+2.5 \cdot 10^{-5} ||| 0.000025 ||| 1
+2.5 \cdot 10^{-5} ||| 0.00025 ||| 0
+2.5E+5 ||| 250000 ||| 1
+1/0.5 ||| 2 ||| 1
+\frac{0.5}{2} ||| 0.25 ||| 1
+(-3)^2 ||| 9 ||| 1
+-3^2 ||| 9 ||| 0
+\left(\frac{2}{3}\right)^{3} ||| \frac{8}{27} ||| 1
+\left(\frac{2}{3}\right)^{4} ||| \frac{8}{27} ||| 0
+\frac{2^3}{3^3} ||| \frac{8}{27} ||| 1
+6^{-1} ||| \frac16 ||| 1
+\sqrt{\frac{1}{4}} ||| 0.5 ||| 1
+\sqrt[4]{16} ||| 2 ||| 1
+8^{\frac{2}{3}} ||| 4 ||| 1
+\sqrt{2}\sqrt{3} ||| \sqrt{6} ||| 1
+\frac{\sqrt{2}}{\sqrt{3}} ||| \frac{\sqrt{6}}{3} ||| 1
+\sqrt{12}+\sqrt{27} ||| 5\sqrt{3} ||| 1
+\sqrt{12}+\sqrt{27} ||| 6\sqrt{3} ||| 0
+\cos\frac{\pi}{3} ||| \frac12 ||| 1
+\log_{2}(8) ||| 3 ||| 1
+\ln e^3 ||| 3 ||| 1
+3! + 1 ||| 7 ||| 1
+{5 \choose 2} ||| 10 ||| 1
+_5C_2 ||| 10 ||| 0
+\begin{bmatrix} 7 \\ -3 \\ 0 \end{bmatrix} ||| \begin{pmatrix} 7 \\ -3 \\ 0 \end{pmatrix} ||| 1
+\begin{bmatrix} 7 \\ 3 \\ 0 \end{bmatrix} ||| \begin{pmatrix} 7 \\ -3 \\ 0 \end{pmatrix} ||| 0
+[7, -3, 0] ||| \begin{pmatrix} 7 \\ -3 \\ 0 \end{pmatrix} ||| 1
+(7, -3, 0)^T ||| \begin{pmatrix} 7 \\ -3 \\ 0 \end{pmatrix} ||| 1
+\begin{smallmatrix} 1 & 2 \end{smallmatrix} ||| (1,2) ||| 1
+\{(x, y) : x > 0\} ||| \{(x,y) : x > 0\} ||| 1
+\{x : x > 2\} ||| (2,\infty) ||| 1
+\{x \in \mathbb{R} \mid x > 2\} ||| (2,\infty) ||| 1
+\{x \mid x \ge 2\} ||| (2,\infty) ||| 0
+x > 2 ||| (2,\infty) ||| 1
+2 < x ||| (2,\infty) ||| 1
+x \not= 2 ||| (-\infty,2) \cup (2,\infty) ||| 1
+(-\infty,2) \cup (2,\infty) ||| x \ne 2 ||| 1
+(-\infty,2] \cup (2,\infty) ||| x \ne 2 ||| 0
+[-1, 1] ||| -1 \leqslant x \leqslant 1 ||| 1
+[-1, 1) ||| -1 \leqslant x \leqslant 1 ||| 0
+|x| \le 1 ||| [-1,1] ||| 0
+(1, 2), (2, 1) ||| (2,1),(1,2) ||| 1
+(1, 2) \text{ and } (2, 1) ||| (2,1),(1,2) ||| 1
+\{(1,2), (2,1)\} ||| \{(2,1),(1,3)\} ||| 0
+\text{(A), (C)} ||| A, C ||| 1
+\text{B and C} ||| B, C ||| 1
+\text{I and III} ||| \text{I, III} ||| 1
+\text{I and II} ||| \text{I, III} ||| 0
+\text{Answer: B} ||| B ||| 1
+\text{The answer is B} ||| B ||| 1
+\text{B is correct} ||| B ||| 1
+\textbf{B} ||| B ||| 1
+\mathbf{(B)}\ \frac{1}{2} ||| B ||| 1
+(B)\;\frac{1}{2} ||| C ||| 0
+D. None of the above ||| D ||| 1
+\text{12:30 PM} ||| 12:30 p.m. ||| 1
+12{:}30 \text{ PM} ||| 12:30 PM ||| 1
+\text{June 5, 2020} ||| June 5, 2020 ||| 1
+\text{red, blue} ||| blue, red ||| 1
+\text{true} ||| True ||| 1
+\text{False} ||| True ||| 0
+\text{undefined} ||| undefined ||| 1
+\text{DNE} ||| DNE ||| 1
+\text{infinitely many} ||| infinitely many ||| 1
+\infty ||| \text{infinity} ||| 1
+\pi^2/6 ||| \frac{\pi^2}{6} ||| 1
+1.644934 ||| \frac{\pi^2}{6} ||| 0
+e ||| 2.718281828 ||| 0
+4x^3 - 3x ||| x(4x^2-3) ||| 1
+4x^3 - 3x ||| x(4x^2-4) ||| 0
+\frac{x}{x+1} ||| 1 - \frac{1}{x+1} ||| 1
+2^{x+1} ||| 2\cdot2^x ||| 1
+a^2+2ab+b^2 ||| (a+b)^2 ||| 1
+(y+3)(x-2) ||| (x-2)(y+3) ||| 1
+x=3y+2 ||| 3y+2 ||| 1
+y = -\frac{2}{3}x + 5 ||| 2x+3y=15 ||| 1
+\frac{x^2}{4}+\frac{y^2}{9}=1 ||| 9x^2+4y^2=36 ||| 1
+\frac{x^2}{4}+\frac{y^2}{9}=1 ||| 9x^2+4y^2=35 ||| 0
+2\sqrt{3}\,\text{cm}^2 ||| 2\sqrt3 ||| 1
+144\pi\text{ cubic inches} ||| 144\pi ||| 1
+144\pi ||| 144 ||| 0
+\frac{1}{3}\pi r^2 h ||| \frac{\pi r^2 h}{3} ||| 1
+v_0 t + \frac{1}{2} a t^2 ||| \frac{at^2}{2} + v_0 t ||| 1
+F = ma ||| ma ||| 1
+3\text{:}1 ||| 3:1 ||| 1
+3 \text{ to } 1 ||| 3:1 ||| 1
+0.\overline{142857} ||| \frac17 ||| 1
+0.142857 ||| \frac17 ||| 0
+14.2\overline{3} ||| \frac{427}{30} ||| 1
+1\,234\,567 ||| 1234567 ||| 1
+٥ ||| 5 ||| 0
+５ ||| 5 ||| 1
+12.0\% ||| 12\% ||| 1
+0.12 ||| 12\% ||| 1
+1.2\% ||| 12\% ||| 0
+110_2 ||| 6 ||| 0
+1101_{\text{base } 2} ||| 1101_2 ||| 1
+1\text{A}_{16} ||| 1A_{16} ||| 1
+5 \mod 7 ||| 5 ||| 0
+11 \text{ R } 2 ||| 11 ||| 0
+2^{3} \cdot 3 \cdot 5 ||| 120 ||| 1
+2^3 \times 3 \times 7 ||| 120 ||| 0
 """
 for _line in _FORMS.strip().splitlines():
     _answer, _gold, _mark = _line.split(" ||| ")
