@@ -48,9 +48,9 @@ _MARK = re.compile(
     re.IGNORECASE,
 )
 _CHOICE = re.compile(
-    r"(?:(?:option|choice|answer) )?"
-    r"(?:\(([A-Za-z])\)|"
-    r"([A-Z])(?=$|[).:]|, ?[a-z]{2}| - | ?\([^)]{2}| is (?:the )?(?:correct|best))\)?)\s?[.:)]?\s?(?P<text>.*)",
+    r"(?:(?:option|choice|answer) )?(?:\(([A-Za-z])\)|"
+    r"([A-Z])(?=$|[).:]|, ?[a-z]{2}| - | ?\([^)]{2}| is (?:the )?(?:correct|best))\)?)"
+    r"\s?[.:)]?\s?(?P<text>.*)",
     re.DOTALL | re.IGNORECASE,
 )
 _OTHER_CHOICE = re.compile(r"\([A-Z]\)|^,? ?(?:and|or|&|/)\b|\b(?:and|or) \(?[A-Z]\)?$|^- [A-Z]$")
