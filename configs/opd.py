@@ -29,7 +29,9 @@ from opd_jax import config
 from opd_jax.spec import ConfigError
 
 # What each arm sets in the group ``rock``. ``list`` names the file LIST.json of gated ids, and
-# ``share_of`` the list whose share of the tokens is gated at random.
+# ``share_of`` the list whose share of the tokens is gated at random. ``position`` is set in the
+# group of that name; opd-jax sweep adds the control of such an arm. ``window_share`` and
+# ``cut_share`` are parts of rollout.max_new.
 ARMS = {
     "full": {"mode": "off"},  # plain distillation, the baseline
     # The Rock Tokens, frozen; and by the token before the predicted one, as in the published code.
@@ -55,6 +57,22 @@ ARMS = {
     # Rocks that the run itself finds; ``adaptive`` leaves its gradient to a type that still learns.
     "ema": {"mode": "ema"},
     "adaptive": {"mode": "adaptive"},
+    # Weights by position (opd_jax/position.py has formulas and sources).
+    "half_random": {"position": {"mode": "random", "keep": 0.5}},
+    "random_window": {"position": {"mode": "random_window", "window_share": 0.25}},
+    "first": {"position": {"mode": "first", "window_share": 0.25}},
+    "last": {"position": {"mode": "last", "window_share": 0.25}},
+    "entropy": {"position": {"mode": "entropy", "keep": 0.2}},
+    "tip": {"position": {"mode": "tip", "keep": 0.5}},
+    "lowest_logp": {"position": {"mode": "lowest_logp", "keep": 0.2}},
+    "iw": {"position": {"mode": "iw", "boost": 0.5}},
+    "rock_window": {
+        "mode": "static",
+        "list": "rock",
+        "position": {"mode": "rock_window", "window": 1},
+    },
+    # Answers that are sampled no further than where the first positions end: less sampling too.
+    "cut": {"cut_share": 0.25},
 }
 
 
@@ -76,9 +94,18 @@ def get_config(arg: str = ""):
         rock["share"] = _read(_made(args, c.data, "lists.json"))[name]["token_share"]
     if share := rock.pop("ramp_share", 0):
         rock["ramp"] = max(round(share * c.train.steps), 1)
-    if rock["mode"] in ("ema", "adaptive"):
+    if rock.get("mode") in ("ema", "adaptive"):
         listed = _read(_made(args, c.data, "rock.json")) if args.rocks and not args.k else ()
         rock["top_k"] = args.k or len(listed) or 100
+    cut = rock.pop("cut_share", 0.0)
+    place = dict(rock.pop("position", {}))
+    if share := place.pop("window_share", 0.0):
+        place["window"] = max(round(share * c.rollout.max_new), 1)
+    c.eval.max_new = (
+        c.rollout.max_new
+    )  # arms that train on shorter answers are graded on whole ones
+    c.rollout.max_new = max(round(cut * c.rollout.max_new), 1) if cut else c.rollout.max_new
+    c.position.update(place)
     c.rock.update(rock)
     return c
 

@@ -28,7 +28,7 @@ from opd_jax.spec import GROUPS, ConfigError, RunConfig
 
 _MAX_CONFIG = 1 << 20  # bytes of a config file
 _Ids = list[pydantic.StrictInt]
-_TOP = ("profile", "init_from", "init_keep")  # text that belongs to no group
+_TOP = ("profile", "prediction", "init_from", "init_keep")  # text that belongs to no group
 # Fields that follow from others and are therefore not set by hand.
 _DERIVED = {("kl", "vocab_size"), ("kl", "ce"), ("kl", "stop_ids"), ("rock", "never")}
 _DERIVED |= {("optim", "steps")}

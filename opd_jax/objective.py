@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax import kl, mesh, rock, rules
+from opd_jax import kl, mesh, position, rock, rules
 from opd_jax.kl import KLSpec
 from opd_jax.models import transformer
 from opd_jax.models.transformer import ModelConfig
+from opd_jax.position import PositionSpec
 from opd_jax.pytrees import Mean, Params, RockState, Rollout, TokenKL
 from opd_jax.rock import RockConfig
 
@@ -34,7 +35,8 @@ class ObjectiveConfig:
     Attributes:
       student, teacher: model configurations; the teacher may be None where ``kl.ce`` is 1.
       kl: the divergence.
-      rock: the gate.
+      rock: the gate of types.
+      position: weights by position, which multiply those of the gate.
       normaliser: Z: ``tokens``, all scored tokens, so that gating does not change the step size;
         ``weight``, the sum of the weights; or ``per_sequence``, the mean over sequences of
         sum(w D) / max(sum w, 1), where a token of a short or much gated answer counts more: what
@@ -48,6 +50,7 @@ class ObjectiveConfig:
     teacher: ModelConfig | None
     kl: KLSpec = KLSpec()  # noqa: RUF009 (frozen)
     rock: RockConfig = RockConfig()  # noqa: RUF009 (frozen)
+    position: PositionSpec = PositionSpec()  # noqa: RUF009 (frozen)
     normaliser: str = "tokens"
     microbatches: int = 1
     stop_ids: tuple[int, ...] = ()
@@ -94,11 +97,24 @@ def inputs(
     return ids_BT, transformer.positions(valid_BT), valid_BT
 
 
-def targets(rollout: Rollout, state: RockState, key: jax.Array, *, cfg: ObjectiveConfig) -> Targets:
+def targets(
+    rollout: Rollout,
+    state: RockState,
+    key: jax.Array,
+    *,
+    cfg: ObjectiveConfig,
+    tokens: TokenKL | None = None,
+) -> Targets:
     """Shift ids and mask by one, and look up weights from the rock state as it was before.
 
-    ``key`` draws the randomly gated and the probed positions; draw once per optimizer step, before
-    any split.
+    Args:
+      rollout: the batch.
+      state: of the rocks.
+      key: draws the randomly gated and the probed positions; draw once per optimizer step, before
+        any split.
+      cfg: static.
+      tokens: measurements of all scored positions, where weights by position follow from them;
+        without them those weights are 1.
     """
     next_ = predicted(rollout)
     ids_BT, mask_BT = next_.ids_BT, next_.mask_BT
@@ -106,7 +122,14 @@ def targets(rollout: Rollout, state: RockState, key: jax.Array, *, cfg: Objectiv
     key_BT = ids_BT if cfg.rock.key == "label" else next_.given_BT
     gated_BT = rock.gated(state, key_BT, cfg=cfg.rock, key=gate_key) & mask_BT
     weight_BT = rock.weights(state, key_BT, cfg=cfg.rock, gated_BT=gated_BT) * mask_BT
-    importance_BT = rock.importance(weight_BT, mask_BT, probe_key, cfg=cfg.rock)
+    is_known = not cfg.position.is_measured or tokens is not None
+    if cfg.position.mode != "off" and is_known:
+        own_key = jax.random.fold_in(gate_key, 1)  # another than that of the gate
+        weight_BT *= position.weights(cfg.position, mask_BT, gated_BT, own_key, tokens)
+    if tokens is not None:
+        importance_BT = (weight_BT != 0).astype(jnp.float32)  # all are measured already
+    else:
+        importance_BT = rock.importance(weight_BT, mask_BT, probe_key, cfg=cfg.rock)
     return Targets(ids_BT, mask_BT, gated_BT, weight_BT, importance_BT)
 
 

@@ -14,6 +14,7 @@ from opd_jax.kl import KLSpec
 from opd_jax.models.transformer import REMAT
 from opd_jax.objective import NORMALISERS
 from opd_jax.optim import OptimSpec
+from opd_jax.position import PositionSpec
 from opd_jax.rock import RockConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -121,6 +122,7 @@ class EvalSpec:
     samples: int = 1  # graded answers per prompt
     kl_prompts: int = 32  # held-out prompts for KL, on fresh samples of the policy itself
     batch: int = 0  # prompts at a time; 0: train.prompts x rollout.samples
+    max_new: int = 0  # most ids of an answer; 0: rollout.max_new
     grader: str = "math"  # numeric, choice, exact, or one's own: module:function, file.py:function
 
     def __post_init__(self):
@@ -133,6 +135,7 @@ class EvalSpec:
             ("samples", self.samples >= 1, "at least 1"),
             ("kl_prompts", self.kl_prompts >= 0, "at least 0 (0: not measured)"),
             ("batch", self.batch >= 0, "at least 0 (0: prompts x samples of a step)"),
+            ("max_new", self.max_new >= 0, "at least 0 (0: rollout.max_new)"),
         )
 
 
@@ -188,6 +191,7 @@ class RunConfig:
     rollout: RolloutSpec
     kl: KLSpec
     rock: RockConfig
+    position: PositionSpec
     optim: OptimSpec
     train: TrainSpec
     eval: EvalSpec
@@ -195,6 +199,7 @@ class RunConfig:
     log: LogSpec
     profile: str = ""  # steps to trace, FIRST:LAST or one number, counted from 1; empty: none
     init_from: str = ""  # RUN[@STEP]: start from the weights of another run, not from student.path
+    prediction: str = ""  # what the run is expected to show, written down before it is known
     init_keep: str = ""  # what else to take over of it: optimizer, rock, or optimizer,rock
 
     @property
@@ -243,6 +248,7 @@ GROUPS: dict[str, type] = {
     "rollout": RolloutSpec,
     "kl": KLSpec,
     "rock": RockConfig,
+    "position": PositionSpec,
     "optim": OptimSpec,
     "train": TrainSpec,
     "eval": EvalSpec,

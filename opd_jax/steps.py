@@ -133,6 +133,10 @@ def eval_step(
 def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
     key = jax.random.fold_in(jax.random.clone(state.key), state.step)
     goal = objective.targets(rollout, state.rock, key, cfg=cfg)
+    before = None
+    if cfg.position.is_measured:
+        before = _measured(state.params, teacher, rollout, states_BTE, goal, cfg)
+        goal = objective.targets(rollout, state.rock, jax.random.clone(key), cfg=cfg, tokens=before)
     norm = objective.normaliser(goal, cfg=cfg)
     scale = 1.0 / jnp.maximum(norm, 1e-9)
 
@@ -161,6 +165,9 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
         )
         loss, tokens = jnp.sum(losses), objective.join(tokens)
 
+    num_trained = jnp.sum(goal.importance_BT > 0, dtype=jnp.float32)
+    if before is not None:  # of all positions, and not only of those that are trained on
+        tokens, goal = before, goal.replace(importance_BT=goal.mask_BT.astype(jnp.float32))
     updates, opt = tx.update(grads, state.opt, state.params)
     new_rock = rock.update(state.rock, goal.ids_BT, tokens.kl_BT, goal.importance_BT, cfg=cfg.rock)
     if cfg.rock.is_refreshed:
@@ -176,6 +183,8 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
         "grad_norm": Mean.of(optax.tree.norm(grads)),
         "nonfinite": Mean.of(_first_nonfinite(loss, grads)),
     }
+    if cfg.position.mode != "off":
+        metrics |= _budget(goal, num_trained, is_measured=before is not None)
     params = optax.apply_updates(state.params, updates)
     if any(p.dtype.itemsize < 4 for p in jax.tree.leaves(state.params)):
         metrics["rounded_share"] = _rounded(state.params, updates, params)
@@ -186,6 +195,34 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
         rock=new_rock,
     )
     return state, metrics
+
+
+def _measured(params, teacher, rollout, states_BTE, goal: Targets, cfg: ObjectiveConfig) -> TokenKL:
+    """Measure all scored positions, without gradient."""
+    goal = goal.replace(importance_BT=goal.mask_BT.astype(jnp.float32))
+
+    def piece_of(piece):
+        rollout, goal, states_BTE = piece
+        if states_BTE is None:
+            states_BTE = objective.teacher_states(teacher, rollout, cfg=cfg)
+        return objective.weighted_loss(params, teacher, states_BTE, rollout, goal, cfg=cfg)[1]
+
+    whole = (rollout.replace(policy_step=None), goal, states_BTE)
+    if cfg.microbatches == 1:
+        return piece_of(whole)
+    return objective.join(jax.lax.map(piece_of, objective.split(whole, cfg.microbatches)))
+
+
+def _budget(goal: Targets, num_trained, *, is_measured: bool) -> dict[str, Mean]:
+    """What weights by position cost: the kept share, and products with the heads.
+
+    Training takes four products per projected position (both heads, and the student's twice more
+    for the gradient), measuring before two for each scored one; 1 is training on all of them.
+    """
+    num_scored = jnp.sum(goal.mask_BT, dtype=jnp.float32)
+    kept = jnp.sum(goal.weight_BT != 0, dtype=jnp.float32)
+    products = 4 * num_trained + (2 * num_scored if is_measured else 0)
+    return {"kept_share": Mean(kept, num_scored), "head_products": Mean(products, 4 * num_scored)}
 
 
 def measure(

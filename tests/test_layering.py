@@ -23,6 +23,7 @@ ORDER: list[str | tuple[str, list]] = [
     "divergence",
     "kl",
     "rock",
+    "position",
     "optim",
     (
         "models",
@@ -120,6 +121,7 @@ ORDER: list[str | tuple[str, list]] = [
             "train",
             "launch",
             "arms",
+            "budget",
             "sweep",
         ],
     ),
@@ -128,8 +130,8 @@ ORDER: list[str | tuple[str, list]] = [
         [
             "corpus",
             "collect",
-            "metrics",
-            "rule",
+            "scores",
+            "ranking",
             "shares",
             "controls",
             "tally",
@@ -141,7 +143,7 @@ ORDER: list[str | tuple[str, list]] = [
             "flags",
             "subject",
             "folder",
-            "answering",
+            "lab",
             "workbench",
             (
                 "studies",

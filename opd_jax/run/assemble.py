@@ -128,19 +128,21 @@ def assemble(
             stop_ids=divergence.merged_stops(run.kl.merge_stops, stop_ids, are_equal=not message),
         ),
         rock=dataclasses.replace(run.rock, never=() if run.rock.stops else stop_ids),
+        position=run.position,
         normaliser=run.train.normaliser,
         microbatches=run.train.microbatches,
         stop_ids=stop_ids,
     )
     if cfg.kl.stop_ids:
         say(f"the KL counts the stop ids {cfg.kl.stop_ids} as one event (kl.merge_stops)")
+    longest = max(len(row.ids) for row in (*rows, *heldout))
+    key = "eval.max_new" if run.eval.max_new > run.rollout.max_new else "rollout.max_new"
+    max_new = max(run.rollout.max_new, run.eval.max_new)
     for name, part in (("student", student), ("teacher", teacher)):
-        longest = max(len(row.ids) for row in (*rows, *heldout))
-        if longest + run.rollout.max_new > part.max_positions:
+        if longest + max_new > part.max_positions:
             raise ConfigError(
-                f"the longest prompt has {longest} ids and rollout.max_new is "
-                f"{run.rollout.max_new}: the {name} has {part.max_positions} positions; lower "
-                "--config.data.max_prompt or --config.rollout.max_new"
+                f"the longest prompt has {longest} ids and {key} is {max_new}: the {name} has "
+                f"{part.max_positions} positions; lower --config.data.max_prompt or --config.{key}"
             )
     bias_V = _bias(run, vocab_size, student.vocab_size)
     memory.check(needs(run, cfg, mesh), mesh)
@@ -403,7 +405,7 @@ def _eval_plan(
     longest = max((len(row.ids) for row in heldout), default=1)
     return EvalPlan(
         policy=policy,
-        max_new=run.rollout.max_new,
+        max_new=run.eval.max_new or run.rollout.max_new,
         width=batches.bucket(longest, run.data.widths),
         size=size,
         num_graded=run.eval.prompts,

@@ -20,7 +20,7 @@ from opd_jax import command as commands
 from opd_jax import config, files, processes
 from opd_jax.processes import say
 from opd_jax.run import arms as comparison
-from opd_jax.run import train
+from opd_jax.run import budget, train
 from opd_jax.run.arms import Job, Margins
 from opd_jax.spec import ConfigError, RunConfig
 from opd_jax.store import run_files
@@ -29,7 +29,7 @@ from opd_jax.store import workdir as workdirs
 _MOST_SEEDS = 10_000
 BASELINE = "full"  # plain distillation, where it is among the arms
 # What the arms are about; everything else must be equal between them.
-_OF_AN_ARM = ("rock.*", "train.normaliser")
+_OF_AN_ARM = ("rock.*", "position.*", "rollout.max_new", "train.normaliser", "prediction")
 # What a run that is there already may differ in from what is asked for now: nothing of the result,
 # except that runs of fewer steps are gone on with (all of them: see ``check_lengths``).
 _OF_NO_RESULT = ("log.*", "checkpoint.*", "mesh.*", "profile", "train.steps", "optim.steps")
@@ -52,6 +52,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, ...; default 1")
     parser.add_argument("--workdir", required=True, help="a new folder, or that of the sweep")
     parser.add_argument("--baseline", default="", help="the arm to compare with; default: full")
+    parser.add_argument(
+        "--no-controls",
+        action="store_true",
+        help="do not add the controls of arms that weigh positions",
+    )
     margins = comparison.MARGINS
     parser.add_argument(
         "--margin",
@@ -77,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
         overrides=overrides,
         baseline=flags.baseline,
         margins=Margins(flags.margin, flags.margin_kl),
+        has_controls=not flags.no_controls,
         command=["opd-jax", "sweep", *argv],
         stop=stop,
     )
@@ -92,6 +98,7 @@ def sweep(
     overrides: Sequence[str] = (),
     baseline: str = "",
     margins: Margins = comparison.MARGINS,
+    has_controls: bool = True,
     command: Sequence[str] = (),
     stop: processes.Stop | None = None,
 ) -> dict[str, Any] | None:
@@ -108,6 +115,8 @@ def sweep(
       overrides: ``--config.group.key=value`` flags for every run.
       baseline: the arm that the others are compared with; empty: ``full``, else the first.
       margins: the smallest differences that count.
+      has_controls: whether every arm that weighs positions is run again with the same weights
+        dealt out at random.
       command: goes into every ``run.json``.
       stop: the wish to stop, where the caller wants to know of it.
 
@@ -123,6 +132,12 @@ def sweep(
         raise ConfigError(f"seeds {[*seeds]}: expected different ones, at least one; set --seeds")
     arms, baseline = list(arms), _baseline(arms, baseline)
     runs = {arm: _resolve(config_file, arm, overrides) for arm in arms}
+    controls: dict[str, str] = {}
+    if has_controls:
+        runs, controls = budget.with_controls(runs)
+    arms = list(runs)
+    for arm, control in controls.items():
+        say(f"arm {arm} weighs positions: {control}, its control of equal budget, is run too")
     for arm in arms:
         check_comparable(baseline, runs[baseline], arm, runs[arm])
     jobs = [
@@ -148,12 +163,16 @@ def sweep(
                 return None
     processes.meet("sweep")  # what process 0 has written is there before others read it
     result = comparison.summarise(jobs, baseline, margins=margins)
+    result["predictions"] = budget.predictions(runs)
+    result["budget"] = budget.compare(jobs, controls, margins)
     path = Path(workdir) / "sweep.json"
     if jax.process_index() == 0:
         text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
         files.write_atomic(path, text + "\n")
-    for line in comparison.table(result):
+    for line in (*comparison.table(result), *budget.table(result["budget"])):
         say(line)
+    for arm, text in result["predictions"].items():
+        say(f"predicted of {arm}: {text}")
     say(f"more in {path}")
     return result
 
@@ -196,7 +215,7 @@ def _resolve(config_file: str, arm: str, overrides: Sequence[str]) -> RunConfig:
 
 
 def check_comparable(base_arm: str, base: RunConfig, arm: str, run: RunConfig) -> None:
-    """Check that two arms differ in the gate and the normaliser alone.
+    """Check that two arms differ in what is weighed, and how, alone.
 
     Raises:
       ConfigError: they do not; names each differing key with both values.
@@ -208,7 +227,9 @@ def check_comparable(base_arm: str, base: RunConfig, arm: str, run: RunConfig) -
         lines = [f"  {k}: {old[k]!r} in {base_arm}, {new[k]!r} in {arm}" for k in keys]
         raise ConfigError(
             "\n".join([f"arms {base_arm} and {arm} cannot be compared:", *lines])
-            + "\nexpected equal values of everything but rock.* and train.normaliser; give the "
+            + "\nexpected equal values of everything but "
+            + ", ".join(_OF_AN_ARM)
+            + "; give the "
             "arms the same, or sweep them apart"
         )
 

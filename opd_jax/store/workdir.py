@@ -31,7 +31,7 @@ PACKAGES = ("opd-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 PACKAGES += ("transformers", "ml-collections", "libtpu")
 
 # Where a run may go on with other values: how long, what is watched and written, and on which mesh.
-MAY_CHANGE = ("train.steps", "train.max_truncated", "train.truncated_steps")
+MAY_CHANGE = ("prediction", "train.steps", "train.max_truncated", "train.truncated_steps")
 MAY_CHANGE += ("log.*", "checkpoint.*", "eval.*", "mesh.*")
 
 # Prompts that were given as lists, put here before the run begins.

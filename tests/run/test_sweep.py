@@ -29,6 +29,9 @@ def get_config(arg=""):
     c.eval.every, c.eval.prompts, c.eval.kl_prompts, c.eval.batch = 4, 8, 8, 8
     if args.arm == "ema":
         c.rock.mode, c.rock.top_k, c.rock.start = "ema", args.k, 1
+    if args.arm in ("first", "tip"):
+        c.position.mode, c.position.keep, c.position.window = args.arm, 0.5, 2
+        c.prediction = "no better than chance" if args.arm == "tip" else ""
     if args.arm == "fast":
         c.optim.lr = 1.0
     return c
@@ -285,3 +288,37 @@ def test_arms_may_differ_in_gate_and_normaliser_alone(tiny):
     sweep.check_comparable("a", base, "b", gated)
     with pytest.raises(ConfigError, match=r"train.prompts: 4 in a, 2 in b\n.*give the arms"):
         sweep.check_comparable("a", base, "b", tiny_run.resolved(tiny, train__prompts=2))
+
+
+def test_arms_that_weigh_positions_bring_their_controls(file, tmp_path, capsys):
+    workdir = tmp_path / "sweep"
+    assert sweep.main(argv(file, workdir, arms="full,first,tip", seeds=2)) == 0
+    result = result_of(workdir)
+    assert [row["arm"] for row in result["arms"]] == [
+        *("full", "first", "first_shuffled", "tip", "tip_shuffled"),
+    ]
+    assert result["predictions"] == {"tip": "no better than chance"}
+    rows = {(row["arm"], row["metric"]): row for row in result["budget"]}
+    assert {*rows} == {(a, m) for a in ("first", "tip") for m in ("accuracy", "kl_nats")}
+    for arm in ("first", "tip"):
+        row = rows[arm, "kl_nats"]
+        assert row["against"] == f"{arm}_shuffled"
+        own, other = (next(r for r in result["arms"] if r["arm"] == name)["metrics"]["kl_nats"]
+                      for name in (arm, f"{arm}_shuffled"))  # fmt: skip
+        assert row["delta"] == pytest.approx(own["mean"] - other["mean"], abs=1e-6)
+        for seed in (0, 1):  # the budget is equal batch by batch, until the answers differ
+            lines = [
+                tiny_run.read_lines(workdir / name / f"seed-{seed}" / "metrics.jsonl")
+                for name in (arm, f"{arm}_shuffled")
+            ]
+            first = [next(line for line in side if "loss" in line) for side in lines]
+            assert first[0]["kept_share"] == first[1]["kept_share"] < 1
+            assert first[0]["loss"] != first[1]["loss"]
+    said = capsys.readouterr().out
+    assert "tip_shuffled, its control of equal budget, is run too" in said
+    assert "against the same weights dealt to positions at random:" in said
+    assert "predicted of tip: no better than chance" in said
+    record = workdirs.read_run(workdir / "tip" / "seed-0")
+    assert record["config"]["prediction"] == "no better than chance"
+    assert sweep.main(argv(file, tmp_path / "b", "--no-controls", arms="full,tip", seeds=1)) == 0
+    assert len(result_of(tmp_path / "b")["arms"]) == 2
