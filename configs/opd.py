@@ -101,10 +101,9 @@ def get_config(arg: str = ""):
     place = dict(rock.pop("position", {}))
     if share := place.pop("window_share", 0.0):
         place["window"] = max(round(share * c.rollout.max_new), 1)
-    c.eval.max_new = (
-        c.rollout.max_new
-    )  # arms that train on shorter answers are graded on whole ones
-    c.rollout.max_new = max(round(cut * c.rollout.max_new), 1) if cut else c.rollout.max_new
+    if cut:  # graded on whole answers all the same
+        c.eval.max_new = c.rollout.max_new
+        c.rollout.max_new = max(round(cut * c.rollout.max_new), 1)
     c.position.update(place)
     c.rock.update(rock)
     return c

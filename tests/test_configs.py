@@ -43,7 +43,8 @@ GATED = {
     "soft_0.7": LISTS["rock"],
     "ramp": LISTS["rock"],
 }
-ARMS = ("full", *GATED, "random_positions", "ema", "adaptive")
+POSITIONS = ("half_random", "random_window", "first", "last", "entropy", "tip", "lowest_logp", "iw")
+ARMS = ("full", *GATED, "random_positions", "ema", "adaptive", *POSITIONS, "rock_window", "cut")
 tiny, one_device = tiny_run.tiny, tiny_run.one_device
 
 
@@ -83,7 +84,8 @@ def test_an_arm_differs_from_its_base_in_the_gate_alone(arm, base, rocks):
     found = config.describe(resolve(OPD, f"arm={arm},base={base},rocks={rocks}"))
     changed = {key for key in plain if plain[key] != found[key]}
     assert plain.keys() == found.keys()
-    assert all(key.startswith("rock.") for key in changed)
+    groups = {key.partition(".")[0] for key in changed}
+    assert groups <= {"rollout", "eval"} if arm == "cut" else groups <= {"rock", "position"}
     assert bool(changed) == (arm != "full")
 
 
@@ -166,3 +168,14 @@ def test_an_arm_trains_on_any_base(arm, rocks, tiny, one_device, tmp_path):
     assert cli.main(["train", f"--config={OPD}:{argument}", f"--workdir={workdir}"]) == 0
     (line,) = tiny_run.read_lines(workdir / "metrics.jsonl")
     assert 0 <= line["gated_share"] < 1
+
+
+def test_windows_and_cuts_are_parts_of_an_answer():
+    base = resolve(CONFIGS / "demo.py")
+    assert resolve(OPD, "arm=first").position.window == base.rollout.max_new / 4
+    cut = resolve(OPD, "arm=cut")
+    assert (cut.rollout.max_new, cut.eval.max_new) == (
+        base.rollout.max_new / 4,
+        base.rollout.max_new,
+    )
+    assert resolve(OPD, "arm=tip").rock.mode == "off"

@@ -221,6 +221,8 @@ def check_comparable(base_arm: str, base: RunConfig, arm: str, run: RunConfig) -
       ConfigError: they do not; names each differing key with both values.
     """
     old, new = config.describe(base), config.describe(run)
+    for found in (old, new):  # what it comes to
+        found["eval.max_new"] = found["eval.max_new"] or found["rollout.max_new"]
     keys = [key for key in old if old[key] != new[key]]
     keys = [k for k in keys if not any(fnmatch.fnmatchcase(k, name) for name in _OF_AN_ARM)]
     if keys:
