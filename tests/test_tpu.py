@@ -21,6 +21,7 @@ from opd_jax import kl, optim, steps
 from opd_jax import mesh as meshlib
 from opd_jax.kl import KLSpec
 from opd_jax.models import attention, params, transformer
+from opd_jax.models.architecture import Experts, LayerKind
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Prompt, Rollout
 from opd_jax.rock import RockConfig
@@ -247,3 +248,50 @@ def test_the_kl_of_a_chunk_takes_little_longer_than_its_products(array):
     body = text.split(f"\n%{loop} (")[1].split("\n}")[0]
     products = 4 * 2 * chunk * VOCAB * width / flops_per_cycle
     assert products < cycles(body) < 1.8 * products
+
+
+# --- experts --------------------------------------------------------------------------------------
+
+SPARSE = dataclasses.replace(
+    TEACHER,
+    model_type="qwen3_moe",
+    experts=Experts(num=32, top_k=4, ffn=256),
+    pattern=(LayerKind(is_sparse=True),) * TEACHER.num_layers,
+)
+TOKENS = ROWS * PROMPT // (AXES["data"] * AXES["fsdp"])  # of a chip
+
+
+@pytest.fixture(scope="module")
+def sparse(mesh, uncached):
+    """name -> the compiled pass through a model with experts."""
+
+    def states(tree, ids, valid):
+        return transformer.hidden(tree, ids, transformer.positions(valid), valid, cfg=SPARSE)[0]
+
+    def gradient(*inputs):
+        return jax.grad(lambda *args: jnp.sum(states(*args), dtype=jnp.float32))(*inputs)
+
+    with jax.set_mesh(mesh):
+        shapes = Shapes(mesh)
+        tree = params.abstract(transformer.specs(SPARSE), jnp.bfloat16, mesh)
+        inputs = tree, shapes.rows(jnp.int32, PROMPT), shapes.rows(bool, PROMPT)
+        return {f.__name__: jax.jit(f).lower(*inputs).compile() for f in (states, gradient)}
+
+
+def test_experts_exchange_one_sum_of_states_and_no_pairs(sparse):
+    pairs = TOKENS * SPARSE.experts.top_k
+    text = sparse["states"].as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') >= 3  # the kernel of ragged_dot
+    lines = [line for line in text.splitlines() if COLLECTIVE.search(line)]
+    travelling = [shape for line in lines for shape in shapes_in(line)]
+    assert (TOKENS, SPARSE.width) in travelling
+    assert [shape for shape in travelling if pairs in shape] == []
+
+
+def test_no_expert_computes_all_tokens_not_in_the_gradient_either(sparse):
+    """A gradient of ragged_dot itself would multiply all pairs by all experts."""
+    flops = {name: program.cost_analysis()["flops"] for name, program in sparse.items()}
+    assert flops["gradient"] < 4 * flops["states"]  # again, and once for either factor
+    pairs, num = TOKENS * SPARSE.experts.top_k, SPARSE.experts.num // AXES["model"]
+    dense = 2 * num * pairs * SPARSE.width
+    assert all(p.memory_analysis().temp_size_in_bytes < dense / 2 for p in sparse.values())
