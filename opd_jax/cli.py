@@ -136,7 +136,7 @@ def _message(error: Exception) -> str | None:
 def _user_errors() -> tuple[type[Exception], ...]:
     """Errors whose message says what to change; anything else is a defect and keeps its trace."""
     from opd_jax.evaluate.judge import JudgeError
-    from opd_jax.run.train import NonFiniteError, RunawayError
+    from opd_jax.run.guards import NonFiniteError, RunawayError
     from opd_jax.store.checkpoint import CheckpointError
     from opd_jax.store.workdir import WorkdirError
 

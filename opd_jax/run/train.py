@@ -6,7 +6,6 @@ the step, the data order by grain. A restored state and iterator therefore conti
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import time
@@ -29,22 +28,12 @@ from opd_jax.models import memory
 from opd_jax.processes import say
 from opd_jax.pytrees import Mean, Params, Rollout, TrainState
 from opd_jax.rollout import decode
-from opd_jax.run import assemble, digest, entry, journal, narrate, progress
+from opd_jax.run import assemble, digest, entry, guards, journal, narrate, progress
 from opd_jax.run.assemble import Assembly
 from opd_jax.spec import RunConfig
 from opd_jax.store import checkpoint, run_files
 
 _BEST = {"accuracy": "max", "kl_nats": "min"}
-# Share of answers cut by length from which they seldom have an end to learn (arXiv 2604.08527).
-_MANY_TRUNCATED = 0.5
-
-
-class RunawayError(RuntimeError):
-    """Answers are cut by length as a rule; the run has stopped, and is saved."""
-
-
-class NonFiniteError(RuntimeError):
-    """Loss or gradients are NaN or infinite; nothing of this step has been saved."""
 
 
 def train(
@@ -70,8 +59,8 @@ def train(
       ConfigError, ValueError, FileNotFoundError: something does not fit; nothing has been written.
       WorkdirError: the workdir belongs to another run.
       CheckpointError: saving or restoring failed.
-      NonFiniteError: loss or gradients are not finite.
-      RunawayError: more answers are cut by length than ``train.max_truncated`` allows.
+      guards.NonFiniteError: loss or gradients are not finite.
+      guards.RunawayError: more answers are cut by length than ``train.max_truncated`` allows.
     """
     started = time.monotonic() if started is None else started
     folder = Path(path_of(workdir))
@@ -90,31 +79,7 @@ def train(
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             if not memory.is_exhausted(error):
                 raise
-            raise memory.FitError(_memory_advice(parts, loop.timer.running, error)) from error
-
-
-# Who ran out of memory: in words, and what lowers its part.
-_FITTING = {
-    "": ("loading the models", "raise --config.mesh.fsdp or .model, which split them"),
-    "rollout": (
-        "sampling answers",
-        "lower --config.train.prompts, --config.rollout.samples or .max_new",
-    ),
-    "teacher": ("the teacher read the answers", "raise --config.train.microbatches"),
-    "update": (
-        "updating the student",
-        "raise --config.train.microbatches, set --config.student.remat=full, or lower "
-        "--config.rollout.max_new",
-    ),
-    "eval": ("evaluating", "lower --config.eval.batch or .samples, or --config.rollout.max_new"),
-}
-_FITTING |= {"data": _FITTING["rollout"], "samples": _FITTING["teacher"]}
-
-
-def _memory_advice(parts: Assembly, phase: str, error: BaseException) -> str:
-    what, change = _FITTING.get(phase, _FITTING[""])
-    resident = assemble.needs(parts.run, parts.cfg, parts.mesh)[:3]
-    return memory.advice(what, error, resident if phase else [], change)
+            raise memory.FitError(guards.memory_advice(parts, loop.timer.running, error)) from error
 
 
 def one_step(
@@ -251,10 +216,7 @@ class _Loop:
         self.evaluated: int | None = None  # step of ``latest``
         self.seconds_before = 0.0  # of earlier processes of this run
         self.process_started, self.started = started, time.monotonic()
-        self.has_warned = False
-        self.truncated: collections.deque[float] = collections.deque(
-            maxlen=run.train.truncated_steps
-        )
+        self.truncation = guards.Truncation(run, say)
         self.teacher: Params = {}  # loaded once it is known that there is something left to do
         self._journal: journal.Journal | None = None  # open while the loop runs
 
@@ -294,7 +256,10 @@ class _Loop:
                     self.on_step(step, values)
                 if run.eval.every and step % run.eval.every == 0 and step < last:
                     self.latest = self._evaluate(state, step)
-                self._check_truncation(state, step)
+                if self.truncation.is_too_much:
+                    self._save(state, step)
+                    self.saves.wait()
+                    raise self.truncation.error(step)
                 is_due = run.checkpoint.every and step % run.checkpoint.every == 0
                 if is_due and step < last:  # the last one waits for its evaluation
                     self._save(state, step)
@@ -361,12 +326,12 @@ class _Loop:
         with jax.profiler.TraceAnnotation("metrics"):
             num_tokens = float(means["length_tokens"].total)
             values = pytrees.reduce(means)
-        self._check_finite(values, step)
+        names = steps.leaf_names(assemble.state_template(self.parts).params)
+        guards.check_finite(values, step, names, self.saves.steps())
         values["mean_length"] = values.pop("length_tokens")
         values["lr"] = float(np.asarray(self.schedule(step)))
         del values["nonfinite"]
-        self._warn_of_truncation(values["truncated_share"])
-        self.truncated.append(values["truncated_share"])
+        self.truncation.see(values["truncated_share"])
         self.journal.rocks(step + 1, values, state.rock)
         seconds = self._step_seconds()
         values["tokens_per_s"] = num_tokens / seconds["step"]
@@ -396,47 +361,6 @@ class _Loop:
             self.first_step_s = time.monotonic() - self.process_started
         self.took += [self.between, seconds]
         return seconds | self.between
-
-    def _check_finite(self, values: dict[str, float], step: int) -> None:
-        index = int(values["nonfinite"])
-        if index == -1:
-            return
-        what = "the loss"
-        if index >= 0:
-            template = assemble.state_template(self.parts).params
-            what = f"the gradient of {steps.leaf_names(template)[index]}"
-        saved = self.saves.steps()
-        kept = f"step {saved[-1]} is the newest checkpoint" if saved else "there is no checkpoint"
-        raise NonFiniteError(
-            f"step {step}: {what} is not finite (loss {values['loss']:.4g}, gradient norm "
-            f"{values['grad_norm']:.4g}); stopped before saving, {kept}; lower --config.optim.lr, "
-            "or compute in float32 (--config.student.dtype=float32)"
-        )
-
-    def _warn_of_truncation(self, share: float) -> None:
-        if share > _MANY_TRUNCATED and not self.has_warned:
-            self.has_warned = True
-            say(
-                f"warning: {share:.0%} of the answers are cut at rollout.max_new "
-                f"({self.run_cfg.rollout.max_new} tokens), so the student seldom learns to end; "
-                "raise --config.rollout.max_new if answers should be shorter than that"
-            )
-
-    def _check_truncation(self, state: TrainState, step: int) -> None:
-        limit = self.run_cfg.train.max_truncated
-        share = sum(self.truncated) / max(len(self.truncated), 1)
-        if len(self.truncated) < self.run_cfg.train.truncated_steps or share <= limit:
-            return
-        self._save(state, step)
-        self.saves.wait()
-        raise RunawayError(
-            f"step {step}: {share:.0%} of the answers of the last {len(self.truncated)} steps are "
-            f"cut at rollout.max_new ({self.run_cfg.rollout.max_new} tokens): expected at most "
-            f"train.max_truncated ({limit:.0%}); the run is saved. The student may be losing its "
-            "stop id: look at samples.jsonl, set --config.kl.merge_stops=on where its teacher "
-            "stops by another, raise --config.rollout.max_new, or go on with "
-            "--config.train.max_truncated=1"
-        )
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float | None]:
         with self.timer.phase("eval"):

@@ -30,11 +30,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from opd_jax import processes
 from opd_jax.store import checkpoint_record
+from opd_jax.store import state_arrays as kept
 
 STATE = "state"
 FORMAT = 2  # of record.json; in 1 the data state was a list of texts, one per process
@@ -211,17 +211,17 @@ class Checkpoints:
                 "restore before; give another --workdir, or remove that folder to start over"
             )
         data = checkpoint_record.plain(data_state)
-        leaves = _named_leaves(state)
+        leaves = kept.named_leaves(state)
         record = {
             "format": FORMAT,
             "step": step,
             "time": time.time(),
             "metrics": {k: _finite(v) for k, v in (metrics or {}).items()},
-            "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
-            "keys": {n: str(jax.random.key_impl(x)) for n, x in leaves.items() if _is_key(x)},
+            "leaves": {name: kept.describe(leaf) for name, leaf in leaves.items()},
+            "keys": {n: str(jax.random.key_impl(x)) for n, x in leaves.items() if kept.is_key(x)},
             "data": data,
         }
-        arrays = {name: _raw(leaf) for name, leaf in leaves.items() if np.size(leaf)}
+        arrays = {name: kept.raw(leaf) for name, leaf in leaves.items() if np.size(leaf)}
         self.claim()
         path = self.folder / f"{step}.saving"
         try:
@@ -294,15 +294,17 @@ class Checkpoints:
         step = self._choose(step)
         path = self.folder / str(step)
         record = checkpoint_record.read(path)
-        wanted = _named_leaves(template)
-        _check_leaves(path, record["leaves"], wanted, partial)
-        abstract = {n: _abstract(leaf) for n, leaf in wanted.items() if np.prod(leaf.shape)}
+        wanted = kept.named_leaves(template)
+        kept.check(path, record["leaves"], wanted, partial)
+        abstract = {n: kept.abstract(leaf) for n, leaf in wanted.items() if np.prod(leaf.shape)}
         context = ocp.Context()
         context.pytree_options.loading.partial_load = True
         with context:
             where = self._spelled(path.name)
             arrays = ocp.load(where, abstract, checkpointable_name=STATE) if abstract else {}
-        leaves = [_unraw(arrays.get(n), leaf, record["keys"].get(n)) for n, leaf in wanted.items()]
+        leaves = [
+            kept.unraw(arrays.get(n), leaf, record["keys"].get(n)) for n, leaf in wanted.items()
+        ]
         self._own.add(step)
         self._restored = True
         state = jax.tree.unflatten(jax.tree.structure(template), leaves)
@@ -435,70 +437,6 @@ def _save_context() -> ocp.Context:
 
 def _is_not_repeated(record: logging.LogRecord) -> bool:
     return "_SignalingThread.run() raised an exception" not in str(record.msg)
-
-
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by dotted path, in tree order."""
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if not hasattr(leaf, "dtype") or name in leaves:
-            raise TypeError(
-                f"leaf {name!r} is a {type(leaf).__name__}{' (twice)' * (name in leaves)}; "
-                "expected arrays under unique names; keep other values out of the state"
-            )
-        leaves[name] = leaf
-    return leaves
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _describe(leaf: Any) -> dict[str, Any]:
-    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}  # names a key's implementation too
-
-
-def _raw(leaf: Any) -> Any:
-    if _is_key(leaf):
-        return jax.random.key_data(leaf)
-    return leaf if isinstance(leaf, jax.Array) else np.array(leaf)  # numpy: a copy, it is mutable
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """What orbax is asked for: the stored array on the template's placement."""
-    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
-    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
-        sharding = NamedSharding(jax.sharding.get_mesh(), sharding.spec)  # from eval_shape
-    if _is_key(leaf):
-        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _unraw(array: Any, leaf: Any, key_impl: str | None) -> Any:
-    """Back from what is stored; empty arrays are not stored at all (orbax refuses them)."""
-    if array is None:
-        return jax.device_put(np.zeros(leaf.shape, leaf.dtype), _abstract(leaf).sharding)
-    return jax.random.wrap_key_data(array, impl=key_impl) if key_impl else array
-
-
-def _check_leaves(path: Path, saved: dict, wanted: dict, partial: bool) -> None:
-    problems = [f"{n} is not in the checkpoint" for n in wanted if n not in saved]
-    if not partial:
-        problems += [f"{n} is only in the checkpoint" for n in saved if n not in wanted]
-    for name in wanted.keys() & saved.keys():
-        if saved[name] != (want := _describe(wanted[name])):
-            problems.append(
-                f"{name} is {saved[name]['dtype']}{saved[name]['shape']} in the checkpoint and "
-                f"{want['dtype']}{want['shape']} in this run"
-            )
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
-            f"{path} does not fit this run: {'; '.join(sorted(problems)[:5])}{more}; expected the "
-            "same model, optimizer and rock settings; set them back or give another --workdir"
-        )
 
 
 def _finite(value: Any) -> float | None:
