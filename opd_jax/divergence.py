@@ -17,6 +17,16 @@ skew_forward    :math:`KL(q\|aq+(1-a)p)`                                    ``sk
 closed form (arXiv 2605.09253, section 2). Which positions, and on which shard, is decided by
 :mod:`opd_jax.kl`.
 
+**To add a divergence**
+
+1. Give its terms t_v(p, q) with D = sum_v t_v, and p_v dt_v/dp_v, in :func:`_terms`: five lines.
+   Both from log-probabilities, so that nothing overflows; t must be homogeneous, t(cp, cq) = c t.
+2. Name it in ``DIRECTIONS`` and in the table above, and a setting of it in :class:`KLSpec` with its
+   range. Everything else (chunks, shards, temperature, stop events, the gradient) is there.
+3. Say its formula in ``run.narrate.objective_text``.
+4. Tests: ``test_divergence`` and ``test_stop_events`` run over ``DIRECTIONS``; add the formula in
+   float64 numpy to their references. ``test_kl`` compares meshes and gradients.
+
 **Stop events.** Two models may end a response by different ids. To a divergence over ids these are
 different events, and mass on ending is trained away: where the student's probability of the
 teacher's stop id is 1e-11, reverse KL cannot raise it. With ``stop_ids`` S the distributions are
