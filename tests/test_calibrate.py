@@ -11,29 +11,31 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(FOLDER))  # they import one another, as scripts of one folder
-calibration, simulated = (importlib.import_module(n) for n in ("calibration", "simulated"))
+calibration, procedures, simulated = (
+    importlib.import_module(name) for name in ("calibration", "procedures", "simulated")
+)
 sys.path.remove(str(FOLDER))
 
 
 @pytest.fixture(scope="module")
 def results():
-    return calibration.measure(calibration.SIMULATIONS, quick=True)
+    return calibration.measure(procedures.SIMULATIONS, quick=True)
 
 
 def test_no_level_and_no_coverage_is_off(results):
     off = [found for found in results if found.is_off]
     assert not off, "\n".join(calibration.table(off))
     names = [found.row.name for found in results]
-    assert len(names) == sum(len(s.rows) for s in calibration.SIMULATIONS) > 50
+    assert len(names) == sum(len(s.rows) for s in procedures.SIMULATIONS) > 50
 
 
 @pytest.mark.parametrize(
     "name",
     [
         "top 100, types fixed and measured where chosen (published)",
-        "types of topics that differ in KL, shuffled among all",
+        "KL is of the problem, not the type; shuffled among all positions",
         "KL did not change, Wilcoxon over types (published)",
-        "noise not accounted for; 200 types",
+        "200 types, 0.6, noise not accounted for",
     ],
 )
 def test_what_is_wrong_would_be_seen(results, name):
@@ -45,7 +47,7 @@ def test_what_is_wrong_would_be_seen(results, name):
 
 def test_off_is_beyond_three_errors_and_the_slack_on_the_bad_side_only():
     def is_off(kind, measured, slack=0.0):
-        row = calibration.Row("x", kind, 0.95 if kind == "interval" else 0.05, slack)
+        row = procedures.Row("x", kind, 0.95 if kind == "interval" else 0.05, slack)
         return calibration.Result(row, measured, 0.01, 475).is_off
 
     assert is_off("interval", 0.919)
@@ -57,9 +59,9 @@ def test_off_is_beyond_three_errors_and_the_slack_on_the_bad_side_only():
 
 
 def test_the_table_and_the_file_have_every_row(tmp_path, capsys, monkeypatch):
-    one = calibration.Simulation(
+    one = procedures.Simulation(
         lambda rng: (rng.random() < 0.9, rng.random() < 0.5),
-        (calibration.interval("held"), calibration.test("rejected")),
+        (procedures.interval("held"), procedures.test("rejected")),
         2000,
     )
     monkeypatch.setattr(calibration, "SIMULATIONS", (one,))

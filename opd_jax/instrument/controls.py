@@ -10,8 +10,8 @@ from scipy import optimize
 
 from opd_jax.instrument import shares
 from opd_jax.instrument.corpus import TypeStats
-from opd_jax.instrument.metrics import SelectError
-from opd_jax.instrument.rule import PLAIN, Rule, descending
+from opd_jax.instrument.ranking import PLAIN, Rule, descending
+from opd_jax.instrument.scores import SelectError
 
 CONTROLS = (
     "next_ranks",

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from opd_jax import command
-from opd_jax.instrument.metrics import METRICS
-from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.ranking import Rule
+from opd_jax.instrument.scores import METRICS
 
 MAX_NEW = 256  # most ids of an answer where no run says otherwise
 # What shapes the answers: not to be given together with answers that are there already.

@@ -21,10 +21,10 @@ import numpy as np
 from scipy import stats as distributions
 
 from opd_jax import stats
-from opd_jax.instrument import metrics, shares
+from opd_jax.instrument import scores, shares
 from opd_jax.instrument import tally as tallies
 from opd_jax.instrument.corpus import TypeStats
-from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.ranking import Rule
 from opd_jax.instrument.tally import Tally
 
 # find_rock_cutoff.py and test_stability.py of the code published with arXiv 2605.09253.
@@ -198,11 +198,11 @@ def by_metric(
       rng: draws them.
       other: a second corpus with the rows and columns of the first, for the joint metrics.
     """
-    names = (*metrics.METRICS, *(metrics.JOINT if other is not None else ()))
+    names = (*scores.METRICS, *(scores.JOINT if other is not None else ()))
 
     def ranked(weight_P: np.ndarray | None) -> Mapping[str, np.ndarray]:
         sums, joint = tally.stats(weight_P), other.stats(weight_P) if other is not None else None
-        return {name: rule.rank(sums, metrics.metric(sums, name, joint))[:k] for name in names}
+        return {name: rule.rank(sums, scores.metric(sums, name, joint))[:k] for name in names}
 
     pairs = [
         (ranked(part_P == 0), ranked(part_P == 1)) for part_P in tallies.halves(tally, splits, rng)

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax.instrument import metrics, shares
+from opd_jax.instrument import scores, shares
 from opd_jax.instrument.corpus import Corpus, Occurrences, TypeStats
-from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.ranking import Rule
 
 _COLUMNS = (
     *("token_id", "token", "count", "token_share", "kl_sum", "kl_mean", "kl_std", "share", "rank"),
@@ -25,7 +25,7 @@ _DIGITS = 6  # significant digits in a table, far above its statistical error
 
 def order(stats: TypeStats, rocks_k: np.ndarray, score: str) -> np.ndarray:
     """All types seen: the rocks first, in their order, then the others by the same score."""
-    value_V = np.where(stats.seen, metrics.metric(stats, score), -np.inf)
+    value_V = np.where(stats.seen, scores.metric(stats, score), -np.inf)
     # A metric may be undefined for a type: those come last, by their KL.
     ranked = np.lexsort((np.arange(len(value_V)), -stats.kl_sum, -value_V))
     ranked = ranked[stats.seen[ranked]]
@@ -59,7 +59,7 @@ def types_csv(
         for name in ("log_ratio_mean", "entropy_mean", "teacher_entropy_mean")
     }
     share_V, mean_V, std_V = stats.share, stats.mean, stats.std
-    values = {name: metrics.metric(stats, name) for name in metrics.METRICS}
+    values = {name: scores.metric(stats, name) for name in scores.METRICS}
     members = set(np.asarray(rocks_k).tolist())
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from opd_jax import stats
-from opd_jax.instrument import controls, groups, metrics, null, shares
+from opd_jax.instrument import controls, groups, null, scores, shares
 from opd_jax.instrument import tally as tallies
 from opd_jax.instrument.corpus import Occurrences, TypeStats
-from opd_jax.instrument.rule import PLAIN, Rule
+from opd_jax.instrument.ranking import PLAIN, Rule
 from opd_jax.instrument.tally import Tally
 
 RESAMPLES = 1000  # bootstrap draws of an interval
@@ -121,7 +121,7 @@ def joint_metrics(
         rng=np.random.default_rng(seed),
         other=Tally.of(other, **axes),
     )
-    return [row for row in rows if row["name"] in metrics.JOINT]
+    return [row for row in rows if row["name"] in scores.JOINT]
 
 
 def density_row(found: Occurrences, sums: TypeStats, k: int, rule: Rule) -> dict[str, Any]:

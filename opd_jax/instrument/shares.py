@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from opd_jax.instrument.corpus import Occurrences, TypeStats
-from opd_jax.instrument.metrics import SelectError
+from opd_jax.instrument.scores import SelectError
 
 
 def coverage(stats: TypeStats, ids: ArrayLike) -> float:

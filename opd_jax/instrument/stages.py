@@ -101,7 +101,7 @@ def _write_corpus(bench: Workbench) -> None:
     folder, given = bench.folder.path / "corpus", bench.subject.corpus
     if given is None:
         writer = bench.flags.writer or "student"
-        bench.answering.write(folder, writer, lambda line: bench.say(f"  {line}"))
+        bench.lab.write(folder, writer, lambda line: bench.say(f"  {line}"))
         return
     if jax.process_index() == 0:
         part = folder.with_name(".corpus.part")
@@ -193,9 +193,9 @@ def conclusion(result: Mapping[str, Any], chosen: Mapping[str, Any], out: Path) 
         f"{result['tokens']:,} tokens in {result['answers']:,} answers to {result['problems']:,} "
         f"problems: mean KL {result['kl_nats']:.4f} nats",
         f"{k} of {result['types_seen']:,} types seen carry {coverage['value']:.1%} "
-        f"({coverage['low']:.1%} to {coverage['high']:.1%}) of the KL of problems they were not "
-        f"chosen on, of {result['problems']:,}; in the text that chose them "
-        f"{coverage['in_sample']:.1%}",
+        f"({coverage['low']:.1%} to {coverage['high']:.1%}) of the KL, chosen on some of "
+        f"{result['problems']:,} problems and measured on the others (measured where chosen: "
+        f"{coverage['in_sample']:.1%})",
         f"with KL shuffled among tokens the top {k} would carry {coverage['null']:.1%}, shuffled "
         f"within problems {coverage['null_within']:.1%}",
         f"selected on one half of the problems and on the other, they overlap by Jaccard "

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import sparse
 
 from opd_jax.instrument.corpus import Occurrences, TypeStats
-from opd_jax.instrument.metrics import SelectError
+from opd_jax.instrument.scores import SelectError
 
 
 @dataclasses.dataclass(frozen=True)

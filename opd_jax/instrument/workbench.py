@@ -12,11 +12,11 @@ import numpy as np
 from opd_jax.files import path_of
 from opd_jax.instrument import corpus as corpora
 from opd_jax.instrument import outputs
-from opd_jax.instrument.answering import Answering
 from opd_jax.instrument.corpus import Corpus, Occurrences, TypeStats
 from opd_jax.instrument.flags import Flags
 from opd_jax.instrument.folder import Folder
-from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.lab import Lab
+from opd_jax.instrument.ranking import Rule
 from opd_jax.instrument.subject import Subject
 from opd_jax.store.pair import Pair
 
@@ -29,19 +29,19 @@ class Workbench:
       say: receives lines of progress.
       subject: the models, prompts and writer that the flags name.
       folder: of the results.
-      answering: the models at work.
+      lab: the models at work.
     """
 
     def __init__(self, flags: Flags, say: Callable[[str], None]):
         self.flags, self.say = flags, say
         self.subject = Subject.of(flags)
         self.folder = Folder(Path(path_of(flags.out)))
-        self.answering = Answering(flags, self.subject, say)
+        self.lab = Lab(flags, self.subject, say)
 
     @property
     def pair(self) -> Pair:
         """Student and teacher."""
-        return self.answering.pair
+        return self.lab.pair
 
     @property
     def rule(self) -> Rule:
@@ -77,8 +77,8 @@ class Workbench:
         """The answers scored by the student before training."""
         ref = f"{self.subject.student.run}@0"
         path = self.folder.path / "scores" / "undistilled.npz"
-        student = None if path.exists() else self.answering.load(ref)
-        return self.answering.scored(path, self.corpus, student)
+        student = None if path.exists() else self.lab.load(ref)
+        return self.lab.scored(path, self.corpus, student)
 
     def write_list(
         self, name: str, ids: np.ndarray, residual: Mapping[str, Any] | None = None

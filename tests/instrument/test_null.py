@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from opd_jax.instrument import metrics, null, shares
+from opd_jax.instrument import null, scores, shares
 from opd_jax.instrument import tally as tallies
 from opd_jax.instrument.corpus import Occurrences, TypeStats
-from opd_jax.instrument.metrics import SelectError
-from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.ranking import Rule
+from opd_jax.instrument.scores import SelectError
 from opd_jax.instrument.tally import Tally
 
 RNG = np.random.default_rng
@@ -183,13 +183,13 @@ def test_metrics_table_has_every_metric_and_joint_ones_with_a_second_corpus():
     token_U = np.union1d(found.token_id, other.token_id)
     tally, second = (Tally.of(x, token_U=token_U) for x in (found, other))
     rows = null.by_metric(tally, 5, rule=Rule(), splits=10, rng=RNG(0), other=second)
-    assert [row["name"] for row in rows] == [*metrics.METRICS, *metrics.JOINT]
+    assert [row["name"] for row in rows] == [*scores.METRICS, *scores.JOINT]
     for row in rows:
         assert 0 <= row["split_half"] <= 1
         assert 0 <= row["nested_jaccard"] <= 1
         assert -1 <= row["nested_spearman"] <= 1
     alone = null.by_metric(tally, 5, rule=Rule(), splits=10, rng=RNG(0))
-    assert alone == rows[: len(metrics.METRICS)]
+    assert alone == rows[: len(scores.METRICS)]
 
 
 def test_rank_correlation_gives_a_missing_type_the_rank_after_the_last():

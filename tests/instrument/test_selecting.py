@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from opd_jax.instrument import controls, metrics, shares
+from opd_jax.instrument import controls, scores, shares
 from opd_jax.instrument.corpus import Occurrences, TypeStats
-from opd_jax.instrument.metrics import SelectError
-from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.ranking import Rule
+from opd_jax.instrument.scores import SelectError
 
 VOCAB = 12
 IDS = np.array([3] * 6 + [1] * 4 + [7] * 4 + [0] * 2 + [5] * 2 + [9] + [2] * 12)
@@ -75,28 +75,28 @@ def independent(name):
     return out
 
 
-@pytest.mark.parametrize("name", metrics.METRICS)
+@pytest.mark.parametrize("name", scores.METRICS)
 def test_metric_in_closed_form_meets_a_loop_over_positions(name):
-    np.testing.assert_allclose(metrics.metric(STATS, name), independent(name), rtol=1e-12)
+    np.testing.assert_allclose(scores.metric(STATS, name), independent(name), rtol=1e-12)
 
 
 def test_empirical_bayes_pools_all_where_types_do_not_differ():
     stats = TypeStats.of(np.array([0, 0, 1, 1]), np.array([0.0, 2, 2, 0]), 3)
     for name in ("eb_mean", "eb_lcb"):
-        assert metrics.metric(stats, name).tolist() == [1, 1, -np.inf]
+        assert scores.metric(stats, name).tolist() == [1, 1, -np.inf]
     nothing = TypeStats(np.zeros(3), np.zeros(3), np.zeros(3))
-    assert metrics.metric(nothing, "eb_mean").tolist() == [-np.inf] * 3
+    assert scores.metric(nothing, "eb_mean").tolist() == [-np.inf] * 3
 
 
 def test_empirical_bayes_of_one_type_is_its_mean():
     for name in ("eb_mean", "eb_lcb"):
-        assert metrics.metric(TypeStats.of(np.zeros(2, int), np.array([1.0, 3]), 1), name) == [2]
+        assert scores.metric(TypeStats.of(np.zeros(2, int), np.array([1.0, 3]), 1), name) == [2]
 
 
 def test_empirical_bayes_takes_no_degrees_of_freedom_from_types_of_less_than_one_position():
     sums = TypeStats.of(np.array([0, 0, 0, 1, 1]), np.array([1.0, 2, 3, 6, 8]), 3)
     sums.count[2], sums.kl_sum[2] = 1e-9, 4e-9
-    got = metrics.metric(sums, "eb_mean")
+    got = scores.metric(sums, "eb_mean")
     sigma2, n = 4 / 3, np.array([3, 2])  # SSE 2 + 2 with 2 + 1 degrees of freedom
     tau2 = np.var([2, 7, 4], ddof=1) - sigma2 / (5 / 3)
     weight = tau2 / (tau2 + sigma2 / n)
@@ -106,23 +106,23 @@ def test_empirical_bayes_takes_no_degrees_of_freedom_from_types_of_less_than_one
 def test_empirical_bayes_without_spread_within_types_keeps_the_means():
     stats = TypeStats.of(np.array([0, 1, 1]), np.array([1.0, 3, 3]), 2)
     for name in ("eb_mean", "eb_lcb"):
-        assert metrics.metric(stats, name) == pytest.approx([1, 3])
+        assert scores.metric(stats, name) == pytest.approx([1, 3])
 
 
-@pytest.mark.parametrize(("name", "single"), metrics.JOINT.items())
+@pytest.mark.parametrize(("name", "single"), scores.JOINT.items())
 def test_joint_metric_is_the_minimum_over_types_of_both(name, single):
     other = TypeStats.of(IDS[:10], KL[:10] * 2, VOCAB)
-    joint = metrics.metric(STATS, name, other)
-    a, b = metrics.metric(STATS, single), metrics.metric(other, single)
+    joint = scores.metric(STATS, name, other)
+    a, b = scores.metric(STATS, single), scores.metric(other, single)
     assert joint.tolist() == [min(x, y) for x, y in zip(a, b, strict=True)]
     assert np.isneginf(joint[7])  # not in the other corpus
 
 
 def test_metrics_take_decayed_counts():
     half = TypeStats(STATS.count / 2, STATS.kl_sum / 2, STATS.kl_sq / 2)
-    for name in metrics.METRICS:
-        assert not np.isnan(metrics.metric(half, name)).any()
-    assert metrics.metric(half, "mean")[3] == STATS.mean[3]
+    for name in scores.METRICS:
+        assert not np.isnan(scores.metric(half, name)).any()
+    assert scores.metric(half, "mean")[3] == STATS.mean[3]
 
 
 def test_coverage_shares_and_jaccard():
@@ -249,9 +249,9 @@ def test_density_is_per_answer():
         (lambda: Rule(skip_top=-1).rocks(STATS, 1), "--skip-top"),
         (lambda: Rule(score="entropy").rocks(STATS, 1), "score 'entropy'.*--score"),
         (lambda: Rule(score="joint_rock").rocks(STATS, 1), "--score"),
-        (lambda: metrics.metric(STATS, "entropy"), "--score"),
-        (lambda: metrics.metric(STATS, "joint_rock"), "expected two corpora"),
-        (lambda: metrics.metric(STATS, "joint_rock", TypeStats.of(IDS, KL, 99)), "vocabular"),
+        (lambda: scores.metric(STATS, "entropy"), "--score"),
+        (lambda: scores.metric(STATS, "joint_rock"), "expected two corpora"),
+        (lambda: scores.metric(STATS, "joint_rock", TypeStats.of(IDS, KL, 99)), "vocabular"),
         (lambda: controls.choose(STATS, [0], "random"), "control 'random'"),
         (lambda: controls.choose(STATS, [12], "complement"), r"\[12\].*0 to 11"),
         (lambda: controls.choose(STATS, [0, 0], "complement"), "every id once"),

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from opd_jax.instrument import controls, metrics, null, selection, shares
+from opd_jax.instrument import controls, null, scores, selection, shares
 from opd_jax.instrument.corpus import Occurrences, TypeStats
-from opd_jax.instrument.metrics import SelectError
-from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.ranking import Rule
+from opd_jax.instrument.scores import SelectError
 from opd_jax.instrument.tally import Tally
 
 VOCAB = 60
@@ -170,12 +170,12 @@ def test_estimators_compare_exact_and_sampled_scores(found, result):
 
 def test_joint_metrics_take_the_lesser_of_two_corpora(found):
     rows = selection.joint_metrics(found, found, 7, rule=Rule(), permutations=6)
-    assert [row["name"] for row in rows] == list(metrics.JOINT)
+    assert [row["name"] for row in rows] == list(scores.JOINT)
     tally = Tally.of(found)
     whole = null.by_metric(tally, 7, rule=Rule(), splits=6, rng=np.random.default_rng(0))
     single = {row["name"]: row for row in whole}
     for row in rows:  # the lesser of equals
-        assert row == single[metrics.JOINT[row["name"]]] | {"name": row["name"]}
+        assert row == single[scores.JOINT[row["name"]]] | {"name": row["name"]}
     other = make(seed=1)
     other = other.where(other.problem < 11)  # and it may lack some
     changed = selection.joint_metrics(found, other, 7, rule=Rule(), permutations=6)

@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, Int
 from opd_jax import mesh as meshlib
 from opd_jax.instrument import shares
 from opd_jax.instrument.corpus import Corpus, Occurrences, TypeStats
-from opd_jax.instrument.rule import PLAIN, Rule
+from opd_jax.instrument.ranking import PLAIN, Rule
 from opd_jax.instrument.workbench import Workbench
 from opd_jax.models import transformer
 from opd_jax.models.transformer import ModelConfig

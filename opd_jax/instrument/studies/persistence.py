@@ -26,7 +26,7 @@ import scipy.stats
 from opd_jax import stats
 from opd_jax.instrument import controls, shares
 from opd_jax.instrument.corpus import TypeStats
-from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.ranking import Rule
 from opd_jax.instrument.studies import matrix, pooled
 from opd_jax.instrument.studies.matrix import Matrix
 from opd_jax.instrument.workbench import Workbench
@@ -59,14 +59,14 @@ class PersistenceError(ValueError):
 def study(bench: Workbench) -> dict[str, Any]:
     """What becomes of the rocks' KL over training; what ``persistence.json`` holds."""
     assert bench.subject.student.run is not None  # the study is left out otherwise
-    answering = bench.answering
+    lab = bench.lab
     scores = matrix.of_run(
         bench.folder.path,
         bench.subject.student.run,
         bench.pair,
-        rows=answering.rows,
+        rows=lab.rows,
         steps=bench.flags.checkpoints or None,
-        **answering.writing,
+        **lab.writing,
         say=lambda line: bench.say(f"  {line}"),
     )
     return analyse(

@@ -14,14 +14,14 @@ import numpy as np
 
 from opd_jax.instrument import null, selection, shares
 from opd_jax.instrument.corpus import Occurrences, TypeStats
-from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.ranking import Rule
 from opd_jax.instrument.tally import Tally, shuffled
 from opd_jax.instrument.workbench import Workbench
 
 
 def study(bench: Workbench) -> dict[str, Any]:
     """Compare the corpora of all writers; what ``references.json`` holds."""
-    subject, answering = bench.subject, bench.answering
+    subject, lab = bench.subject, bench.lab
     found = {"student": bench.found} if subject.writer == subject.student.name else {}
     found = found or {"corpus": bench.found}
     notes = [f"{next(iter(found))}: written by {subject.writer}"]
@@ -35,13 +35,13 @@ def study(bench: Workbench) -> dict[str, Any]:
             continue  # these are the answers that are there
         folder = bench.folder.path / "references" / name
         bench.say(f"  {name}: answering and scoring")
-        corpus = answering.write(folder / "corpus", ref, lambda line: bench.say(f"    {line}"))
-        found[name] = answering.scored(folder / "scores.npz", corpus)
+        corpus = lab.write(folder / "corpus", ref, lambda line: bench.say(f"    {line}"))
+        found[name] = lab.scored(folder / "scores.npz", corpus)
         notes.append(f"{name}: written by {ref}")
         if name == "undistilled":
             own = folder / "own_scores.npz"
-            student = None if own.exists() else answering.load(ref)
-            found["undistilled_own"] = answering.scored(own, corpus, student)
+            student = None if own.exists() else lab.load(ref)
+            found["undistilled_own"] = lab.scored(own, corpus, student)
             notes.append(f"undistilled_own: the same text, scored by {ref} itself")
     ranked = {name: bench.rule.rank(TypeStats.of_occurrences(x)) for name, x in found.items()}
     k = min(bench.flags.k, *(len(ids) for ids in ranked.values()))

@@ -24,7 +24,7 @@ from opd_jax.files import path_of
 from opd_jax.instrument import controls, correlation
 from opd_jax.instrument.corpus import Occurrences, TypeStats
 from opd_jax.instrument.correlation import Correlation
-from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.ranking import Rule
 from opd_jax.instrument.studies import persistence
 from opd_jax.instrument.workbench import Workbench
 from opd_jax.models import hf_config, params, transformer

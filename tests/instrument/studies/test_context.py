@@ -12,7 +12,7 @@ import tiny_run
 from opd_jax import mesh
 from opd_jax.instrument import shares
 from opd_jax.instrument.corpus import Corpus, Occurrences, TypeStats
-from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.ranking import Rule
 from opd_jax.instrument.studies import context
 from opd_jax.instrument.studies.context import Parameters, Search
 from opd_jax.models import params, transformer

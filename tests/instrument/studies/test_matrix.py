@@ -11,7 +11,7 @@ import tiny_run
 from opd_jax.data import prompts as prompt_files
 from opd_jax.instrument import collect, corpus
 from opd_jax.instrument.corpus import Occurrences
-from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.ranking import Rule
 from opd_jax.instrument.studies import matrix, persistence
 from opd_jax.instrument.studies.matrix import MatrixError
 from opd_jax.store import pair as pairs

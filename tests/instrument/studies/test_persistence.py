@@ -7,8 +7,8 @@ import pytest
 import scipy.stats
 
 from opd_jax.instrument.corpus import Occurrences, TypeStats
-from opd_jax.instrument.metrics import SelectError
-from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.ranking import Rule
+from opd_jax.instrument.scores import SelectError
 from opd_jax.instrument.studies import persistence
 from opd_jax.instrument.studies.matrix import Matrix
 from opd_jax.instrument.studies.persistence import PersistenceError

@@ -12,7 +12,7 @@ import tiny_run
 
 from opd_jax import optim
 from opd_jax.instrument.corpus import Occurrences
-from opd_jax.instrument.rule import Rule
+from opd_jax.instrument.ranking import Rule
 from opd_jax.instrument.studies import second_moments
 from opd_jax.instrument.studies.second_moments import Moments, OptimizerError
 from opd_jax.models import hf, params, transformer

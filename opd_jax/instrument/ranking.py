@@ -6,9 +6,9 @@ import dataclasses
 
 import numpy as np
 
-from opd_jax.instrument import metrics
+from opd_jax.instrument import scores
 from opd_jax.instrument.corpus import TypeStats
-from opd_jax.instrument.metrics import METRICS, SelectError
+from opd_jax.instrument.scores import METRICS, SelectError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Rule:
 
         ``score_V`` stands in for the rule's own metric. Types where it is -inf may not be selected.
         """
-        score_V = metrics.metric(stats, self.score) if score_V is None else score_V
+        score_V = scores.metric(stats, self.score) if score_V is None else score_V
         is_eligible_V = stats.seen & (stats.count >= self.min_count) & (score_V > -np.inf)
         if self.skip_top:
             is_eligible_V[descending(stats.count)[: self.skip_top]] = False

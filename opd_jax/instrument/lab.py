@@ -25,7 +25,7 @@ from opd_jax.store import pair as pairs
 from opd_jax.store.pair import Pair
 
 
-class Answering:
+class Lab:
     """Student and teacher on their mesh, the prompts, and how they are answered.
 
     Nothing is loaded before it is needed.
