@@ -9,6 +9,7 @@ P     prompt positions                        K     key/value heads
 V     vocabulary (padded)                     H     head dimension
 D, E  student / teacher width                 F     feed-forward width
 C     rows of one chunk                       R     rows (flattened B x T)
+X     experts                                 I, O  inputs, outputs of a product
 ====  ======================================  ====  ==================================
 """
 

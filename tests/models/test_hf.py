@@ -148,6 +148,7 @@ def test_generation_eos_prefers_the_generation_config(folder):
     assert hf.generation_eos(folder) == (2,)
     edit(folder, eos_token_id=None)
     assert hf.generation_eos(folder) == ()
+    assert hf.generation_eos(GOLDENS / "gemma3_text_tied") == (1, 7)
 
 
 def test_export_refuses_a_folder_that_holds_something(folder):
