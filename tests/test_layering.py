@@ -47,7 +47,7 @@ ORDER: list[str | tuple[str, list]] = [
             "hf",
         ],
     ),
-    ("data", ["templates", "tokenizer", "prompts", "batches"]),
+    ("data", ["templates", "tokenizer", "rows", "fields", "prompts", "batches"]),
     "objective",
     ("rollout", ["sampling", "decode", "answers"]),
     "steps",

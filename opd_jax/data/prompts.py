@@ -1,38 +1,47 @@
-"""Prompts, and prompts with completions, from JSON lines: read, checked, tokenised, batched.
+"""Prompts, and prompts with completions: read from a file, checked and tokenised.
 
-One object a line: ``messages`` (a list of ``{"role", "content"}``) or ``prompt`` (a string), and
-only one of them; optionally ``answer`` for grading and ``completion`` for off-policy training.
-Batches come from grain, whose iterator state is a part of a checkpoint.
+:mod:`rows` says which files are read, :mod:`fields` what a row may hold: a prompt or messages;
+optionally ``answer`` for grading and ``completion`` for off-policy training.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_jax import bounded, rules
+from opd_jax.data import rows as files
 from opd_jax.data import tokenizer as tokenizers
+from opd_jax.data.fields import NAMES, PROMPTS, Answer, checked, like_answers, value_of
+from opd_jax.data.fields import Record as Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TOO_LONG = ("drop", "left_truncate", "error")
+_SHOWN = 100  # characters of a rendered prompt in a line
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
     """The prompts to train on and to evaluate on: group ``data``.
 
+    A system prompt given here is put in front of messages that do not begin with one: a row's own
+    stays as it is. A row of plain text becomes a chat by it, the text being the user's message.
+
     Raises:
       RuleError: a field is outside its range, or the buckets cannot hold the longest prompt.
     """
 
-    prompts: str = ""  # JSONL with messages or prompt, optional answer
+    prompts: str = ""  # JSON lines or array (or .gz), parquet, or a saved datasets folder
     heldout: str = ""  # the same, for evaluation; may be empty where eval.every is 0
+    columns: tuple[
+        tuple[str, str], ...
+    ] = ()  # (our name, name in the file): ("prompt", "question")
+    system: str = ""  # system prompt for rows without one; makes plain prompts a chat
     max_prompt: int = 512  # ids
     too_long: str = "drop"  # drop, left_truncate or error
     buckets: tuple[int, ...] = ()  # padded prompt widths, each compiled once; (): (max_prompt,)
@@ -47,6 +56,8 @@ class DataSpec:
             ("too_long", self.too_long in TOO_LONG, f"one of {TOO_LONG}"),
             ("max_prompt", self.max_prompt >= 1, "at least 1"),
             ("epochs", self.epochs >= 0, "at least 0 (0: as many as the steps need)"),
+            ("columns", _are_columns(self.columns), f"pairs of one of {NAMES} and another name"),
+            ("system", not self.system or bool(self.system.strip()), "a text, or nothing"),
             rules.widths("buckets", self.buckets, self.max_prompt),
         )
 
@@ -56,14 +67,11 @@ class DataSpec:
         return self.buckets or (self.max_prompt,)
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One checked line of a prompt file."""
-
-    prompt: str | list[dict[str, Any]]  # plain text, or chat messages
-    answer: str | None
-    completion: str | None
-    line: int  # from 1
+def _are_columns(pairs: Sequence[Sequence[str]]) -> bool:
+    """Whether each of our names is mapped once, prompts by one of them."""
+    names = [pair[0] for pair in pairs if len(pair) == 2 and pair[1]]
+    is_known = {*names} <= {*NAMES} and len({*names}) == len(pairs)
+    return is_known and len({*names} & {*PROMPTS}) <= 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Example:
     """One tokenised prompt."""
 
     ids: tuple[int, ...]
-    answer: str | None
+    answer: Answer | None
     text: str  # the prompt as the model sees it, decoded
     index: int  # line in the file, from 0: the same whatever was dropped
     completion: tuple[int, ...] = ()  # ids to imitate, EOS last; empty for plain prompts
@@ -93,31 +101,54 @@ class Counts:
         )
 
 
-def read(path: str | Path) -> list[Record]:
-    """Read and check every line of a JSON-lines file.
+def read(
+    path: str | Path, spec: DataSpec | None = None, *, say: Callable[[str], None] | None = None
+) -> list[Record]:
+    """Read and check every row of a file of prompts.
+
+    Args:
+      path: of a format that :mod:`rows` reads.
+      spec: how its columns are named, and the system prompt; default: as they are, none.
+      say: receives what was read, and which columns look like answers and are not used.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a line is not what the module's docstring says (named as file:line), or none is.
+      ValueError: a row is not what :mod:`fields` says (named as file:line), or none is.
+      ImportError: the library that reads the format is missing.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"prompt file {path} does not exist: expected a file with one JSON object a line; "
-            "set the path of the prompts"
-        )
-    lines = path.read_bytes().rstrip().split(b"\n")
-    if lines == [b""]:
-        raise ValueError(
-            f"prompt file {path} is empty: expected at least one JSON object a line; fill it"
-        )
-    records = []
-    for number, raw in enumerate(lines, start=1):
+    spec = spec or DataSpec()
+    path, columns = Path(path), dict(spec.columns)
+    table = files.read(path)
+    found, used, unused = [], set(), set()
+    for number, row in table.rows:
         try:
-            records.append(_record(raw, number))
+            found.append(checked(row, number, columns, spec.system))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: {error}") from error
-    return records
+        used |= {n for n in NAMES if value_of(row, columns.get(n, n)) is not None}
+        unused |= like_answers(row)
+    if not found:
+        raise ValueError(f"{path} has no rows: expected at least one; give another file")
+    if missing := {*columns} - used:
+        name = min(missing)
+        raise ValueError(
+            f"{path}: no row has {columns[name]!r}, which data.columns names as {name}: expected "
+            f"it in some; correct --config.data.columns.{name}"
+        )
+    if say:
+        names = " and ".join(f"`{columns.get(n, n)}`" for n in NAMES if n in used)
+        say(f"read {path}: {table.kind}, {len(found)} rows with {names}")
+        left = sorted(unused - {columns.get(name, name) for name in used})
+        if left:
+            say(
+                f"{path}: {', '.join(left)} may hold answers and {_are(left)} not used; to grade "
+                f"by one: --config.data.columns.answer={left[0]}"
+            )
+    return found
+
+
+def _are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
 
 
 def examples(
@@ -126,20 +157,27 @@ def examples(
     tokenizer: PreTrainedTokenizerFast,
     *,
     now: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> tuple[list[Example], Counts]:
     """Read and tokenise the prompts, once, and count what the length limit did to them.
 
     Args:
-      path: JSON lines; ``spec.prompts`` or ``spec.heldout`` in a run.
+      path: file of prompts; ``spec.prompts`` or ``spec.heldout`` in a run.
       spec: how long a prompt may be, and how it is rendered.
       tokenizer: renders.
       now: the date that a chat template writes, as ``files.TIME``; None: today.
+      say: receives what was read, and the first prompt as the model sees it.
 
     Raises:
       FileNotFoundError, ValueError: as :func:`read`; a prompt that cannot be rendered; a prompt
         over the limit where ``spec.too_long`` is "error"; no prompt left.
     """
-    return _tokenise(Path(path), spec, tokenizer, now, completion=None)
+    found, counts = _tokenise(Path(path), spec, tokenizer, now, completion=None, say=say)
+    if say:
+        shown = found[0].text
+        cut = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
+        say(f"its first prompt, {len(found[0].ids)} ids: {cut!r}")
+    return found, counts
 
 
 def completions(
@@ -186,10 +224,10 @@ def digest(rows: Sequence[Example]) -> str:
 
 
 def _tokenise(
-    path: Path, spec: DataSpec, tokenizer, now, *, completion
+    path: Path, spec: DataSpec, tokenizer, now, *, completion, say=None
 ) -> tuple[list[Example], Counts]:
     """Tokenise all records, each within bounds: a template or a pattern may never end."""
-    records = read(path)
+    records = read(path, spec, say=say)
 
     def work(begin: Callable[[str], None]) -> tuple[list[Example], Counts]:
         return _tokenise_all(path, records, spec, tokenizer, now, completion, begin)
@@ -257,78 +295,3 @@ def _response(record, where, tokenizer, completion) -> tuple[int, ...] | None:
             "expected no longer one; raise max_new, or set too_long to 'drop'"
         )
     return None
-
-
-def _record(raw: bytes, line: int) -> Record:
-    """Check one line; errors say what was found, what was expected and what to change."""
-    try:
-        text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} is not UTF-8: save the file as UTF-8") from error
-    if not text.strip():
-        raise ValueError("the line is empty: expected a JSON object; remove the line")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error}): expected one object a line; mend it") from error
-    if not isinstance(value, Mapping):
-        raise ValueError(f"found {_kind(value)}: expected a JSON object; write {{...}}")
-    present = [name for name in ("messages", "prompt") if value.get(name) is not None]
-    if len(present) != 1:
-        raise ValueError(
-            f"found {' and '.join(f'`{name}`' for name in present) or 'neither'} among keys "
-            f"{sorted(value)}: expected exactly one of `messages` and `prompt`; keep one"
-        )
-    if present == ["prompt"]:
-        prompt: Any = _text(value["prompt"], "`prompt`")
-    else:
-        prompt = _messages(value["messages"])
-    answer = value.get("answer")
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
-        answer = str(answer)
-    answer = None if answer is None else _text(answer, "`answer`")
-    completion = value.get("completion")
-    completion = None if completion is None else _text(completion, "`completion`")
-    return Record(prompt, answer, completion, line)
-
-
-def _messages(value: Any) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(
-            f"`messages` is {_kind(value)}: expected a list of at least one "
-            '{"role", "content"}; write one'
-        )
-    for index, message in enumerate(value):
-        name = f"`messages[{index}]`"
-        if not isinstance(message, Mapping):
-            raise ValueError(
-                f'{name} is {_kind(message)}: expected {{"role", "content"}}; write it'
-            )
-        _text(message.get("role"), f"{name} role")
-        _text(message.get("content"), f"{name} content")
-    if value[-1]["role"] == "assistant":
-        raise ValueError(
-            "the last of `messages` is the assistant's: expected the turn to answer; move that "
-            "reply to `completion`"
-        )
-    return value
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} is {_kind(value)}: expected a string with text in it; fill it")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} holds half a surrogate pair: expected text; mend it") from error
-    return value
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "missing"
-    if isinstance(value, str):
-        return f"the string {value[:40]!r}"
-    names = {dict: "an object", list: "a list", bool: "a boolean", int: "a number"}
-    kind = names.get(type(value), "a number")
-    return f"an empty {kind.split()[-1]}" if value in ([], {}) else kind

@@ -1,0 +1,217 @@
+"""One row of a prompt file, checked: a prompt, the answers that are right, a completion to imitate.
+
+What a row may hold, each under its own name or under the one that ``data.columns`` maps it to:
+
+``prompt``         text, or a list of messages (the Hub's standard)
+``messages``       a list of ``{"role", "content"}``
+``conversations``  a list of ``{"from", "value"}``, as ShareGPT has them
+``answer``         text or a number to grade by, or a list of them, any of which is right
+``completion``     text to imitate, or a list of one message, the assistant's
+
+Of the first three a row has exactly one. The content of a message is text, or a list of parts of
+type ``text``, which are joined. A last message of the assistant's is taken as the completion: an
+on-policy student answers the turn before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from opd_jax.data.rows import Row, kind
+
+PROMPTS = ("prompt", "messages", "conversations")
+NAMES = (*PROMPTS, "answer", "completion")
+# What other files call a prompt, and an answer.
+_LIKE_PROMPT = ("question", "problem", "instruction", "query", "input", "text", "conversation")
+LIKE_ANSWER = ("answers", "solution", "solutions", "ground_truth", "gold", "gold_answer", "target")
+LIKE_ANSWER += ("label", "final_answer", "correct_answer", "expected_answer", "reference")
+_FROM = {"human": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant"}
+_FROM |= {role: role for role in ("user", "assistant", "system", "tool")}
+
+Answer = str | tuple[str, ...]  # a tuple: any of them is right
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One checked row of a prompt file."""
+
+    prompt: str | list[dict[str, Any]]  # plain text, or chat messages
+    answer: Answer | None
+    completion: str | None
+    line: int  # from 1; of a file that has no lines, the row
+
+
+def checked(row: Row, line: int, columns: Mapping[str, str], system: str = "") -> Record:
+    """Check one row.
+
+    Args:
+      row: as :mod:`rows` reads it.
+      line: its number.
+      columns: names of ours, and what the file calls them; ``a.b`` is the field b of the object a.
+      system: put in front of messages that have none; a text becomes the user's message behind it.
+
+    Raises:
+      ValueError: says what was found, what was expected and what to change.
+    """
+    name = _prompt_name(row, columns)
+    value, shown = value_of(row, columns.get(name, name)), f"`{columns.get(name, name)}`"
+    completion = _completion(value_of(row, columns.get("completion", "completion")))
+    if name == "prompt" and not isinstance(value, list):
+        prompt: Any = text(value, shown)
+        if system:
+            prompt = [{"role": "user", "content": prompt}]
+    else:
+        prompt = _messages(value, shown)
+        if prompt[-1]["role"] == "assistant":
+            prompt, completion = _reply_taken(prompt, completion, shown)
+    if system and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": system}, *prompt]
+    answer = _answer(value_of(row, columns.get("answer", "answer")))
+    return Record(prompt, answer, completion, line)
+
+
+def value_of(row: Row, name: str) -> Any:
+    """A field of a row, or one inside it by a dotted name; None where there is none."""
+    if name in row:
+        return row[name]
+    outer, dot, inner = name.partition(".")
+    value = row.get(outer) if dot else None
+    return value_of(value, inner) if isinstance(value, Mapping) else None
+
+
+def like_answers(row: Row) -> set[str]:
+    """Names of a row, dotted inside objects, that look as if they held its answer."""
+    found = {name for name in row if isinstance(name, str) and name.lower() in LIKE_ANSWER}
+    for outer, value in row.items():
+        if isinstance(value, Mapping):
+            found |= {f"{outer}.{name}" for name in value if str(name).lower() in LIKE_ANSWER}
+    return {name for name in found if value_of(row, name) not in (None, "", [])}
+
+
+def text(value: Any, name: str) -> str:
+    """Check that a value is a text with something in it.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} is {kind(value)}: expected a string with text in it; fill it")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds half a surrogate pair: expected text; mend it") from error
+    return value
+
+
+def _prompt_name(row: Row, columns: Mapping[str, str]) -> str:
+    """Which of ``PROMPTS`` a row is read by."""
+    mapped = [name for name in PROMPTS if name in columns]
+    present = [name for name in mapped or PROMPTS if value_of(row, columns.get(name, name))]
+    if len(present) == 1:
+        return present[0]
+    empty = [n for n in mapped or PROMPTS if value_of(row, columns.get(n, n)) is not None]
+    if not present and len(empty) == 1:  # its own check says what is wrong with it
+        return empty[0]
+    wanted = [f"`{columns.get(name, name)}`" for name in mapped or PROMPTS]
+    near = [name for name in _LIKE_PROMPT if row.get(name)]
+    change = "keep one" if present else "write one"
+    if near:
+        change = f"map yours by data.columns, such as --config.data.columns.prompt={near[0]}"
+    found = " and ".join(f"`{columns.get(name, name)}`" for name in present) or "neither"
+    raise ValueError(
+        f"found {found} among keys {sorted(map(str, row))}: expected exactly one of "
+        f"{', '.join(wanted)}; {change}"
+    )
+
+
+def _messages(value: Any, name: str) -> list[dict[str, Any]]:
+    """Messages with a role and a text each, also of ``from`` and ``value``, or of parts."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(
+            f"{name} is {kind(value)}: expected a list of at least one "
+            '{"role", "content"}; write one'
+        )
+    return [_message(each, f"{name[:-1]}[{index}]`") for index, each in enumerate(value)]
+
+
+def _message(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f'{name} is {kind(value)}: expected {{"role", "content"}}; write it')
+    if "from" in value and "role" not in value:
+        role = text(value["from"], f"{name} from")
+        if role not in _FROM:
+            raise ValueError(f"{name} is from {role!r}: expected one of {sorted(_FROM)}; rename it")
+        return {"role": _FROM[role], "content": _content(value.get("value"), f"{name} value")}
+    text(value.get("role"), f"{name} role")
+    return {**value, "content": _content(value.get("content"), f"{name} content")}
+
+
+def _content(value: Any, name: str) -> str:
+    """The text of a message, whose parts are joined as they are."""
+    if not isinstance(value, list) or not value:
+        return text(value, name)
+    parts = []
+    for index, part in enumerate(value):
+        if not isinstance(part, Mapping):
+            raise ValueError(
+                f'{name}[{index}] is {kind(part)}: expected {{"type": "text", "text": ...}}; write '
+                "it, or make the content a string"
+            )
+        if part.get("type", "text") != "text":
+            raise ValueError(
+                f"{name}[{index}] is of type {part['type']!r}: expected text only, which is all "
+                "that the models here read; drop the row"
+            )
+        parts.append(text(part.get("text"), f"{name}[{index}] text"))
+    return "".join(parts)
+
+
+def _reply_taken(
+    messages: list[dict[str, Any]], completion: str | None, name: str
+) -> tuple[list[dict[str, Any]], str]:
+    """Messages up to the turn to answer, and the reply behind it."""
+    *asked, reply = messages
+    if not asked or asked[-1]["role"] == "assistant":
+        raise ValueError(
+            f"the last of {name} is the assistant's, and no turn to answer stands before it: "
+            "expected one of the user's; write it, or drop the row"
+        )
+    if completion is not None:
+        raise ValueError(
+            f"the last of {name} is the assistant's, and there is a `completion`: expected one of "
+            "them; remove that reply, or the completion"
+        )
+    return asked, reply["content"]
+
+
+def _answer(value: Any) -> Answer | None:
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        return _one_answer(value, "`answer`")
+    if not value:
+        raise ValueError("`answer` is an empty list: expected accepted answers; fill or remove it")
+    found = [_one_answer(each, f"`answer[{index}]`") for index, each in enumerate(value)]
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def _one_answer(value: Any, name: str) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    return text(value, name)
+
+
+def _completion(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, list) and value:
+        found: Sequence[dict[str, Any]] = _messages(value, "`completion`")
+        if len(found) == 1 and found[0]["role"] == "assistant":
+            return found[0]["content"]
+        raise ValueError(
+            f"`completion` has {len(found)} messages: expected one, the assistant's; keep that"
+        )
+    return text(value, "`completion`")
