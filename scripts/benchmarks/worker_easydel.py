@@ -10,7 +10,8 @@ import os
 import time
 from typing import Any
 
-import bench
+import peer_job
+import toolkit
 
 _FLAGS = os.environ.get("XLA_FLAGS")
 import easydel  # noqa: E402
@@ -70,7 +71,7 @@ class Trainer(easydel.OnPolicyDistillationTrainer):
         return results
 
 
-def load(path: str, job: bench.Job):
+def load(path: str, job: peer_job.Job):
     """A model in float32, with the generation settings of the job."""
     model = easydel.AutoEasyDeLModelForCausalLM.from_pretrained(
         path,
@@ -86,14 +87,14 @@ def load(path: str, job: bench.Job):
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        pad_token_id=bench.PAD,
+        pad_token_id=peer_job.PAD,
         eos_token_id=[model.config.vocab_size],  # no id: nothing stops early
     )
     return model
 
 
-def run(job: bench.Job) -> dict[str, Any]:
-    """Time training steps; see ``bench.serve`` for what comes back."""
+def run(job: peer_job.Job) -> dict[str, Any]:
+    """Time training steps; see ``peer_job.serve`` for what comes back."""
     with np.load(job.fixed) as ids:
         prompt_BP, completion_BN = ids["prompt"], ids["completion"]
     batch, total = len(prompt_BP), job.warmup + job.steps
@@ -166,7 +167,7 @@ def run(job: bench.Job) -> dict[str, Any]:
     return {
         "seconds": seconds[job.warmup :],
         "phases": {"rollout": sampled[job.warmup :]} if sampled else {},
-        "peak_rss_gb": bench.peak_rss_gb(),
+        "peak_rss_gb": toolkit.peak_rss_gb(),
         "objective": "forward KL",
         "loss_fixed": loss_fixed,
         "note": NOTE,
@@ -174,4 +175,4 @@ def run(job: bench.Job) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    bench.serve(run)
+    peer_job.serve(run)

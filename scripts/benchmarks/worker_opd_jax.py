@@ -7,11 +7,12 @@ import functools
 import time
 from typing import Any
 
-import bench
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench import Job
+import peer_job
+import toolkit
+from peer_job import Job
 
 from opd_jax import mesh as meshlib
 from opd_jax import objective, optim, rock, steps
@@ -24,21 +25,10 @@ from opd_jax.rollout import decode
 from opd_jax.rollout.sampling import Sampler
 
 
-def best_seconds(call, *arguments, repeats: int = 7) -> float:
-    """Fastest of several calls, compiled before."""
-    jax.block_until_ready(call(*arguments))
-    seconds = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        jax.block_until_ready(call(*arguments))
-        seconds.append(time.perf_counter() - begun)
-    return min(seconds)
-
-
 def gemm_gflops(size: int = 3072) -> float:
     """Largest fp32 matmul rate that this process reaches, in GFLOP/s."""
     x = jnp.ones((size, size), jnp.float32)
-    return 2 * size**3 / best_seconds(jax.jit(jnp.matmul), x, x) / 1e9
+    return 2 * size**3 / toolkit.best_seconds(jax.jit(jnp.matmul), x, x) / 1e9
 
 
 def memory_gb_s(gigabytes: float = 1.0) -> float:
@@ -46,14 +36,14 @@ def memory_gb_s(gigabytes: float = 1.0) -> float:
     width = 4096
     x = jnp.ones((int(gigabytes * 1e9) // 4 // width, width), jnp.float32)
     seconds = min(
-        best_seconds(jax.jit(jnp.sum), x),
-        best_seconds(jax.jit(jnp.matmul), x, jnp.ones(width, jnp.float32)),
+        toolkit.best_seconds(jax.jit(jnp.sum), x),
+        toolkit.best_seconds(jax.jit(jnp.matmul), x, jnp.ones(width, jnp.float32)),
     )
     return x.size * 4 / seconds / 1e9
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Time the phases of a step; see ``bench.serve`` for what comes back."""
+    """Time the phases of a step; see ``peer_job.serve`` for what comes back."""
     mesh = meshlib.make(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         result = _run(job, mesh)
@@ -89,7 +79,7 @@ def _run(job: Job, mesh) -> dict[str, Any]:
         decode.sample,
         prompt=prompt,
         cfg=student,
-        sampler=Sampler(vocab_size=student.vocab_size, pad_id=bench.PAD),
+        sampler=Sampler(vocab_size=student.vocab_size, pad_id=peer_job.PAD),
     )
     keys = iter(jax.random.split(jax.random.key(0), 2 * (job.warmup + job.steps)))
 
@@ -99,11 +89,11 @@ def _run(job: Job, mesh) -> dict[str, Any]:
             jax.block_until_ready(sample(tree, key=next(keys), max_new=job.new))
             return {}
 
-        result = bench.measure(answer, job)
-        result["peak_rss_gb"] = bench.peak_rss_gb()
+        result = peer_job.measure(answer, job)
+        result["peak_rss_gb"] = toolkit.peak_rss_gb()
         # One id costs a prefill and a draw; the rest of a rollout is decode.
         short = functools.partial(sample, tree, key=jax.random.key(1), max_new=1)
-        result["phases"]["prefill"] = [best_seconds(short, repeats=job.steps)]
+        result["phases"]["prefill"] = [toolkit.best_seconds(short, repeats=job.steps)]
         return result | {"objective": "-", "loss_fixed": None}
 
     teacher, teacher_tree = hf.load(job.teacher, dtype=jnp.float32, mesh=mesh)
@@ -137,8 +127,8 @@ def _run(job: Job, mesh) -> dict[str, Any]:
             for name, before, after in zip(names, times[:-1], times[1:], strict=True)
         }
 
-    result = bench.measure(once, job)
-    result["peak_rss_gb"] = bench.peak_rss_gb()
+    result = peer_job.measure(once, job)
+    result["peak_rss_gb"] = toolkit.peak_rss_gb()
     del state
     _, tree = hf.load(job.student, dtype=jnp.float32, mesh=mesh)
     losses = {}
@@ -155,4 +145,4 @@ def _run(job: Job, mesh) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    bench.serve(run)
+    peer_job.serve(run)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import bench
 import datasets
 import numpy as np
+import peer_job
+import toolkit
 import torch
 import transformers
 import trl
-from bench import Job
+from peer_job import Job
 
 
 class Clock(transformers.TrainerCallback):
@@ -28,7 +29,7 @@ class Clock(transformers.TrainerCallback):
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Time training steps, or generation alone; see ``bench.serve`` for what comes back."""
+    """Time training steps, or generation alone; see ``peer_job.serve`` for what comes back."""
     with np.load(job.fixed) as ids:
         prompt_BP, completion_BN = ids["prompt"], ids["completion"]
     batch = len(prompt_BP)
@@ -38,7 +39,7 @@ def run(job: Job) -> dict[str, Any]:
         for path in (job.student, job.teacher)
     )
     total = job.warmup + job.steps
-    prompts = [" ".join(bench.word(i) for i in row) for row in prompt_BP]
+    prompts = [" ".join(peer_job.word(i) for i in row) for row in prompt_BP]
     if tokenizer(prompts)["input_ids"] != prompt_BP.tolist():
         raise RuntimeError("the tokenizer does not give the fixed prompts back: expected each id")
     clock = Clock()
@@ -88,8 +89,8 @@ def run(job: Job) -> dict[str, Any]:
             timed_generate(rows, None, {})
             return {}
 
-        result = bench.measure(answer, job)
-        result["peak_rss_gb"] = bench.peak_rss_gb()
+        result = peer_job.measure(answer, job)
+        result["peak_rss_gb"] = toolkit.peak_rss_gb()
         return result | {"objective": "-", "loss_fixed": None}
 
     prompt, completion = (torch.tensor(x, dtype=torch.long) for x in (prompt_BP, completion_BN))
@@ -115,11 +116,11 @@ def run(job: Job) -> dict[str, Any]:
     return {
         "seconds": seconds[job.warmup :],
         "phases": phases,
-        "peak_rss_gb": bench.peak_rss_gb(),
+        "peak_rss_gb": toolkit.peak_rss_gb(),
         "objective": "reverse KL",
         "loss_fixed": loss_fixed,
     }
 
 
 if __name__ == "__main__":
-    bench.serve(run)
+    peer_job.serve(run)

@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import bench
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peer_job
+import toolkit
 import transformers
 from flax import nnx
 from tunix.distillation import distillation_trainer
@@ -49,15 +50,15 @@ def load(path: str, mesh: jax.sharding.Mesh) -> Llama3:
     return create_model_from_safe_tensors(path, cfg, mesh, dtype=jnp.float32)
 
 
-def run(job: bench.Job) -> dict[str, Any]:
-    """Time training steps; see ``bench.serve`` for what comes back."""
+def run(job: peer_job.Job) -> dict[str, Any]:
+    """Time training steps; see ``peer_job.serve`` for what comes back."""
     kinds = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=kinds, devices=jax.devices()[:1])
     with mesh:
         return _run(job, mesh)
 
 
-def _run(job: bench.Job, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def _run(job: peer_job.Job, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     with np.load(job.fixed) as ids:
         prompt_BP, completion_BN = ids["prompt"], ids["completion"]
     total = job.warmup + job.steps
@@ -109,7 +110,7 @@ def _run(job: bench.Job, mesh: jax.sharding.Mesh) -> dict[str, Any]:
             head_dim=student.config.head_dim,
         ),
     )
-    prompts = [" ".join(bench.word(i) for i in row) for row in prompt_BP]
+    prompts = [" ".join(peer_job.word(i) for i in row) for row in prompt_BP]
     if [list(sampler.tokenize(text)) for text in prompts] != prompt_BP.tolist():
         raise RuntimeError("the tokenizer does not give the fixed prompts back: expected each id")
     begins: list[float] = []
@@ -149,7 +150,7 @@ def _run(job: bench.Job, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     return {
         "seconds": seconds[job.warmup :],
         "phases": {"rollout": rollout_seconds[job.warmup :]} if rollout_seconds else {},
-        "peak_rss_gb": bench.peak_rss_gb(),
+        "peak_rss_gb": toolkit.peak_rss_gb(),
         "objective": "forward KL",
         "loss_fixed": float(loss_fixed),
         "note": NOTE,
@@ -165,4 +166,4 @@ def _loss(trainer, fixed) -> jax.Array:
 
 
 if __name__ == "__main__":
-    bench.serve(run)
+    peer_job.serve(run)

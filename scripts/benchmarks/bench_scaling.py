@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 r"""How time grows: the KL with rows and vocabulary, the training step with batch and length.
 
-    .venv/bin/python scripts/benchmarks/scaling.py --out=runs/bench/scaling.json
+    scripts/bench scaling --out=runs/bench/scaling.json
 
 Fits seconds = a n^k by least squares of logarithms and prints k with R^2. Rows, vocabulary and
 batch should be near 1 (work that must be done once for each), below it where a cost that does not
@@ -16,8 +16,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from gate import Step, half_frozen
-from kl import arguments, draw, fused_loss, gradient, interleaved, shapes, write
+import toolkit
+from workloads import Step, draw, fused_loss, gradient, half_frozen, shapes
 
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
@@ -65,7 +65,7 @@ def step_call(batch: int, length: int) -> Callable[[], Any]:
 
 def measure(name: str, calls: dict[int, Callable[[], Any]], repeats: int) -> dict[str, Any]:
     """Time the calls by size, in turns, and print them with their fit."""
-    times = interleaved({str(size): call for size, call in calls.items()}, repeats)
+    times = toolkit.interleaved({str(size): call for size, call in calls.items()}, repeats)
     sizes = list(calls)
     seconds = [times[str(size)]["seconds"] for size in sizes]
     exponent, r_squared = fit(sizes, seconds)
@@ -81,7 +81,7 @@ def measure(name: str, calls: dict[int, Callable[[], Any]], repeats: int) -> dic
 
 def main(argv: list[str] | None = None) -> int:
     """Measure all four and print a table of each."""
-    args = arguments(__doc__).parse_args(argv)
+    args = toolkit.arguments(__doc__).parse_args(argv)
     series = {
         "kl by rows": {n: kl_call(n, AT_VOCAB) for n in ROWS},
         "kl by vocabulary": {n: kl_call(AT_ROWS, n) for n in VOCABS},
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         f"step of {MODEL.num_layers} layers, {MODEL.width} wide, vocabulary {MODEL.vocab_size}, "
         f"rows of {AT_LENGTH} tokens or batches of {AT_BATCH}"
     )
-    write(args.out, work, results)
+    toolkit.write(args.out, toolkit.machine_and_device(), work, results)
     return 0
 
 

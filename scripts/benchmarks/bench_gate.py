@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 r"""What skipping gated positions saves: half of the positions frozen, against none.
 
-    .venv/bin/python scripts/benchmarks/gate.py --out=runs/bench/gate.json
+    scripts/bench gate --out=runs/bench/gate.json
 
 1. The stage that skips: heads, KL and their gradient, at weight 0 for every other row.
 2. The whole training step (student, teacher, optimizer), at three depths of the body. Only the
@@ -18,17 +18,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from kl import arguments, draw, fused_loss, gradient, interleaved, shapes, whole, write
+import toolkit
+from workloads import FROZEN, Step, draw, fused_loss, gradient, half_frozen, shapes
 
-from opd_jax import optim, steps
 from opd_jax.kl import KLSpec
 from opd_jax.models import params, transformer
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
-from opd_jax.pytrees import Rollout
 from opd_jax.rock import RockConfig
 
 # Vocabulary, width and rows: the head of SmolLM2-135M, and that of Qwen2.5-0.5B.
@@ -36,7 +34,6 @@ HEADS = ((49_152, 576, 1024), (151_936, 896, 512))
 # SmolLM2-135M, whose 30 layers are cut to each of these.
 LAYERS = (2, 8, 15)
 BODY = ModelConfig("llama", 49_152, 576, 1536, 30, 9, 3, 64, tied=True)
-FROZEN = tuple(range(10))
 # Rows per chunk in the step: a whole number of chunks runs, and with large ones the last, mostly
 # empty one would hide what 512 positions save.
 STEP_CHUNK = 64
@@ -67,45 +64,6 @@ def predicted_gain(share: float, kept: float) -> float:
     return 1.0 / (1.0 - share * (1.0 - kept))
 
 
-def half_frozen(rng: np.random.Generator, batch: int, length: int, vocab_size: int) -> Rollout:
-    """Rows of random ids, every one after the first scored, exactly half of those in ``FROZEN``.
-
-    ``length`` positions predict something, so that rows hold one id more.
-    """
-    count = batch * length
-    ids = rng.integers(len(FROZEN), vocab_size, count)
-    ids[: count // 2] = rng.integers(0, len(FROZEN), count // 2)
-    ids = rng.permutation(ids).reshape(batch, length)
-    ids = np.pad(ids, ((0, 0), (1, 0)), constant_values=len(FROZEN)).astype(np.int32)
-    mask = np.ones(ids.shape, bool)
-    mask[:, 0] = False
-    return Rollout(
-        ids_BT=jnp.asarray(ids),
-        start_B=jnp.zeros((batch,), jnp.int32),
-        mask_BT=jnp.asarray(mask),
-        logp_BT=jnp.zeros(ids.shape, jnp.float32),
-        truncated_B=jnp.ones((batch,), bool),
-        policy_step=jnp.zeros((), jnp.int32),
-    )
-
-
-class Step:
-    """A training step to call over and over; it keeps the state that each call donates."""
-
-    def __init__(self, cfg: ObjectiveConfig, batch: Rollout):
-        assert cfg.teacher is not None
-        self.cfg, self.batch, self.tx = cfg, batch, optim.make(optim.OptimSpec())
-        student = params.init(transformer.specs(cfg.student), jax.random.key(0))
-        self.teacher = params.init(transformer.specs(cfg.teacher), jax.random.key(1))
-        self.state = steps.init(student, jax.random.key(2), cfg=cfg, tx=self.tx)
-
-    def __call__(self):
-        self.state, metrics = steps.distill_step(
-            self.state, self.teacher, self.batch, cfg=self.cfg, tx=self.tx
-        )
-        return self.state.params, metrics
-
-
 def head_stage(vocab: int, width: int, rows: int) -> dict[str, Callable[[], Any]]:
     """The KL with its gradient, every position weighted, and every other one frozen."""
     *inputs, weight_R = draw(shapes(rows, jnp.float32, vocab, width, width))
@@ -119,7 +77,7 @@ def head_stage(vocab: int, width: int, rows: int) -> dict[str, Callable[[], Any]
 
 def measure_head(vocab: int, width: int, rows: int, repeats: int) -> dict[str, Any]:
     """Gain of the stage that skips."""
-    times = interleaved(head_stage(vocab, width, rows), repeats)
+    times = toolkit.interleaved(head_stage(vocab, width, rows), repeats)
     gain = times["ungated"]["seconds"] / times["gated"]["seconds"]
     print(
         f"head + KL  V {vocab}  D {width}  {rows} rows  ungated {times['ungated']['seconds']:.3f} s"
@@ -148,7 +106,7 @@ def measure_step(layers: int, batch: int, length: int, repeats: int) -> dict[str
         "gated": Step(dataclasses.replace(plain, rock=gate), rollout),
     }
     kept = calls["gated"]()[1]["projected_share"].value()
-    times = interleaved({**calls}, repeats)
+    times = toolkit.interleaved({**calls}, repeats)
     share = head_share(student, student, length)
     result = {
         "measure": "step",
@@ -177,9 +135,11 @@ def measure_step(layers: int, batch: int, length: int, repeats: int) -> dict[str
 
 def main(argv: list[str] | None = None) -> int:
     """Measure stage and step and print them."""
-    parser = arguments(__doc__)
-    parser.add_argument("--batch", type=whole, default=4, help="rows of a step (default 4)")
-    parser.add_argument("--length", type=whole, default=128, help="tokens of a row (default 128)")
+    parser = toolkit.arguments(__doc__)
+    parser.add_argument("--batch", type=toolkit.whole, default=4, help="rows of a step (default 4)")
+    parser.add_argument(
+        "--length", type=toolkit.whole, default=128, help="tokens of a row (default 128)"
+    )
     args = parser.parse_args(argv)
     results = [measure_head(*head, args.repeats) for head in HEADS]
     results += [measure_step(n, args.batch, args.length, args.repeats) for n in LAYERS]
@@ -187,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         "half of the positions frozen (weight 0) against none: head and KL alone, and whole steps "
         f"of SmolLM2-135M cut to {LAYERS} layers, teacher of the same size"
     )
-    write(args.out, work, results)
+    toolkit.write(args.out, toolkit.machine_and_device(), work, results)
     return 0
 
 

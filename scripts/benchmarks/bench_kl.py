@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The fused KL of ``opd_jax.kl`` against the dense two-logit loss: memory, time, gradients, sums.
 
-    .venv/bin/python scripts/benchmarks/kl.py --out=runs/bench/kl.json
+    scripts/bench kl --out=runs/bench/kl.json
 
 Four questions, at Qwen3's vocabulary and the widths of a 4B teacher and a 1.7B student:
 
@@ -18,87 +18,18 @@ dense loss holds several f32 arrays of rows x 151,936.
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench import machine, spread
-
-from opd_jax import kl
+import toolkit
+from workloads import draw, fused_loss, gradient, shapes
 
 VOCAB, TEACHER_WIDTH, STUDENT_WIDTH = 151_936, 2560, 2048  # Qwen3 4B and 1.7B
 MEMORY_ROWS = 4096
 SUM_ROWS, SUM_VOCAB, SUM_WIDTH = 65_536, 512, 64
-LOGIT_STD = 2.0
-
-
-def whole(text: str) -> int:
-    """Read a command-line number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected a whole number of at least 1; give one, such as 256"
-        )
-    return int(text)
-
-
-def arguments(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser with what every benchmark takes: ``--out`` and ``--repeats``."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    parser.add_argument("--repeats", type=whole, default=5, help="timed calls of each (default 5)")
-    return parser
-
-
-def interleaved(
-    calls: dict[str, Callable[[], Any]], repeats: int, *, is_warm: bool = False
-) -> dict[str, dict[str, float]]:
-    """Time the calls in turns (A, B, A, B, ...), after one untimed call each that compiles.
-
-    Turns, so that a disturbance of the machine falls on all of them alike. ``is_warm``: they have
-    been called before.
-
-    Returns:
-      Per call ``seconds``, the median, and ``spread``, slowest less fastest over the median.
-    """
-    if not is_warm:
-        for call in calls.values():
-            jax.block_until_ready(call())
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            taken[name].append(time.perf_counter() - start)
-    return {name: summary(seconds) for name, seconds in taken.items()}
-
-
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Median of the times, and their range over the median."""
-    return {"seconds": statistics.median(seconds), "spread": spread(seconds)}
-
-
-def write(path: Path | None, work: str, results: list[dict[str, Any]]) -> None:
-    """Write ``{"machine", "work", "results"}`` as JSON where a path is given."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-        record = {"machine": machine() | about, "work": work, "results": results}
-        path.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def fused_loss(hs_RD, ws_VD, ht_RE, wt_VE, weight_R):
-    """Weighted reverse KL by ``opd_jax``."""
-    batch = (hs_RD[None], ws_VD, ht_RE[None], wt_VE, weight_R[None])
-    return kl.weighted_kl(*batch, spec=kl.KLSpec())[0]
 
 
 def dense_loss(hs_RD, ws_VD, ht_RE, wt_VE, weight_R):
@@ -120,46 +51,6 @@ LOSSES = {
 }
 
 TIMED = ("opd_jax", "dense")
-
-
-def gradient(loss) -> Callable:
-    """Jitted value and gradient with respect to the student's states and head."""
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-
-
-def shapes(rows: int, dtype, vocab=VOCAB, student=STUDENT_WIDTH, teacher=TEACHER_WIDTH):
-    """Abstract inputs of a loss."""
-    sizes = ((rows, student), (vocab, student), (rows, teacher), (vocab, teacher))
-    return (
-        *(jax.ShapeDtypeStruct(size, dtype) for size in sizes),
-        jax.ShapeDtypeStruct((rows,), jnp.float32),
-    )
-
-
-def draw(inputs, seed: int = 0):
-    """Values for :func:`shapes`: logits with standard deviation ``LOGIT_STD``, weights 1 / rows."""
-    rng = np.random.default_rng(seed)  # numpy: several times faster than jax.random on a CPU
-    values = []
-    for index, like in enumerate(inputs[:4]):
-        # States have unit entries, and a logit is a sum of `width` products.
-        scale = LOGIT_STD / like.shape[1] ** 0.5 if index % 2 else 1.0
-        value = rng.standard_normal(like.shape, np.float32) * np.float32(scale)
-        values.append(jnp.asarray(value, like.dtype))
-    rows = inputs[4].shape[0]
-    return (*values, jnp.full((rows,), 1.0 / rows, jnp.float32))
-
-
-def temporary_bytes(loss, inputs) -> int:
-    """Bytes of scratch that the compiled value-and-gradient needs beside inputs and outputs.
-
-    On CPU, XLA hands fused multiplications to a library that allocates whole arrays of logits for
-    itself, where the compiler's own account does not see them; for the account these fusions are
-    switched off, and only there.
-    """
-    is_cpu = jax.default_backend() == "cpu"
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""} if is_cpu else None
-    compiled = gradient(loss).lower(*inputs).compile(compiler_options=options)
-    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def relative_difference(ours, theirs) -> float:
@@ -201,8 +92,10 @@ def measure_memory(rows: int) -> list[dict[str, Any]]:
     """Scratch of every loss, in f32 and bf16."""
     results = []
     for dtype in ("float32", "bfloat16"):
-        inputs = shapes(rows, dtype)
-        needed = {name: temporary_bytes(loss, inputs) for name, loss in LOSSES.items()}
+        inputs = shapes(rows, dtype, VOCAB, STUDENT_WIDTH, TEACHER_WIDTH)
+        needed = {
+            name: toolkit.temporary_bytes(gradient(loss), inputs) for name, loss in LOSSES.items()
+        }
         for name, size in needed.items():
             ratio = needed["opd_jax"] / size
             print(
@@ -225,7 +118,7 @@ def measure_memory(rows: int) -> list[dict[str, Any]]:
 
 def measure_time(rows: int, repeats: int) -> list[dict[str, Any]]:
     """Seconds of ours and the dense loss in f32, and how far their gradients lie apart."""
-    inputs = draw(shapes(rows, jnp.float32))
+    inputs = draw(shapes(rows, jnp.float32, VOCAB, STUDENT_WIDTH, TEACHER_WIDTH))
     compiled = {name: gradient(loss) for name, loss in LOSSES.items() if name in TIMED}
     (loss, ours), (dense, theirs) = compiled["opd_jax"](*inputs), compiled["dense"](*inputs)
     gaps = {
@@ -237,7 +130,7 @@ def measure_time(rows: int, repeats: int) -> list[dict[str, Any]]:
     print(f"agreement  {rows} rows  float32  " + "  ".join(f"{k} {v:.1e}" for k, v in gaps.items()))
     calls = {name: lambda call=call: call(*inputs) for name, call in compiled.items()}
     results: list[dict[str, Any]] = [{"measure": "agreement", "rows": rows, **gaps}]
-    for name, times in interleaved(calls, repeats, is_warm=True).items():
+    for name, times in toolkit.interleaved(calls, repeats, is_warm=True).items():
         print(
             f"time  {rows} rows  {name:12} {times['seconds']:7.2f} s  spread {times['spread']:.0%}",
             flush=True,
@@ -270,8 +163,8 @@ def measure_sums(rows: int = SUM_ROWS) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run all four and print them."""
-    parser = arguments(__doc__)
-    parser.add_argument("--rows", type=whole, default=256, help="rows timed (default 256)")
+    parser = toolkit.arguments(__doc__)
+    parser.add_argument("--rows", type=toolkit.whole, default=256, help="rows timed (default 256)")
     args = parser.parse_args(argv)
     results = [measure_sums(), *measure_memory(MEMORY_ROWS)]
     results += measure_time(args.rows, args.repeats)
@@ -280,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{STUDENT_WIDTH} wide; memory of {MEMORY_ROWS} rows, time of {args.rows}, sums of "
         f"{SUM_ROWS} (vocabulary {SUM_VOCAB}, width {SUM_WIDTH})"
     )
-    write(args.out, work, results)
+    toolkit.write(args.out, toolkit.machine_and_device(), work, results)
     return 0
 
 

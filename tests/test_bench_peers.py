@@ -1,21 +1,20 @@
 """The pure parts of the peer benchmark: FLOPs, rows, agreement, the table."""
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
 
-_FILE = Path(__file__).parent.parent / "scripts" / "benchmarks" / "bench.py"
-_SPEC = importlib.util.spec_from_file_location("peer_bench", _FILE)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-bench = importlib.util.module_from_spec(_SPEC)
-sys.modules["peer_bench"] = bench  # where dataclasses look their module up
-_SPEC.loader.exec_module(bench)
+FOLDER = Path(__file__).parent.parent / "scripts" / "benchmarks"
+sys.path.insert(0, str(FOLDER))  # they import one another, as scripts of one folder
+bench_peers, peer_job, peer_rows = (
+    importlib.import_module(name) for name in ("bench_peers", "peer_job", "peer_rows")
+)
+sys.path.remove(str(FOLDER))
 
-STUDENT = bench.Shape(1, width=4, ffn=8, heads=2, kv_heads=1, head_dim=2, vocab=10)
-TEACHER = bench.Shape(2, width=4, ffn=8, heads=2, kv_heads=1, head_dim=2, vocab=10)
+STUDENT = peer_job.Shape(1, width=4, ffn=8, heads=2, kv_heads=1, head_dim=2, vocab=10)
+TEACHER = peer_job.Shape(2, width=4, ffn=8, heads=2, kv_heads=1, head_dim=2, vocab=10)
 
 
 def raw(seconds, **rest):
@@ -43,7 +42,7 @@ def test_flops_by_hand():
     head = 9 * 2 * 40 * 4
     pair = 4 * 2 * 2  # two matmuls of head_dim 2 for 2 heads, 2 FLOPs each
     attention = 30 * pair * (2 + 3 * 1)
-    found = bench.needed_flops(STUDENT, TEACHER, batch=3, prompt=2, new=3)
+    found = peer_rows.needed_flops(STUDENT, TEACHER, batch=3, prompt=2, new=3)
     assert found == body + head + attention
 
 
@@ -54,15 +53,15 @@ def test_measure_drops_the_warm_up():
         calls.append(None)
         return {"part": float(len(calls))}
 
-    job = bench.Job("step", "s", "t", "f", prompt=1, new=1, lr=1.0, warmup=2, steps=3)
-    result = bench.measure(once, job)
+    job = peer_job.Job("step", "s", "t", "f", prompt=1, new=1, lr=1.0, warmup=2, steps=3)
+    result = peer_job.measure(once, job)
     assert len(calls) == 5
     assert len(result["seconds"]) == 3
     assert result["phases"] == {"part": [3.0, 4.0, 5.0]}
 
 
 def test_a_row_holds_medians():
-    row = bench.summarise("trl", 8, raw([3.0, 1.0, 2.0]))
+    row = peer_rows.summarise("trl", 8, raw([3.0, 1.0, 2.0]))
     assert row["seconds_per_step"] == 2.0
     assert row["rollout_seconds"] == 0.5
     assert row["spread"] == 1.0
@@ -72,11 +71,11 @@ def test_a_row_holds_medians():
 
 def test_table_has_ratio_to_ours_and_the_reason_of_a_failure():
     rows = [
-        bench.summarise("opd_jax", 8, raw([2.0, 2.0, 2.0])),
-        bench.summarise("trl", 8, raw([5.0, 5.0, 5.0])),
-        bench.summarise("tunix", 8, {"failed": "ValueError: no such thing"}),
+        peer_rows.summarise("opd_jax", 8, raw([2.0, 2.0, 2.0])),
+        peer_rows.summarise("trl", 8, raw([5.0, 5.0, 5.0])),
+        peer_rows.summarise("tunix", 8, {"failed": "ValueError: no such thing"}),
     ]
-    lines = bench.table(rows).splitlines()
+    lines = peer_rows.table(rows).splitlines()
     assert lines[0].split()[:2] == ["library", "version"]
     assert lines[1].split()[-1] == "1.00"
     assert lines[2].split()[-1] == "2.50"
@@ -87,12 +86,12 @@ def test_table_has_ratio_to_ours_and_the_reason_of_a_failure():
 
 def test_ratio_is_to_our_row_of_the_same_batch():
     rows = [
-        bench.summarise("opd_jax", 8, raw([2.0, 2.0, 2.0])),
-        bench.summarise("opd_jax", 32, raw([4.0, 4.0, 4.0])),
-        bench.summarise("trl", 32, raw([8.0, 8.0, 8.0])),
-        bench.summarise("trl", 16, raw([8.0, 8.0, 8.0])),
+        peer_rows.summarise("opd_jax", 8, raw([2.0, 2.0, 2.0])),
+        peer_rows.summarise("opd_jax", 32, raw([4.0, 4.0, 4.0])),
+        peer_rows.summarise("trl", 32, raw([8.0, 8.0, 8.0])),
+        peer_rows.summarise("trl", 16, raw([8.0, 8.0, 8.0])),
     ]
-    assert [line.split()[-1] for line in bench.table(rows).splitlines()[1:]] == [
+    assert [line.split()[-1] for line in peer_rows.table(rows).splitlines()[1:]] == [
         "1.00",
         "1.00",
         "2.00",
@@ -113,26 +112,26 @@ def test_ratio_is_to_our_row_of_the_same_batch():
 def test_losses_are_compared_with_ours_of_the_same_direction(loss, objective, verdict):
     ours = raw([1.0], losses_fixed={"reverse": 2.0, "forward": 3.0})
     theirs = raw([1.0], loss_fixed=loss, objective=objective, note="one token late")
-    rows = [bench.summarise("opd_jax", 8, ours), bench.summarise("trl", 8, theirs)]
-    (line,) = bench.agreement(rows)
+    rows = [peer_rows.summarise("opd_jax", 8, ours), peer_rows.summarise("trl", 8, theirs)]
+    (line,) = peer_rows.agreement(rows)
     assert line.startswith(f"trl: {verdict}:")
     assert ("one token late" in line) == (verdict == "DIFFERS")
 
 
 def test_a_failed_row_takes_no_part_in_the_agreement():
     rows = [
-        bench.summarise("opd_jax", 8, raw([1.0], losses_fixed={"reverse": 2.0})),
-        bench.summarise("tunix", 8, {"failed": "why"}),
+        peer_rows.summarise("opd_jax", 8, raw([1.0], losses_fixed={"reverse": 2.0})),
+        peer_rows.summarise("tunix", 8, {"failed": "why"}),
     ]
-    assert bench.agreement(rows) == []
+    assert peer_rows.agreement(rows) == []
 
 
 def test_update_is_related_to_the_gemm_peak():
     work = {"prompt": 2, "new": 3}
     work |= {"student": vars(STUDENT), "teacher": vars(TEACHER)}
-    row = bench.summarise("opd_jax", 3, raw([2.0], gemm_gflops=1e-3))
-    (line,) = bench.remarks([row], work, "update")
-    flops = bench.needed_flops(STUDENT, TEACHER, batch=3, prompt=2, new=3)
+    row = peer_rows.summarise("opd_jax", 3, raw([2.0], gemm_gflops=1e-3))
+    (line,) = peer_rows.remarks([row], work, "update")
+    flops = peer_rows.needed_flops(STUDENT, TEACHER, batch=3, prompt=2, new=3)
     assert row["gemm_share"] == pytest.approx(flops / 2.0 / 1e6)
     assert f"{row['gemm_share']:.0%} of the GEMM peak" in line
 
@@ -140,8 +139,8 @@ def test_update_is_related_to_the_gemm_peak():
 def test_rollout_is_related_to_weight_traffic():
     work = {"prompt": 2, "new": 4, "student": vars(STUDENT), "teacher": vars(TEACHER)}
     result = raw([3.0], memory_gb_s=1.0) | {"phases": {"prefill": [1.0]}}
-    row = bench.summarise("opd_jax", 3, result)
-    bench.remarks([row], work, "rollout")
+    row = peer_rows.summarise("opd_jax", 3, result)
+    peer_rows.remarks([row], work, "rollout")
     assert row["seconds_per_token"] == pytest.approx(2 / 3)
     assert row["bound_seconds_per_token"] == pytest.approx(4 * 184 / 1e9)
 
@@ -151,16 +150,16 @@ def test_rollout_is_related_to_weight_traffic():
 )
 def test_bad_values_are_refused_with_the_flag_to_change(flag, capsys):
     with pytest.raises(SystemExit):
-        bench.parse(["step", flag])
+        bench_peers.parse(["step", flag])
     assert "change" in capsys.readouterr().err
 
 
 def test_rollout_has_two_libraries_and_two_batches():
-    flags = bench.parse(["rollout"])
+    flags = bench_peers.parse(["rollout"])
     assert flags.libraries == ["opd_jax", "trl"]
     assert flags.batch == [8, 32]
 
 
 def test_no_word_of_the_tokenizer_begins_with_a_special_one():
-    special = [bench.word(i) for i in (bench.PAD, bench.EOS, bench.UNKNOWN)]
-    assert not any(bench.word(i).startswith(s) for i in range(3, 3000) for s in special)
+    special = [peer_job.word(i) for i in (peer_job.PAD, peer_job.EOS, peer_job.UNKNOWN)]
+    assert not any(peer_job.word(i).startswith(s) for i in range(3, 3000) for s in special)
