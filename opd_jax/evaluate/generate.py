@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     )
     add = parser.add_argument
     add("--model", required=True, help=command.MODEL)
-    add("--prompts", required=True, help="JSONL with messages or prompt")
+    add("--prompts", required=True, help="prompts or messages: JSON lines or array, parquet, ...")
     add("--out", required=True, help="JSONL to write; must not exist")
     add("--max-new", type=int, default=256, help="most tokens of an answer")
     add("--samples", type=int, default=1, help="answers per prompt")
@@ -63,7 +63,7 @@ def generate(
 
     Args:
       model: a reference: Hugging Face folder, ``embedded:teacher``, ``RUN[@STEP]``.
-      prompts: JSONL with ``messages`` or ``prompt``, and ``answer`` to be graded against.
+      prompts: file that ``data.rows`` reads; ``answer`` in it is what is graded against.
       out: JSONL file that does not exist yet; it appears whole or not at all.
       max_new: most tokens of an answer.
       samples: answers per prompt.
@@ -147,7 +147,8 @@ def generate(
                     "truncated": bool(host.truncated_B[index]),
                 }
                 if row.answer is not None:
-                    verdict = grading.math(
+                    verdict = grading.any_of(
+                        grading.math,
                         text,
                         row.answer,
                         truncated=line["truncated"],

@@ -174,6 +174,30 @@ def ifeval(text: str, gold: str, *, truncated: bool = False, in_thought: bool = 
     return Verdict(does, instructions.FOLLOWED if does else instructions.NOT_FOLLOWED, rest.strip())
 
 
+def any_of(
+    grader: Grader,
+    text: str,
+    gold: str | tuple[str, ...],
+    *,
+    truncated: bool = False,
+    in_thought: bool = False,
+) -> Verdict:
+    """Grade a response against one gold answer, or against several of which any will do.
+
+    The verdict is the first that says right; where none does, it is that of the first gold.
+
+    Raises:
+      ValueError: a gold answer that the grader cannot use.
+    """
+    first, *others = (gold,) if isinstance(gold, str) else gold
+    told = grader(text, first, truncated=truncated, in_thought=in_thought)
+    for other in others if not told.correct else ():
+        verdict = grader(text, other, truncated=truncated, in_thought=in_thought)
+        if verdict.correct:
+            return verdict
+    return told
+
+
 GRADERS: dict[str, Grader] = {
     "math": math,
     "numeric": numeric,

@@ -151,7 +151,12 @@ def grade(
         own = range(number * samples, (number + 1) * samples)
         index.append(row.index)
         verdicts.append(
-            [judge(answers[i], row.answer, truncated=cut[i], in_thought=in_thought) for i in own]
+            [
+                grading.any_of(
+                    judge, answers[i], row.answer, truncated=cut[i], in_thought=in_thought
+                )
+                for i in own
+            ]
         )
 
     def each(name: str) -> tuple[tuple, ...]:

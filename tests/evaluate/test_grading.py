@@ -184,6 +184,22 @@ def test_a_gold_may_be_a_worked_solution():
     assert not grading.is_correct("#### 9", "She makes 9 * 2 = 18.\n#### 18")
 
 
+@pytest.mark.parametrize(
+    ("text", "golds", "is_right", "found"),
+    [
+        (r"\boxed{2}", ("1", "2"), True, "2"),
+        (r"\boxed{1}", ("1", "no number"), True, "1"),
+        (r"\boxed{3}", ("1", "2"), False, "3"),
+        ("no answer", ("1", "2"), False, None),
+        (r"\boxed{12}", "12", True, "12"),  # one gold, not its letters
+        (r"\boxed{1}", "12", False, "1"),
+    ],
+)
+def test_any_accepted_answer_will_do(text, golds, is_right, found):
+    verdict = grading.any_of(grading.math, text, golds)
+    assert (verdict.correct, verdict.found) == (is_right, found)
+
+
 @pytest.mark.parametrize("gold", ["", "  "])
 def test_an_empty_gold_is_an_error(gold):
     for name in ("math", "numeric", "choice", "exact"):
