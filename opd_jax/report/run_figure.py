@@ -98,7 +98,8 @@ def _draw_accuracy(axes: Axes, series: Series, ends: Mapping[int, Ends]) -> None
     steps = [step for step in series.steps if step in ends]
     low, high = ([ends[step][i] for step in steps] for i in (0, 1))
     axes.vlines(steps, low, high, color=MAIN, linewidth=1.4, alpha=0.5, label="interval")
-    _draw_points(axes, series, "{:.1%}", line="-", label="accuracy")
+    tops = {step: ends[step][1] for step in steps}
+    _draw_points(axes, series, "{:.1%}", line="-", label="accuracy", tops=tops)
     axes.margins(x=0.06, y=0.3)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, 0.0), min(high, 1.2))  # above 1 there is only the label
@@ -106,8 +107,16 @@ def _draw_accuracy(axes: Axes, series: Series, ends: Mapping[int, Ends]) -> None
     axes.yaxis.set_major_formatter(FuncFormatter(style.percent))
 
 
-def _draw_points(axes: Axes, series: Series, text: str, *, line: str, label: str) -> None:
-    """Draw measurements as points, with the first and the last value written above theirs."""
+def _draw_points(
+    axes: Axes,
+    series: Series,
+    text: str,
+    *,
+    line: str,
+    label: str,
+    tops: Mapping[int, float] | None = None,
+) -> None:
+    """Draw measurements as points, with the first and the last value above them (or ``tops``)."""
     axes.plot(
         series.steps,
         series.values,
@@ -124,7 +133,7 @@ def _draw_points(axes: Axes, series: Series, text: str, *, line: str, label: str
     for i in sorted({0, len(series.steps) - 1} if series.steps else ()):
         axes.annotate(
             text.format(series.values[i]),
-            (series.steps[i], series.values[i]),
+            (series.steps[i], (tops or {}).get(series.steps[i], series.values[i])),
             xytext=(0, 6),
             textcoords="offset points",
             ha="center",
