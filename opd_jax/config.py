@@ -6,6 +6,7 @@ written in ``spec``. Beyond :func:`resolve` nothing sees a ``ConfigDict``.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import functools
@@ -32,6 +33,8 @@ _TOP = ("profile", "prediction", "init_from", "init_keep")  # text that belongs 
 # Fields that follow from others and are therefore not set by hand.
 _DERIVED = {("kl", "vocab_size"), ("kl", "ce"), ("kl", "stop_ids"), ("rock", "never")}
 _DERIVED |= {("optim", "steps")}
+# Fields of (name, value) pairs; on the command line each name may be set as a key of its own.
+_PAIRS = ("data.template", "data.columns")
 
 
 def defaults() -> ConfigDict:
@@ -85,6 +88,7 @@ def load(argv: Sequence[str], **flag_values: str | None) -> tuple[ConfigDict, di
       ConfigError: an unknown key, flag or value, or a config file that does not load.
     """
     named, rest = _config_flag(argv)
+    rest, pairs = _pair_flags(rest)
     config = _from_file(named)
     values = flags.FlagValues()
     try:
@@ -94,6 +98,11 @@ def load(argv: Sequence[str], **flag_values: str | None) -> tuple[ConfigDict, di
         for name, default in flag_values.items():
             flags.DEFINE_string(name, default, "", flag_values=values)
         left = values(["opd-jax", *rest])
+        for key, name, value in pairs:
+            given = flatten(config).get(key, ())
+            check_type(key, given)
+            kept = [pair for pair in given if pair[0] != name]
+            config.update_from_flattened_dict({key: (*kept, (name, value))})
     except (AttributeError, KeyError) as error:
         raise ConfigError(_unknown_key(rest, error)) from error
     except (flags.Error, TypeError, ValueError) as error:
@@ -116,6 +125,37 @@ def _config_flag(argv: Sequence[str]) -> tuple[str, list[str]]:
     if not named:
         raise ConfigError("no --config given: expected --config=FILE[:arg], e.g. configs/demo.py")
     return named, rest
+
+
+def _pair_flags(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str, Any]]]:
+    """The other arguments, and (key, name, value) of each ``--config.data.template.NAME=VALUE``."""
+    rest, pairs, items = [], [], list(argv)
+    while items:
+        item = items.pop(0)
+        flag, equals, text = item.lstrip("-").partition("=")
+        key = next((k for k in _PAIRS if flag.startswith(f"config.{k}.")), None)
+        if key is None or not item.startswith("-"):
+            rest.append(item)
+            continue
+        if not equals and items and not items[0].startswith("-"):
+            text, equals = items.pop(0), "="
+        name = flag.removeprefix(f"config.{key}.")
+        if not (name and equals):
+            raise ConfigError(f"{item} has no value: expected --config.{key}.NAME=VALUE; give one")
+        pairs.append((key, name, _value(text) if key == "data.template" else text))
+    return rest, pairs
+
+
+def _value(text: str) -> Any:
+    """A boolean, a number, None or a quoted text as Python or JSON spells it; else the text."""
+    words = {"true": True, "false": False, "null": None, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    return value if isinstance(value, int | float | str) else text
 
 
 def _from_file(named: str) -> ConfigDict:
@@ -308,6 +348,7 @@ def _example(key: str, default: Any) -> str:
     examples = {
         "rollout.bias": "((5, -2.0),), pairs of id and bias",
         "data.template": "(('enable_thinking', False),), pairs of name and value",
+        "data.columns": "(('prompt', 'question'),), pairs of our name and the file's",
     }
     return examples.get(key) or repr(default or (64, 128) if key.endswith("buckets") else default)
 
@@ -340,7 +381,7 @@ def _check(run: RunConfig) -> None:
     for group in ("student", "teacher"):
         rule(bool(getattr(run, group).path), f"{group}.path", "a Hugging Face model folder")
     rule(0 <= run.seed < 2**32, "seed", "from 0 to 2^32 - 1")
-    rule(bool(run.data.prompts), "data.prompts", "a JSONL file of prompts")
+    rule(bool(run.data.prompts), "data.prompts", "a file of prompts, such as JSONL")
     rows = run.train.prompts * run.rollout.samples
     rule(
         rows % run.train.microbatches == 0,

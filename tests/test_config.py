@@ -79,6 +79,40 @@ def test_overrides_are_typed():
     assert run.kl.direction == "forward"
 
 
+def test_pairs_are_set_one_by_one(tmp_path):
+    given = [f"c.{name} = 'x'" for name in ("student.path", "teacher.path", "data.prompts")]
+    path = write(
+        tmp_path, [*given, "c.data.template = (('enable_thinking', True), ('style', 'x'))"]
+    )
+    flags = [
+        "--config.data.template.enable_thinking=false",
+        "--config.data.template.budget=12",
+        "--config.data.template.date_string",
+        "26 Nov",
+        "--config.data.columns.prompt=question",
+        "--config.data.columns.answer=reward_model.ground_truth",
+        "--config.data.columns.completion=1",
+    ]
+    run = config.resolve(load(*flags, path=path))
+    wanted = {"style": "x", "enable_thinking": False, "budget": 12, "date_string": "26 Nov"}
+    assert dict(run.data.template) == wanted
+    assert run.data.template[1][1] is False
+    assert run.data.columns == (
+        ("prompt", "question"),
+        ("answer", "reward_model.ground_truth"),
+        ("completion", "1"),
+    )
+    whole = load("--config.data.template=(('a', 1),)", "--config.data.template.b=2", path=path)
+    assert config.resolve(whole).data.template == (("a", 1), ("b", 2))
+    with pytest.raises(ConfigError, match=r"data\.columns is .*pairs of one of .*'prompt'"):
+        config.resolve(load("--config.data.columns.question=prompt"))
+    with pytest.raises(ConfigError, match=r"has no value: expected --config.data.template.NAME"):
+        load("--config.data.template.x", path=path)
+    bad = write(tmp_path, ["c.data.template = (1, 2)"])
+    with pytest.raises(ConfigError, match=r"data.template is \(1, 2\)"):
+        load("--config.data.template.x=1", path=bad)
+
+
 @pytest.mark.parametrize(
     ("flag", "parts"),
     [

@@ -58,6 +58,17 @@ def load(path: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
         ) from error
 
 
+def lend_template(tokenizer: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
+    """Give a tokenizer without a chat template that of another; says whether it was given one.
+
+    A base student has none, and is to learn the chat of its teacher.
+    """
+    if tokenizer.chat_template or not other.chat_template:
+        return False
+    tokenizer.chat_template = other.chat_template
+    return True
+
+
 def render(
     tokenizer: PreTrainedTokenizerFast,
     messages: Messages | str,

@@ -95,6 +95,8 @@ def assemble(
     params.shardings(transformer.specs(teacher), mesh)
 
     tokenizer, other = tokenizers.load(student_path), tokenizers.load(teacher_path)
+    if tokenizers.lend_template(tokenizer, other):
+        say("the student has no chat template: prompts are written by the teacher's")
     vocab_size = tokenizers.compare(tokenizer, other, student.vocab_size, teacher.vocab_size)
     teacher = dataclasses.replace(teacher, vocab_size=student.vocab_size)
     stop_ids, message = tokenizers.stop_set(
@@ -366,11 +368,11 @@ def _read_prompts(
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     read = functools.partial(prompt_files.examples, spec=run.data, tokenizer=tokenizer, now=now)
     _check_rendering(run.data, tokenizer, other, now)
-    rows, counts = read(path_of(run.data.prompts))
+    rows, counts = read(path_of(run.data.prompts), say=say)
     say(f"prompts: {counts} ({run.data.prompts})")
     heldout: Sequence[Example] = ()
     if run.eval.every:
-        heldout, counts = read(path_of(run.data.heldout))
+        heldout, counts = read(path_of(run.data.heldout), say=say)
         say(f"held out: {counts} ({run.data.heldout})")
     return rows, heldout
 
@@ -378,7 +380,7 @@ def _read_prompts(
 def _check_rendering(data: DataSpec, tokenizer: Any, other: Any, now: str | None) -> None:
     """Render the first prompts by both tokenizers, each within bounds."""
     path = path_of(data.prompts)
-    records = prompt_files.read(path)[:_RENDERED]
+    records = prompt_files.read(path, data)[:_RENDERED]
 
     def work(begin: Callable[[str], None]) -> None:
         for record in records:

@@ -189,6 +189,16 @@ def test_check_render_refuses_a_prompt_that_only_goes_on_longer(tokenizer):
         tok.check_render(tokenizer, longer, MESSAGES)
 
 
+def test_a_tokenizer_without_a_template_takes_the_others(tokenizer):
+    bare = build(template=None)
+    assert tok.lend_template(bare, tokenizer)
+    assert tok.render(bare, MESSAGES) == tok.render(tokenizer, MESSAGES)
+    own = build(template="{{ messages[0].content }}")
+    assert not tok.lend_template(own, tokenizer)
+    assert own.chat_template == "{{ messages[0].content }}"
+    assert not tok.lend_template(build(template=None), build(template=None))
+
+
 def test_check_render_says_whose_template_is_missing(tokenizer):
     with pytest.raises(ValueError, match=r"student's tokenizer cannot render.*no chat template"):
         tok.check_render(build(template=None), tokenizer, MESSAGES)
