@@ -2,6 +2,10 @@
 
     opd-jax train --config=configs/demo.py --workdir=runs/demo
 
+Expected after its 120 steps: greedy accuracy 59.4 % on 256 held-out problems (before: 31.6 %) and a
+held-out KL of about 0.20 nats (before: 13.56). Other seeds gave 57.0 and 61.3 %, 0.22 and 0.24 nats
+(LOG.md, "the embedded pair"). Two and a half to four minutes on two CPU cores.
+
 Arguments: ``configs/demo.py:steps=20`` shortens the run.
 """
 

@@ -5,7 +5,12 @@
     python scripts/make_reasoning_prompts.py --out=runs/prompts
     opd-jax train --config=configs/smollm2.py --workdir=runs/smollm2
 
-LOG.md has the expected curve. Arguments: ``configs/smollm2.py:steps=20,lr=5e-5``.
+Expected after its 40 steps: held-out KL 0.464 nats (before: 0.953, at step 20: 0.501). Accuracy
+stays near 0 of 48: nearly every answer is cut at 64 tokens. About 21 minutes on two CPU cores with
+other programs beside it, 11.7 s a step when alone (LOG.md, "SmolLM2-135M teaches a copy of
+itself").
+
+Arguments: ``configs/smollm2.py:steps=20,lr=5e-5``.
 """
 
 from opd_jax import config
