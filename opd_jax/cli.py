@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status; an error a user can act on is one message."""
     command.begun = time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["help"] and argv[1:]:
+        return _help_on(argv[1])
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_help())
         return 0 if argv else 2
@@ -70,10 +72,25 @@ def _help() -> str:
         [
             "usage: opd-jax COMMAND ...\n",
             *lines,
-            "\nopd-jax COMMAND --help says more. Every command takes",
+            "\nopd-jax COMMAND --help says more, opd-jax help KEY what a key of train's --config "
+            "means.\nEvery command takes",
             processes.HELP,
         ]
     )
+
+
+def _help_on(named: str) -> int:
+    """Describe a command, or a key or a group of the configuration."""
+    if named in COMMANDS:
+        return main([named, "--help"])
+    from opd_jax import glossary
+
+    try:
+        print(glossary.text(named.lstrip("-")))
+    except ValueError as error:
+        print(f"opd-jax help: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _run(name: str, argv: list[str]) -> int:

@@ -42,7 +42,7 @@ MODES = ("off", "random", "random_window", "first", "last", *MEASURED, "rock_win
 class PositionSpec:
     """How positions are weighted: group ``position``."""
 
-    mode: str = "off"  # off, or one of the table above
+    mode: str = "off"  # off, or by what positions are chosen
     keep: float = 0.5  # share of the scored positions that is kept
     window: int = 100  # positions: of first, last and random_window; to each side in rock_window
     floor: float = 0.0  # weight of what is not kept; 0: not trained on, and not projected

@@ -51,9 +51,9 @@ class ModelSpec:
 class MeshSpec:
     """Devices along each axis; -1 takes what is left."""
 
-    data: int = -1
-    fsdp: int = 1
-    model: int = 1
+    data: int = -1  # copies of the models, each with rows of its own
+    fsdp: int = 1  # devices that share rows' weights, gathered layer by layer
+    model: int = 1  # devices that split heads, features and the vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +62,10 @@ class RolloutSpec:
 
     samples: int = 4  # answers per prompt
     max_new: int = 512  # most ids of an answer
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: float = 1.0  # divides the logits
+    top_k: int = 0  # most likely ids to draw from; 0: all
+    top_p: float = 1.0  # probability mass to draw from; 1: all
+    min_p: float = 0.0  # share of the largest probability that an id needs; 0: none
     bias: tuple[tuple[int, float], ...] = ()  # (id, logit bias) pairs
     buckets: tuple[int, ...] = ()  # answer widths the update is cropped to; (): (max_new,)
 
@@ -165,7 +165,7 @@ class LogSpec:
     samples_every: int = 50  # steps between decoded samples with per-token KL; 0: never
     samples: int = 2  # answers each time
     rocks: int = 10  # top types printed at the end
-    tensorboard: bool = False
+    tensorboard: bool = False  # also write events for TensorBoard into the workdir
     wandb: str = ""  # project name; empty: off
 
     def __post_init__(self):

@@ -46,7 +46,7 @@ def test_train_help_lists_every_key(capsys):
     assert cli.main(["train", "--help"]) == 0
     out = capsys.readouterr().out
     assert "--workdir" in out
-    assert "max_prompt: 512" in out
+    assert "data.max_prompt (int, 512)\n      most ids of a prompt" in out
 
 
 def test_an_unknown_command_is_refused(capsys):
@@ -142,7 +142,7 @@ def test_mismatched_tokenizers(copy, refused, one_device):
     ("text", "where"),
     [
         ('{"prompt": "1 + 1"}\n{"prompt": \n', "prompts.jsonl:2"),
-        ('{"prompt": "1 + 1"}\n\n{"prompt": "2"}\n', "prompts.jsonl:2"),
+        ('{"prompt": "1 + 1"}\n\n{"prompt": 2}\n', "prompts.jsonl:3"),
         ('{"question": "1 + 1"}\n', "prompts.jsonl:1"),
         ('{"messages": [{"role": "user"}]}\n', "prompts.jsonl:1"),
         ('["1 + 1"]\n', "prompts.jsonl:1"),

@@ -54,6 +54,7 @@ ORDER: list[str | tuple[str, list]] = [
     # what a run is, and what it leaves on disk
     "spec",
     "config",
+    "glossary",
     (
         "store",
         [

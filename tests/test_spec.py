@@ -15,7 +15,7 @@ def run(**changed):
 
 def test_every_group_is_a_field_of_the_run():
     names = {f.name for f in dataclasses.fields(spec.RunConfig)}
-    assert names == {"seed", "profile", "init_from", "init_keep", *spec.GROUPS}
+    assert names == {"seed", "profile", "init_from", "init_keep", "prediction", *spec.GROUPS}
 
 
 @pytest.mark.parametrize("name", spec.GROUPS)

@@ -42,10 +42,10 @@ class DataSpec:
         tuple[str, str], ...
     ] = ()  # (our name, name in the file): ("prompt", "question")
     system: str = ""  # system prompt for rows without one; makes plain prompts a chat
-    max_prompt: int = 512  # ids
+    max_prompt: int = 512  # most ids of a prompt
     too_long: str = "drop"  # drop, left_truncate or error
     buckets: tuple[int, ...] = ()  # padded prompt widths, each compiled once; (): (max_prompt,)
-    shuffle: bool = True
+    shuffle: bool = True  # a new order each epoch, by the seed; False: as in the file
     epochs: int = 0  # 0: as many as the steps need
     template: tuple[tuple[str, Any], ...] = ()  # chat template arguments, (name, value) pairs
 

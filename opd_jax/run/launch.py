@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from opd_jax import command, config, processes
+from opd_jax import command, config, glossary, processes
 from opd_jax.run import train
 
 _HELP = """usage: opd-jax train --config=FILE[:args] --workdir=DIR [--config.group.key=value]
@@ -17,14 +17,14 @@ Distil on-policy. The same command resumes a run that was stopped or killed.
 
 example: opd-jax train --config=configs/demo.py --workdir=runs/demo --config.train.steps=20
 
-Groups and keys, with their default values:
+Keys, as --config.KEY=VALUE, with (type, default) and [choices]; opd-jax help KEY shows fewer:
 """
 
 
 def main(argv: Sequence[str]) -> int:
     """Train and return the exit status: 0 only where the run is finished."""
     if {"-h", "--help"} & set(argv):
-        print(_HELP + str(config.defaults()))
+        print(_HELP + glossary.text())
         return 0
     given, flags = config.load(argv, workdir=None)
     if not flags["workdir"]:
