@@ -77,8 +77,11 @@ class Lab:
             )
         limit = subject.setting("data.max_prompt", flags.max_prompt) or room
         template = subject.setting("data.template") or ()
+        columns = () if flags.prompts else subject.setting("data.columns") or ()
         spec = prompt_files.DataSpec(
             max_prompt=min(limit, room),
+            columns=tuple((ours, theirs) for ours, theirs in columns),
+            system=subject.setting("data.system") or "",
             template=tuple((name, value) for name, value in template),
         )
         rows, counts = prompt_files.examples(

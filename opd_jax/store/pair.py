@@ -251,6 +251,7 @@ def open_pair(
     ours, theirs = resolve(student), resolve(teacher)
     ours_cfg, theirs_cfg = _config(ours, dtype), _config(theirs, dtype)
     tokenizer, other = tokenizers.load(ours.folder), tokenizers.load(theirs.folder)
+    tokenizers.lend_template(tokenizer, other)  # as the run did
     vocab_size = tokenizers.compare(tokenizer, other, ours_cfg.vocab_size, theirs_cfg.vocab_size)
     stop_ids, message = tokenizers.stop_set(
         tokenizer,
