@@ -172,11 +172,14 @@ def examples(
       FileNotFoundError, ValueError: as :func:`read`; a prompt that cannot be rendered; a prompt
         over the limit where ``spec.too_long`` is "error"; no prompt left.
     """
-    found, counts = _tokenise(Path(path), spec, tokenizer, now, completion=None, say=say)
+    told: list[str] = []
+    found, counts = _tokenise(Path(path), spec, tokenizer, now, completion=None, say=told.append)
     if say:
         shown = found[0].text
         cut = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
-        say(f"its first prompt, {len(found[0].ids)} ids: {cut!r}")
+        say(f"{told[0]}; the first as the model sees it, {len(found[0].ids)} ids: {cut!r}")
+        for line in told[1:]:
+            say(line)
     return found, counts
 
 

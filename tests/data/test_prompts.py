@@ -152,6 +152,16 @@ def test_examples_render_and_keep_the_line_index(tokenizer, tmp_path):
     assert "1 dropped as too long" in str(counts)
 
 
+def test_one_line_says_what_was_read_and_what_the_model_sees(tokenizer, tmp_path):
+    said = []
+    path = write(tmp_path / "p.jsonl", [{"prompt": "x" * 300, "gold": 1}, {"prompt": "ab"}])
+    prompt_files.examples(path, DataSpec(system="s"), tokenizer, say=said.append)
+    first, second = said
+    assert first.startswith(f"read {path}: JSON lines, 2 rows with `prompt`; the first as the ")
+    assert first.endswith(f"302 ids: 's{'x' * 96}...'")
+    assert "gold may hold answers and is not used" in second
+
+
 def test_left_truncation_keeps_the_end_and_is_counted(tokenizer, tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": "abcdef"}, {"prompt": "gh"}])
     spec = DataSpec(max_prompt=3, too_long="left_truncate")
