@@ -199,7 +199,8 @@ def _answer(value: Any) -> Answer | None:
 
 
 def _one_answer(value: Any, name: str) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if is_whole or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     return text(value, name)
 

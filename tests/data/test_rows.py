@@ -65,6 +65,7 @@ def test_blank_lines_are_skipped_and_counted(tmp_path):
         ({"conversations": [*SHAREGPT, *SHAREGPT]}, {}, ([*USER, REPLY, *USER], None, "2")),
         ({"prompt": "a", "answer": ["2", 2.5]}, {}, ("a", ("2", "2.5"), None)),
         ({"prompt": "a", "answer": [2]}, {}, ("a", "2", None)),
+        ({"prompt": "a", "answer": 10**400}, {}, ("a", str(10**400), None)),  # no float holds it
         ({"prompt": "", "messages": USER}, {}, (USER, None, None)),
         (
             {"question": "a", "ground_truth": 7},
