@@ -295,3 +295,18 @@ def test_every_spelling_of_an_import_is_read(source, package, wanted):
 )
 def test_only_what_stands_before_is_allowed(name, imports, count):
     assert len(violations(name, imports)) == count
+
+
+def test_no_two_modules_have_names_that_differ_by_an_ending():
+    names = sorted({name.rpartition(".")[2] for name in MODULES})
+    pairs = [(a, b) for a in names for b in names if b.startswith(a) and 0 < len(b) - len(a) <= 4]
+    assert pairs == []
+
+
+def test_modules_are_small():
+    """A room that is full is two rooms."""
+    sizes = {
+        name: len(path.read_text(encoding="utf-8").splitlines()) for path, name in modules().items()
+    }
+    assert {name: size for name, size in sizes.items() if size > 450} == {}
+    assert sorted(sizes.values())[len(sizes) // 2] < 200
