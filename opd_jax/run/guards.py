@@ -23,15 +23,18 @@ class RunawayError(RuntimeError):
 
 
 def check_finite(
-    values: Mapping[str, float], step: int, names: Sequence[str], saved: Sequence[int]
+    values: Mapping[str, float],
+    step: int,
+    names: Callable[[], Sequence[str]],
+    saved: Callable[[], Sequence[int]],
 ) -> None:
     """Check a step's loss and gradients.
 
     Args:
       values: reduced metrics of the step.
       step: finished updates before it.
-      names: of the parameter tensors, in the order that ``nonfinite`` counts them.
-      saved: steps of the checkpoints.
+      names: gives those of the parameter tensors, in the order that ``nonfinite`` counts them.
+      saved: gives the steps of the checkpoints; neither is asked in a step that is fine.
 
     Raises:
       NonFiniteError: they are not finite.
@@ -39,8 +42,9 @@ def check_finite(
     index = int(values["nonfinite"])
     if index == -1:
         return
-    what = f"the gradient of {names[index]}" if index >= 0 else "the loss"
-    kept = f"step {saved[-1]} is the newest checkpoint" if saved else "there is no checkpoint"
+    what = f"the gradient of {names()[index]}" if index >= 0 else "the loss"
+    found = saved()
+    kept = f"step {found[-1]} is the newest checkpoint" if found else "there is no checkpoint"
     raise NonFiniteError(
         f"step {step}: {what} is not finite (loss {values['loss']:.4g}, gradient norm "
         f"{values['grad_norm']:.4g}); stopped before saving, {kept}; lower --config.optim.lr, "

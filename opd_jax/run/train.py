@@ -326,8 +326,7 @@ class _Loop:
         with jax.profiler.TraceAnnotation("metrics"):
             num_tokens = float(means["length_tokens"].total)
             values = pytrees.reduce(means)
-        names = steps.leaf_names(assemble.state_template(self.parts).params)
-        guards.check_finite(values, step, names, self.saves.steps())
+        guards.check_finite(values, step, self._tensor_names, self.saves.steps)
         values["mean_length"] = values.pop("length_tokens")
         values["lr"] = float(np.asarray(self.schedule(step)))
         del values["nonfinite"]
@@ -337,6 +336,9 @@ class _Loop:
         values["tokens_per_s"] = num_tokens / seconds["step"]
         self.journal.step(step + 1, values | {f"{name}_s": x for name, x in seconds.items()})
         return state, values, seconds
+
+    def _tensor_names(self) -> list[str]:
+        return steps.leaf_names(assemble.state_template(self.parts).params)
 
     def _watched(self, phase: str, program: Callable[..., Any]) -> Callable[..., Any]:
         """The program, as a phase of the step, which ends when its last result is there."""
