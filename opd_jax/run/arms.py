@@ -220,15 +220,38 @@ def _comparisons(
     for row in rows:
         if row is base:
             continue
-        about = {"arm": row["arm"]}
-        if right[baseline][0].size:
-            change = compare_accuracy(right[baseline], right[row["arm"]], margins.accuracy)
-            found.append(about | {"metric": "accuracy", **change})
-        values = [x["metrics"]["kl_nats"]["values"] for x in (base, row)]
-        if None not in values[0] + values[1]:
-            margin = margins.kl * float(np.mean(values[0]))
-            change = compare_kl(np.subtract(values[1], values[0]), margin)
-            found.append(about | {"metric": "kl_nats", **change})
+        kl = [x["metrics"]["kl_nats"]["values"] for x in (base, row)]
+        pair = [right[x["arm"]] for x in (base, row)]
+        found += [{"arm": row["arm"], **change} for change in compare_pair(pair, kl, margins)]
+    judge(found)
+    return found
+
+
+def compare_pair(
+    right: Sequence[Sequence[np.ndarray]],
+    kl: Sequence[Sequence[float | None]],
+    margins: Margins,
+) -> list[dict[str, Any]]:
+    """The changes from one arm to another, by each metric that both have.
+
+    Args:
+      right: of both, seed by seed the shares of right answers to each problem.
+      kl: of both, one value a seed.
+      margins: the smallest differences that count.
+    """
+    found = []
+    if right[0][0].size:
+        change = compare_accuracy(right[0], right[1], margins.accuracy)
+        found.append({"metric": "accuracy", **change})
+    if None not in (*kl[0], *kl[1]):
+        base, arm = (np.asarray(values, float) for values in kl)
+        change = compare_kl(arm - base, margins.kl * float(base.mean()))
+        found.append({"metric": "kl_nats", **change})
+    return found
+
+
+def judge(found: Sequence[dict[str, Any]]) -> None:
+    """Adjust the p-values of comparisons together, either test by itself, and add verdicts."""
     for name in ("p", "p_equivalent"):
         tested = [comparison for comparison in found if comparison[name] is not None]
         adjusted = iter(stats.bh_adjusted([comparison[name] for comparison in tested]))
@@ -238,7 +261,6 @@ def _comparisons(
     for comparison in found:
         p, away = comparison["p_adjusted"], comparison["p_equivalent_adjusted"]
         comparison["verdict"] = "not tested" if p is None else stats.verdict(p, away)
-    return found
 
 
 def compare_accuracy(

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax import stats
 from opd_jax.run import arms
 from opd_jax.run.arms import Job, Margins
 from opd_jax.spec import RunConfig
@@ -52,27 +51,12 @@ def compare(
     """
     found = []
     for arm, control in controls.items():
-        pair = [[job for job in jobs if job.arm == name] for name in (arm, control)]
+        pair = [[job for job in jobs if job.arm == name] for name in (control, arm)]
         right = [[arms.graded_problems(job)[1] for job in own] for own in pair]
-        known = {"arm": arm, "against": control, **_costs(pair[0])}
-        if right[0][0].size:
-            change = arms.compare_accuracy(right[1], right[0], margins.accuracy)
-            found.append(known | {"metric": "accuracy", **change})
         kl = [[run_files.summary(job.folder)["after"]["kl_nats"] for job in own] for own in pair]
-        if None not in kl[0] + kl[1]:
-            ours, theirs = (np.asarray(values, float) for values in kl)
-            change = arms.compare_kl(ours - theirs, margins.kl * float(theirs.mean()))
-            found.append(known | {"metric": "kl_nats", **change})
-    for name in ("p", "p_equivalent"):
-        tested = [row for row in found if row[name] is not None]
-        adjusted = stats.bh_adjusted([row[name] for row in tested])
-        for row in found:
-            row[f"{name}_adjusted"] = None
-        for row, value in zip(tested, adjusted, strict=True):
-            row[f"{name}_adjusted"] = float(value)
-    for row in found:
-        p, away = row["p_adjusted"], row["p_equivalent_adjusted"]
-        row["verdict"] = "not tested" if p is None else stats.verdict(p, away)
+        known = {"arm": arm, "against": control, **_costs(pair[1])}
+        found += [known | change for change in arms.compare_pair(right, kl, margins)]
+    arms.judge(found)
     return found
 
 
