@@ -116,17 +116,10 @@ def eval_step(
 ) -> tuple[dict[str, Mean], TokenKL]:
     """Measure KL on rollouts without gradient, every scored position, gated or not."""
     _traced["eval_step"] += 1
-    # Plain measurement: no position is skipped, whatever the gate would do in training.
     goal = objective.targets(rollout, state, jax.random.key(0), cfg=cfg)
+    # Plain measurement: no position is skipped, whatever the gate would do in training.
     goal = goal.replace(importance_BT=goal.mask_BT.astype(jnp.float32))
-
-    def piece_of(piece):
-        rollout, goal = piece
-        states_BTE = objective.teacher_states(teacher, rollout, cfg=cfg)
-        return objective.weighted_loss(params, teacher, states_BTE, rollout, goal, cfg=cfg)[1]
-
-    pieces = objective.split((rollout.replace(policy_step=None), goal), cfg.microbatches)
-    tokens = objective.join(jax.lax.map(piece_of, pieces))
+    tokens = _measured(params, teacher, rollout, None, goal, cfg)
     return measure(rollout, goal, tokens, cfg=cfg), tokens
 
 
