@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from gradients import gradient, spread
 from safetensors.numpy import load_file
 
 from opd_jax import mesh
-from opd_jax.models import hf, params, transformer
+from opd_jax.models import hf, transformer
 from opd_jax.models.families import FAMILIES
 from opd_jax.pytrees import Prompt
 from opd_jax.rollout import decode
@@ -158,23 +158,6 @@ def merged(found, given):
 
 
 # --- where it runs --------------------------------------------------------------------------------
-
-
-def spread(tree, cfg):
-    """The same parameters on the current mesh."""
-    places = params.shardings(transformer.specs(cfg), jax.sharding.get_mesh())
-    return jax.tree.map(jax.device_put, jax.tree.map(np.asarray, tree), places)
-
-
-@functools.partial(jax.jit, static_argnames="cfg")
-def gradient(tree, ids_BT, valid_BT, *, cfg):
-    """Gradient of the mean squared logit, and the logits (one compilation for both)."""
-
-    def loss(tree):
-        out_BTV = transformer.logits(tree, ids_BT, cfg=cfg, valid_BT=valid_BT)
-        return jnp.mean(jnp.square(out_BTV) * valid_BT[:, :, None]), out_BTV
-
-    return jax.grad(loss, has_aux=True)(tree)
 
 
 def test_every_leaf_has_its_gradient_checked():

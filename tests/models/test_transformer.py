@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gradients import gradient, spread
 from jax.sharding import PartitionSpec as P
 
 from opd_jax import mesh
@@ -47,23 +48,6 @@ logits = jax.jit(transformer.logits, static_argnames="cfg")
 @functools.cache
 def expected():
     return np.asarray(logits(weights(), IDS, cfg=CFG, valid_BT=VALID))
-
-
-def spread(tree, cfg):
-    """The same parameters on the current mesh."""
-    places = params.shardings(transformer.specs(cfg), jax.sharding.get_mesh())
-    return jax.tree.map(jax.device_put, jax.tree.map(np.asarray, tree), places)
-
-
-@functools.partial(jax.jit, static_argnames="cfg")
-def gradient(tree, ids_BT, valid_BT, *, cfg):
-    """Gradient of the mean squared logit, and the logits (one compilation for both)."""
-
-    def loss(tree):
-        out_BTV = transformer.logits(tree, ids_BT, cfg=cfg, valid_BT=valid_BT)
-        return jnp.mean(jnp.square(out_BTV) * valid_BT[:, :, None]), out_BTV
-
-    return jax.grad(loss, has_aux=True)(tree)
 
 
 @functools.cache
