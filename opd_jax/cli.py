@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import os
 import signal
@@ -47,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, 1, 0.4)
-        known = f" (nearest known: {near[0]})" if near else ""
+        known = command.nearest(argv[0], COMMANDS)
         print(
             f"opd-jax: unknown command {argv[0]!r}{known}; expected one of {', '.join(COMMANDS)}",
             file=sys.stderr,

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -42,11 +43,16 @@ class Parser(argparse.ArgumentParser):
         what, _, given = message.partition("unrecognized arguments: ")
         for item in given.split() if not what else ():
             name = item.partition("=")[0]
-            near = difflib.get_close_matches(name, self._option_string_actions, 1, 0.4)
-            known = f" (nearest known: {near[0]})" if near and item.startswith("-") else ""
+            known = nearest(name, self._option_string_actions) if item.startswith("-") else ""
             message = f"unknown argument {item}{known}: expected one of the flags above; correct it"
             break
         super().error(message)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at what was probably meant, to stand behind an unknown name; empty if nothing is."""
+    found = difflib.get_close_matches(name, list(known), 1, 0.4)
+    return f" (nearest known: {found[0]})" if found else ""
 
 
 def keep_programs() -> None:

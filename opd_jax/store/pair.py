@@ -182,7 +182,7 @@ class Model:
     @property
     def stored(self) -> jnp.dtype:
         """Dtype of its parameters."""
-        return jnp.dtype(self.reference.param_dtype or self.cfg.dtype)
+        return _stored(self.reference, self.cfg)
 
     def sampler(self, **filters: Any) -> Sampler:
         """How it answers: ``temperature``, ``top_k``, ``top_p``, ``min_p``."""
@@ -332,8 +332,12 @@ def _config(ref: Reference, dtype: str | None) -> ModelConfig:
     return hf_config.read_config(ref.folder, dtype=compute_dtype(dtype))
 
 
+def _stored(ref: Reference, cfg: ModelConfig) -> jnp.dtype:
+    return jnp.dtype(ref.param_dtype or cfg.dtype)
+
+
 def _params(ref: Reference, cfg: ModelConfig, mesh: Mesh, num_ids: int) -> Params:
-    stored = jnp.dtype(ref.param_dtype or cfg.dtype)
+    stored = _stored(ref, cfg)
     if ref.run is None:
         return hf.load(ref.folder, dtype=stored, mesh=mesh, num_ids=num_ids)[1]
     template = {"params": params.abstract(transformer.specs(cfg), stored, mesh)}

@@ -338,10 +338,10 @@ def check_free(folder: Path) -> None:
     names = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
     names = [name for name in names if name[0] != "." and name not in KEPT_PROMPTS]
     # The lock of a run that was refused, or killed at once, is nobody's.
-    files = [name for name in names if not _is_unused(folder / name)]
-    if files:
+    left = [name for name in names if not _is_unused(folder / name)]
+    if left:
         raise WorkdirError(
-            f"{folder} is not empty ({', '.join(files[:3])}{', ...' * (len(files) > 3)}) and "
+            f"{folder} is not empty ({', '.join(left[:3])}{', ...' * (len(left) > 3)}) and "
             "has no run.json; expected an empty folder or one of this run; give another "
             "--workdir"
         )
