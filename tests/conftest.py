@@ -28,3 +28,8 @@ def _release_programs():
     """Let go of a module's compiled programs: each holds memory maps, and Linux limits those."""
     yield
     jax.clear_caches()
+
+
+def pytest_make_parametrize_id(val):
+    """Bytes give a test no name: pytest-xdist wants one collection in every process, and a reader words."""
+    return "bytes" if isinstance(val, bytes) else None
