@@ -51,9 +51,10 @@ def teacher_states(
 ) -> Float[Array, "B T E"]:
     """Run the teacher over a batch, in micro-batches; see ``objective.teacher_states``."""
     _traced["teacher_states"] += 1
-    pieces = objective.split(rollout.replace(policy_step=None), cfg.microbatches)
-    return objective.join(
-        jax.lax.map(lambda piece: objective.teacher_states(teacher, piece, cfg=cfg), pieces)
+    return _in_pieces(
+        lambda piece: objective.teacher_states(teacher, piece, cfg=cfg),
+        rollout.replace(policy_step=None),
+        cfg,
     )
 
 
@@ -200,10 +201,17 @@ def _measured(params, teacher, rollout, states_BTE, goal: Targets, cfg: Objectiv
             states_BTE = objective.teacher_states(teacher, rollout, cfg=cfg)
         return objective.weighted_loss(params, teacher, states_BTE, rollout, goal, cfg=cfg)[1]
 
-    whole = (rollout.replace(policy_step=None), goal, states_BTE)
+    return _in_pieces(piece_of, (rollout.replace(policy_step=None), goal, states_BTE), cfg)
+
+
+def _in_pieces(function, whole, cfg: ObjectiveConfig):
+    """The function of a batch, row by row the same in micro-batches, which are one loop.
+
+    A loop of one round is none: XLA for TPU takes the layers out of it and keeps them in it, too.
+    """
     if cfg.microbatches == 1:
-        return piece_of(whole)
-    return objective.join(jax.lax.map(piece_of, objective.split(whole, cfg.microbatches)))
+        return function(whole)
+    return objective.join(jax.lax.map(function, objective.split(whole, cfg.microbatches)))
 
 
 def _budget(goal: Targets, num_trained, *, is_measured: bool) -> dict[str, Mean]:

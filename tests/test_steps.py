@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -205,6 +206,37 @@ def test_eight_devices_micro_batches_and_given_teacher_states_do_not_matter(plai
     assert steps.programs() == before | {"distill_step": before["distill_step"] + 1}
     agree(got, plain[0])
     agree(metrics, plain[1])
+
+
+def rounds(jaxpr):
+    """Rounds of each counted loop, however deep in a traced program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation.params["length"]
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from rounds(inner)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_the_layers_are_one_loop_and_a_whole_batch_is_none(pieces):
+    """Of a loop of one round around the layers, XLA for TPU makes two of the layers."""
+    deep = dataclasses.replace(TEACHER, num_layers=5)
+    student = dataclasses.replace(STUDENT, num_layers=3)
+    cfg = dataclasses.replace(CFG, student=student, teacher=deep, microbatches=pieces)
+    tree, own = (params.abstract(transformer.specs(c), jnp.float32) for c in (deep, student))
+    state = jax.eval_shape(functools.partial(steps.init, cfg=cfg, tx=TX), own, jax.random.key(0))
+    traced = {
+        "teacher": steps.teacher_states.trace(tree, BATCH, cfg=cfg),
+        "evaluation": steps.eval_step.trace(own, tree, BATCH, state.rock, cfg=cfg),
+        "update": steps.distill_step.trace(state, tree, BATCH, cfg=cfg, tx=TX),
+    }
+    found = {name: sorted(rounds(made.jaxpr.jaxpr)) for name, made in traced.items()}
+    batch = [pieces] * (pieces > 1)
+    assert found == {
+        "teacher": [*batch, 5],
+        "evaluation": [*batch, 3, 5],
+        "update": [*batch, 3, 3, 5],  # and back through the student's
+    }
 
 
 def test_a_step_draws_with_no_key_of_a_rollout():

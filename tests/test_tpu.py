@@ -182,6 +182,17 @@ def test_what_a_chip_needs_beyond_its_arguments_is_less_than_the_dense_logits(co
     assert temporaries["sample"] < dense / 8, (temporaries, dense)
 
 
+def test_the_teacher_goes_through_its_layers_once(compiled):
+    """The compiler counts a loop's body once, so that a second loop doubles what it counts."""
+    text = compiled["teacher"].as_text()
+    assert len(re.findall(r" while\(", text)) == 1
+    rows = ROWS // (AXES["data"] * AXES["fsdp"])
+    layer = jax.tree.leaves(transformer.specs(TEACHER)["layers"])
+    weights = sum(np.prod(spec.shape[1:]) for spec in layer) / AXES["model"]
+    products = 2 * rows * (PROMPT + NEW - 1) * weights
+    assert products < compiled["teacher"].cost_analysis()["flops"] < 1.5 * products
+
+
 def test_the_state_is_updated_in_place(compiled):
     memory = compiled["update"].memory_analysis()
     assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes
