@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
 import time
 from collections.abc import Iterable
@@ -53,6 +54,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A hint at what was probably meant, to stand behind an unknown name; empty if nothing is."""
     found = difflib.get_close_matches(name, list(known), 1, 0.4)
     return f" (nearest known: {found[0]})" if found else ""
+
+
+def pairs(name: str, text: str) -> tuple[tuple[str, Any], ...]:
+    """The (name, value) pairs of a flag that is a JSON object, in the order of their names.
+
+    Raises:
+      ValueError: it is none.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        example = '{"enable_thinking": false}' if name == "template" else '{"prompt": "question"}'
+        raise ValueError(
+            f"{name} is {text!r}: expected a JSON object such as '{example}'; set --{name}"
+        )
+    return tuple(sorted(found.items()))
 
 
 def keep_programs() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.resources
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 TIME = "%Y-%m-%dT%H:%M:%SZ"  # how a moment is written, in UTC
 EMBEDDED = "embedded:"  # prefix of paths inside the package's own demo pair
@@ -77,11 +78,49 @@ def new_folder(path: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):
-                (partial / _LOCK).unlink()
+                (partial / LOCK).unlink()
                 partial.rmdir()  # the lock still held: to all others the folder was in use so far
 
 
-_LOCK = "lock"
+def append(stream: TextIO, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Append JSON lines to a file that grows, and put them on disk."""
+    stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def cut(path: Path, keep: int) -> None:
+    """Cut a file of lines back to its first ones; nothing where there is no file."""
+    if not path.exists():
+        return
+    with path.open("rb+") as stream:
+        for _ in range(keep):
+            stream.readline()
+        stream.truncate(stream.tell())
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Be the only process that writes into a folder, which is made where there is none.
+
+    Raises:
+      FileExistsError: another one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"{folder} is being written by another process: expected to be the only one; wait "
+                "for it to end, or give another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+LOCK = "lock"  # the file in a folder that its only writer holds
 
 
 def _check_free(path: Path) -> None:
@@ -105,7 +144,7 @@ def _locked(folder: Path, path: Path) -> Iterator[bool]:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:  # its writer ended in this moment and removed the folder
             continue
         try:

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TextIO
+from typing import Any, NotRequired
 
 import pydantic
 from typing_extensions import TypedDict
@@ -27,7 +26,7 @@ from opd_jax import files, records
 from opd_jax.evaluate import metrics
 from opd_jax.store import fingerprint
 
-RECORD, LINES, SUMMARY, LOCK = "eval.json", "completions.jsonl", "summary.json", "lock"
+RECORD, LINES, SUMMARY = "eval.json", "completions.jsonl", "summary.json"
 _CHANGE = "put back a copy, or evaluate again into another --out"
 
 
@@ -185,7 +184,7 @@ def enter(folder: Path, record: EvalRecord, order: Sequence[tuple[str, int]], sa
     old = load_record(folder)
     if old is None:
         with contextlib.suppress(FileNotFoundError):
-            there = sorted(set(os.listdir(folder)) - {LOCK})
+            there = sorted(set(os.listdir(folder)) - {files.LOCK})
             if there:
                 raise ResultError(
                     f"{folder} holds {there[0]!r} and no {RECORD}: expected a new folder, or that "
@@ -208,7 +207,7 @@ def enter(folder: Path, record: EvalRecord, order: Sequence[tuple[str, int]], sa
                 f"{place or 'nothing more'}; {_CHANGE}"
             )
         done = number + 1
-    _cut(folder / LINES, done // samples * samples)
+    files.cut(folder / LINES, done // samples * samples)
     return done // samples
 
 
@@ -227,44 +226,6 @@ def differences(old: EvalRecord, new: EvalRecord) -> list[str]:
     if not told and list(tasks[0]) != list(tasks[1]):
         told.append("the tasks stand in another order")
     return told
-
-
-def _cut(path: Path, keep: int) -> None:
-    """Cut a file back to its first lines."""
-    if not path.exists():
-        return
-    with path.open("rb+") as stream:
-        for _ in range(keep):
-            stream.readline()
-        stream.truncate(stream.tell())
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Be the only process that writes into a folder.
-
-    Raises:
-      ResultError: another one does.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ResultError(
-                f"{folder} is being written by another process: expected to be the only one; wait "
-                "for it to end, or give another --out"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-
-
-def write(stream: TextIO, lines: Sequence[Line]) -> None:
-    """Append lines and put them on disk."""
-    stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    stream.flush()
-    os.fsync(stream.fileno())
 
 
 def write_summary(

@@ -13,7 +13,7 @@ import pytest
 import tiny_run
 
 from opd_jax import cli
-from opd_jax.evaluate import benchmark, results
+from opd_jax.evaluate import results
 
 tiny, one_device, workdir = tiny_run.tiny, tiny_run.one_device, tiny_run.workdir
 
@@ -21,10 +21,9 @@ tiny, one_device, workdir = tiny_run.tiny, tiny_run.one_device, tiny_run.workdir
 CHILD = """
 import sys, time
 import jax
-from opd_jax import cli, mesh
-from opd_jax.evaluate import results
+from opd_jax import cli, files, mesh
 
-make, write = mesh.make, results.write
+make, write = mesh.make, files.append
 calls = []
 
 
@@ -38,7 +37,7 @@ def hang(stream, lines):
     write(stream, lines)
 
 
-results.write = hang
+files.append = hang
 mesh.make = lambda *a, **k: make(*a, **(k | {"devices": jax.devices()[:1]}))
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -310,7 +309,3 @@ def test_evaluations_that_cannot_be_compared(sampled, tmp_path, capsys):
     lines = (copy / results.LINES).read_text().splitlines(keepends=True)
     (copy / results.LINES).write_text("".join(lines[:-1]))
     assert "has 38 of 39 responses" in compare(copy)
-
-
-def test_prompts_are_padded_to_few_widths():
-    assert [benchmark._width(n, 1000) for n in (1, 64, 65, 200, 900)] == [64, 64, 128, 256, 1000]

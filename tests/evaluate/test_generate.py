@@ -1,7 +1,11 @@
 """Answers of one model to a file of prompts."""
 
 import json
+import os
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
 import tiny_run
@@ -9,11 +13,38 @@ from safetensors.numpy import load_file, save_file
 
 from opd_jax import cli
 from opd_jax.data import tokenizer as tokenizers
+from opd_jax.evaluate import generate as command
+
+# What a child to be killed runs: the command on the first device, hanging in its third batch.
+CHILD = """
+import sys, time
+import jax
+from opd_jax import cli, files, mesh
+
+make, append = mesh.make, files.append
+calls = []
+
+
+def hang(stream, lines):
+    if len(calls) == 2:
+        append(stream, lines[:1])
+        stream.write('{"index": 9, "sam')
+        stream.flush()
+        print("HANGS", flush=True)
+        time.sleep(600)
+    calls.append(1)
+    append(stream, lines)
+
+
+files.append = hang
+mesh.make = lambda *a, **k: make(*a, **(k | {"devices": jax.devices()[:1]}))
+sys.exit(cli.main(sys.argv[1:]))
+"""
 
 tiny, one_device, workdir = tiny_run.tiny, tiny_run.one_device, tiny_run.workdir
 
 
-def generate(tiny, out, **flags):
+def argv(tiny, out, **flags):
     given = {
         "model": tiny / "student",
         "prompts": tiny / "prompts.jsonl",
@@ -22,7 +53,11 @@ def generate(tiny, out, **flags):
         "batch": 8,
     }
     given |= {name.replace("_", "-"): value for name, value in flags.items()}
-    return cli.main(["generate", *(f"--{name}={value}" for name, value in given.items())])
+    return ["generate", *(f"--{name}={value}" for name, value in given.items())]
+
+
+def generate(tiny, out, **flags):
+    return cli.main(argv(tiny, out, **flags))
 
 
 @pytest.mark.usefixtures("one_device")
@@ -31,17 +66,24 @@ def test_one_line_per_answer(tiny, tmp_path, capsys):
     assert generate(tiny, out, samples=2, temperature=1.0) == 0
     lines = tiny_run.read_lines(out)
     assert [line["index"] for line in lines] == [i for i in range(12) for _ in range(2)]
+    assert [line["sample"] for line in lines] == [0, 1] * 12
     prompts = tiny_run.read_lines(tiny / "prompts.jsonl")
+    tokenizer = tokenizers.load(tiny / "student")
     for line in lines:
         assert line.keys() == {
-            *("index", "prompt", "answer", "tokens", "truncated"),
-            *("gold", "correct", "found", "reason"),
+            *("index", "sample", "prompt", "prompt_ids", "completion", "completion_ids"),
+            *("tokens", "truncated", "answer", "correct", "found", "reason"),
         }
         assert prompts[line["index"]]["prompt"] in line["prompt"]
-        assert line["gold"] == prompts[line["index"]]["answer"]
+        assert line["answer"] == prompts[line["index"]]["answer"]
         assert 1 <= line["tokens"] <= 6
+        assert line["tokens"] == len(line["completion_ids"])
+        assert tokenizer.decode(line["prompt_ids"]) == line["prompt"]
+        decoded = tokenizer.decode(line["completion_ids"], skip_special_tokens=True)
+        assert decoded == line["completion"]
+        assert line["truncated"] == (line["completion_ids"][-1] != tokenizer.eos_token_id)
         assert type(line["correct"]) is bool
-    assert len({line["answer"] for line in lines}) > 12  # the two samples are two draws
+    assert len({line["completion"] for line in lines}) > 12  # the two samples are two draws
     said = capsys.readouterr().out
     assert "wrote 24 answers" in said
     share = sum(line["correct"] for line in lines) / 24
@@ -61,13 +103,81 @@ def test_the_batch_size_does_not_change_an_answer(tiny, tmp_path):
 
 
 @pytest.mark.usefixtures("one_device")
+def test_a_killed_command_goes_on_and_writes_the_same(tiny, tmp_path, capsys):
+    flags = {"samples": 2, "temperature": 1.0, "batch": 2}
+    assert generate(tiny, tmp_path / "whole", **flags) == 0
+    out, partial = tmp_path / "killed", tmp_path / "killed.partial"
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, *argv(tiny, out, **flags)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir},
+    ) as child:
+        assert child.stdout is not None
+        assert any("HANGS" in line for line in child.stdout)
+        capsys.readouterr()
+        assert generate(tiny, out, **flags) == 1  # while it is written
+        child.kill()
+    assert "is being written by another process" in capsys.readouterr().err
+    assert not out.exists()
+    for other in ({"seed": 1}, {"max_new": 5}, {"limit": 7}, {"model": tiny / "teacher"}):
+        assert generate(tiny, out, **(flags | other)) == 1
+        assert "holds answers of another command" in capsys.readouterr().err
+    assert generate(tiny, out, **(flags | {"batch": 3})) == 0
+    assert "has answers to 4 of 12 prompts: going on" in capsys.readouterr().out
+    assert out.read_text() == (tmp_path / "whole").read_text()
+    assert not partial.exists()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_damaged_file_of_answers_is_named(tiny, tmp_path, capsys, monkeypatch):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+
+    def fail(*args):
+        raise ValueError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_finish", fail)  # all is there, and not yet in its place
+        assert generate(tiny, out, limit=2) == 1
+    capsys.readouterr()
+    file = partial / "answers.jsonl"
+    whole = file.read_text()
+    first, second = whole.splitlines(keepends=True)
+    for body, part in (
+        (second, "line 1 is sample 0 of prompt 1: expected (0, 0)"),
+        ('{"index": 0}\n', "line 1: field 'sample' is missing"),
+        (whole + first, "line 3 is sample 0 of prompt 0: expected no more"),
+    ):
+        file.write_text(body)
+        assert generate(tiny, out, limit=2) == 1
+        assert part in capsys.readouterr().err
+    file.write_text(whole)
+    (partial / "command.json").write_text("{")
+    assert generate(tiny, out, limit=2) == 1
+    assert f"remove {partial}" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_prompt_that_stands_there_twice_is_answered_once(tiny, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    texts = ["1 + 1 = ?", "2 + 2 = ?", "1 + 1 = ?", "3 + 3 = ?", "2 + 2 = ?"]
+    tiny_run.write_lines(prompts, [{"question": text} for text in texts])
+    columns = json.dumps({"prompt": "question"})
+    flags = {"prompts": prompts, "columns": columns, "samples": 2, "temperature": 1.0}
+    assert generate(tiny, tmp_path / "out", **flags) == 0
+    assert "2 prompts stood there more than once" in capsys.readouterr().out
+    lines = tiny_run.read_lines(tmp_path / "out")
+    assert [line["index"] for line in lines] == [0, 0, 1, 1, 3, 3]
+
+
+@pytest.mark.usefixtures("one_device")
 def test_limit_and_prompts_without_an_answer(tiny, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     tiny_run.write_lines(prompts, [{"prompt": f"{i} + {i + 2} = ?"} for i in range(12)])
     assert generate(tiny, tmp_path / "out", prompts=prompts, limit=3) == 0
     lines = tiny_run.read_lines(tmp_path / "out")
     assert [line["index"] for line in lines] == [0, 1, 2]
-    assert all("gold" not in line for line in lines)
+    assert all("answer" not in line for line in lines)
     assert "accuracy" not in capsys.readouterr().out
 
 
@@ -99,6 +209,11 @@ def test_an_existing_file_is_refused(tiny, tmp_path, capsys):
         ({"batch": 0}, "batch"),
         ({"limit": -1}, "limit"),
         ({"max_new": 64}, "max-new"),
+        ({"samples": 2}, "temperature"),
+        ({"top_p": 0}, "top-p"),
+        ({"columns": "question"}, "columns"),
+        ({"columns": '{"prompt": 3}'}, "columns"),
+        ({"template": "[]"}, "template"),
     ],
 )
 def test_what_cannot_be_generated_is_named(tiny, tmp_path, capsys, flags, part):
