@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax import mesh
+from opd_jax import mesh, rounds
 from opd_jax.divergence import KLSpec, VocabSweep, project
 from opd_jax.pytrees import TokenKL
 
@@ -193,7 +193,8 @@ def _local(spec, has_grad, is_sharded, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, 
         jnp.zeros_like(hs_RD) if has_grad else None,
         jnp.zeros(ws_VD.shape, jnp.float32) if has_grad else None,
     )
-    stats_R6, dhs_RD, dws_VD = lax.fori_loop(0, -(-num_kept // chunk), body, carry)
+    with rounds.expected(-(-num_rows // chunk), scored=True):
+        stats_R6, dhs_RD, dws_VD = lax.fori_loop(0, -(-num_kept // chunk), body, carry)
 
     loss = jnp.sum(weight_R * stats_R6[:, 0])
     if is_sharded:

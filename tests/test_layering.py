@@ -16,6 +16,7 @@ ORDER: list[str | tuple[str, list]] = [
     "bounded",
     "processes",
     "mesh",
+    "rounds",
     "command",
     "pytrees",
     "stats",
@@ -113,6 +114,8 @@ ORDER: list[str | tuple[str, list]] = [
     (
         "run",
         [
+            "reading",
+            "precision",
             "assemble",
             "entry",
             "digest",

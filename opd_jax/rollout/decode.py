@@ -16,7 +16,7 @@ from flax import struct
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from opd_jax import mesh
+from opd_jax import mesh, rounds
 from opd_jax.models import kv_cache, linear, transformer
 from opd_jax.models.kv_cache import Cache
 from opd_jax.models.transformer import ModelConfig
@@ -225,7 +225,8 @@ def decode(
         return (new.num_steps < max_new) & ~jnp.all(new.is_done_B)
 
     carry = *draw(_nothing(h_BD.shape[0], max_new, sampler), h_BD), cache
-    return jax.lax.while_loop(is_running, step, carry)[0]
+    with rounds.expected(max_new - 1):
+        return jax.lax.while_loop(is_running, step, carry)[0]
 
 
 def check(

@@ -18,12 +18,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from opd_jax import bounded, divergence, optim, steps
+from opd_jax import divergence, optim, steps
 from opd_jax import mesh as meshlib
 from opd_jax.data import batches
-from opd_jax.data import prompts as prompt_files
 from opd_jax.data import tokenizer as tokenizers
-from opd_jax.data.prompts import DataSpec, Example
+from opd_jax.data.prompts import Example
 from opd_jax.evaluate.heldout import EvalPlan
 from opd_jax.files import path_of
 from opd_jax.models import hf, hf_config, memory, params, transformer
@@ -32,15 +31,11 @@ from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Params, TrainState
 from opd_jax.rollout import decode, sampling
 from opd_jax.rollout.sampling import Sampler
+from opd_jax.run import precision, reading
 from opd_jax.spec import ConfigError, ModelSpec, RunConfig
 from opd_jax.store import checkpoint
 from opd_jax.store import pair as pairs
 from opd_jax.store.pair import Reference
-
-# Prompts rendered by both tokenizers before step 1; a template that differs shows in the first few.
-_RENDERED = 64
-# Share of 16-bit weights that the largest step may leave where they are.
-_MOST_UNMOVED = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +81,7 @@ def assemble(
       ConfigError, ValueError, FileNotFoundError: the first thing that does not fit.
     """
     mesh = meshlib.make(run.mesh.data, run.mesh.fsdp, run.mesh.model)
-    shards = meshlib.batch_shards(mesh)
-    _check_batches(run, shards)
+    check_batches(run, meshlib.batch_shards(mesh))
     student_path, teacher_path = path_of(run.student.path), path_of(run.teacher.path)
     student = model_config(run.student, student_path)
     teacher = model_config(run.teacher, teacher_path)
@@ -108,7 +102,51 @@ def assemble(
     if message:
         say(f"warning: {message}")
 
-    rows, heldout = _read_prompts(run, tokenizer, other, now, say)
+    rows, heldout = reading.prompts(run, tokenizer, other, now, say)
+    words = Words(vocab_size, stop_ids, not message, tokenizers.pad_id(tokenizer), tokenizer)
+    parts = composed(run, mesh, student, teacher, words, rows, heldout, say=say)
+    memory.check(needs(parts.run, parts.cfg, mesh), mesh)
+    return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """What the tokenizers of a pair say together.
+
+    Attributes:
+      vocab_size: ids that both have.
+      stop_ids: that end an answer.
+      are_stops_equal: whether both models end by the same.
+      pad_id: that fills rows up.
+      tokenizer: the student's; None where there is none and nothing is run.
+    """
+
+    vocab_size: int
+    stop_ids: tuple[int, ...]
+    are_stops_equal: bool
+    pad_id: int
+    tokenizer: Any = None
+
+
+def composed(
+    run: RunConfig,
+    mesh: Mesh,
+    student: ModelConfig,
+    teacher: ModelConfig,
+    words: Words,
+    rows: Sequence[Example],
+    heldout: Sequence[Example],
+    *,
+    say: Callable[[str], None] = print,
+) -> Assembly:
+    """The static parts of a run on any mesh, from what was read of its files.
+
+    Raises:
+      ConfigError, ValueError: the first thing that does not fit.
+    """
+    vocab_size, stop_ids = words.vocab_size, words.stop_ids
+    shards = meshlib.batch_shards(mesh)
+    check_batches(run, shards)
     run = _ended(run, len(rows), say)
     policy = Sampler(
         vocab_size=vocab_size,
@@ -117,7 +155,7 @@ def assemble(
         top_p=run.rollout.top_p,
         min_p=run.rollout.min_p,
         stop_ids=stop_ids,
-        pad_id=tokenizers.pad_id(tokenizer),
+        pad_id=words.pad_id,
     )
     if warning := sampling.off_policy_warning(policy):
         say(f"warning: {warning}")
@@ -127,7 +165,9 @@ def assemble(
         kl=dataclasses.replace(
             run.kl,
             vocab_size=vocab_size,
-            stop_ids=divergence.merged_stops(run.kl.merge_stops, stop_ids, are_equal=not message),
+            stop_ids=divergence.merged_stops(
+                run.kl.merge_stops, stop_ids, are_equal=words.are_stops_equal
+            ),
         ),
         rock=dataclasses.replace(run.rock, never=() if run.rock.stops else stop_ids),
         position=run.position,
@@ -147,13 +187,12 @@ def assemble(
                 f"{part.max_positions} positions; lower --config.data.max_prompt or --config.{key}"
             )
     bias_V = _bias(run, vocab_size, student.vocab_size)
-    memory.check(needs(run, cfg, mesh), mesh)
     return Assembly(
         run=run,
         mesh=mesh,
         cfg=cfg,
         tx=optim.make(run.optim),
-        tokenizer=tokenizer,
+        tokenizer=words.tokenizer,
         stop_ids=stop_ids,
         policy=policy,
         rows=tuple(rows),
@@ -200,6 +239,14 @@ def teacher_params(parts: Assembly) -> Params:
         return transformer.with_vocab_rows(tree, cfg.vocab_size)
 
 
+def teacher_template(parts: Assembly) -> Params:
+    """Shapes and placements of the teacher, without reading it."""
+    cfg = parts.cfg.teacher
+    assert cfg is not None
+    dtype = jnp.dtype(parts.run.teacher.stored_dtype(cfg.dtype))
+    return params.abstract(transformer.specs(cfg), dtype, parts.mesh)
+
+
 def state(parts: Assembly) -> TrainState:
     """Load the student onto the mesh and wrap it into a fresh train state.
 
@@ -218,39 +265,13 @@ def state(parts: Assembly) -> TrainState:
     else:
         kept = _taken_over(parts, origin, template)
         tree = jax.tree.map(lambda x: x.astype(dtype), kept.pop("params"))
-    _check_precision(parts, tree)
+    with jax.set_mesh(parts.mesh):
+        precision.check(parts.run, tree)
     placed = jax.tree.map(lambda leaf: leaf.sharding, template)
     init = jax.jit(_init(parts), donate_argnums=0, out_shardings=placed)
     with jax.set_mesh(parts.mesh):
         fresh = init(tree, jax.random.key(parts.run.seed))
         return fresh.replace(**kept)
-
-
-def _check_precision(parts: Assembly, tree: Params) -> None:
-    """Refuse parameters in which the steps of this run would be rounded away.
-
-    Raises:
-      ConfigError: they would be.
-    """
-    spec = parts.run.optim
-    stored = jax.tree.leaves(tree)[0].dtype
-    if stored.itemsize >= 4 or parts.run.train.steps == 0:
-        return
-    key, change = "student.param_dtype", "set --config.student.param_dtype=float32"
-    why = "computing in 16 bits (student.dtype) needs no parameters in 16 bits"
-    if spec.name == "sgd":
-        raise ConfigError(
-            f"{key} is {stored.name} and optim.name sgd: expected float32 parameters, since most "
-            f"of SGD's steps are smaller than 16 bits resolve ({why}); {change}"
-        )
-    with jax.set_mesh(parts.mesh):
-        share = optim.unmoved_share(tree, spec.lr)
-    if share > _MOST_UNMOVED:
-        raise ConfigError(
-            f"{key} is {stored.name} and optim.lr {spec.lr:g}: a step of that size rounds back to "
-            f"nothing in {share:.1%} of the weights; expected float32 parameters, or a rate that "
-            f"16 bits resolve ({why}); {change}"
-        )
 
 
 def _load(parts: Assembly, who: str, folder: str, dtype: jnp.dtype) -> Params:
@@ -335,7 +356,12 @@ def programs() -> dict[str, int]:
     return steps.programs() | {"sample": decode.compiles()}
 
 
-def _check_batches(run: RunConfig, shards: int) -> None:
+def check_batches(run: RunConfig, shards: int) -> None:
+    """Check that a step's rows divide over the mesh.
+
+    Raises:
+      ConfigError: they do not.
+    """
     rows = run.train.prompts * run.rollout.samples
     if run.train.prompts % shards or rows % (run.train.microbatches * shards):
         raise ConfigError(
@@ -361,34 +387,6 @@ def _ended(run: RunConfig, num_rows: int, say: Callable[[str], None]) -> RunConf
         f"before train.steps ({run.train.steps}): there the run ends, and its schedule"
     )
     return dataclasses.replace(run, optim=dataclasses.replace(run.optim, steps=max(limit, 1)))
-
-
-def _read_prompts(
-    run: RunConfig, tokenizer: Any, other: Any, now: str | None, say: Callable[[str], None]
-) -> tuple[Sequence[Example], Sequence[Example]]:
-    read = functools.partial(prompt_files.examples, spec=run.data, tokenizer=tokenizer, now=now)
-    _check_rendering(run.data, tokenizer, other, now)
-    rows, counts = read(path_of(run.data.prompts), say=say)
-    say(f"prompts: {counts} ({run.data.prompts})")
-    heldout: Sequence[Example] = ()
-    if run.eval.every:
-        heldout, counts = read(path_of(run.data.heldout), say=say)
-        say(f"held out: {counts} ({run.data.heldout})")
-    return rows, heldout
-
-
-def _check_rendering(data: DataSpec, tokenizer: Any, other: Any, now: str | None) -> None:
-    """Render the first prompts by both tokenizers, each within bounds."""
-    path = path_of(data.prompts)
-    records = prompt_files.read(path, data)[:_RENDERED]
-
-    def work(begin: Callable[[str], None]) -> None:
-        for record in records:
-            begin(f"{path}:{record.line}: rendering and tokenising the prompt")
-            arguments = dict(data.template)
-            tokenizers.check_render(tokenizer, other, record.prompt, now=now, **arguments)
-
-    bounded.run(work, change="mend the chat template or the tokenizer, or drop the line")
 
 
 def _eval_plan(
