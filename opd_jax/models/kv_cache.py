@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax import mesh
 
@@ -71,6 +71,33 @@ def repeat(cache: Cache, n: int) -> Cache:
         keys=jax.tree.map(copies, cache.keys),
         values=jax.tree.map(copies, cache.values),
         valid_BS=mesh.repeat_rows(cache.valid_BS, n),
+        length=cache.length,
+    )
+
+
+def pick(cache: Cache, row_R: Int[Array, " R"], size: int) -> Cache:
+    """Some rows, each as often as it is named, in a cache of ``size`` slots.
+
+    **Sharding**: a row may be picked from another device's; what moves is what it holds so far.
+
+    Raises:
+      ValueError: fewer slots than the cache has.
+    """
+    rest = size - cache.valid_BS.shape[1]
+    if rest < 0:
+        raise ValueError(
+            f"a cache of {size} slots for {cache.valid_BS.shape[1]}: expected at least as many"
+        )
+
+    def picked(x: jax.Array, slots: int, *axes) -> jax.Array:
+        rows = x.at[row_R].get(out_sharding=mesh.out(*axes))
+        widths = [(0, rest if axis == slots else 0) for axis in range(x.ndim)]
+        return mesh.constrain(jnp.pad(rows, widths), *axes)
+
+    return Cache(
+        keys=tuple(picked(x, 3, *AXES) for x in cache.keys),
+        values=tuple(picked(x, 2, *AXES) for x in cache.values),
+        valid_BS=picked(cache.valid_BS, 1, mesh.BATCH, None),
         length=cache.length,
     )
 

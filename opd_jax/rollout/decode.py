@@ -41,6 +41,23 @@ class Decoded:
     )  # [] i32, ids sampled by the longest row; each but the first cost a forward
 
 
+@struct.dataclass
+class Ban:
+    """Ids that each row may not sample, at its new ids ``first`` to ``end`` (from 0, without end).
+
+    All of it is data: rows of any bans, and of none, share one program.
+    """
+
+    ids_BK: jax.Array  # [B, K] i32; one outside the vocabulary bans nothing
+    first_B: jax.Array  # [B] i32
+    end_B: jax.Array  # [B] i32
+
+    def at(self, step: jax.Array) -> jax.Array:
+        """Banned ids at new id number ``step``, [B, K]."""
+        is_on_B = (self.first_B <= step) & (step < self.end_B)
+        return jnp.where(is_on_B[:, None], self.ids_BK, jnp.iinfo(jnp.int32).max)
+
+
 def sample(
     params: Params,
     prompt: Prompt,
@@ -171,6 +188,7 @@ def decode(
     sampler: Sampler,
     max_new: int,
     bias_V: Float[Array, " V"] | None = None,
+    ban: Ban | None = None,
 ) -> Decoded:
     """Sample up to ``max_new`` ids per row, stopping as soon as every row has sampled a stop id.
 
@@ -184,6 +202,7 @@ def decode(
       sampler: static.
       max_new: static.
       bias_V: added to the logits before temperature.
+      ban: what each row may not sample, see ``sampling.sample``.
 
     **Sharding**: rows over the batch axes; logits leave the projection split over ``model``.
     """
@@ -194,7 +213,13 @@ def decode(
         step = new.num_steps
         logits_BV = linear.from_left(w_VD, h_BD, "model", jnp.float32)
         step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-        ids_B, logp_B = sampling.sample(logits_BV, step_keys_B, sampler=sampler, bias_V=bias_V)
+        ids_B, logp_B = sampling.sample(
+            logits_BV,
+            step_keys_B,
+            sampler=sampler,
+            bias_V=bias_V,
+            banned_BK=None if ban is None else ban.at(step),
+        )
         ids_B = jnp.where(new.is_done_B, sampler.pad_id, ids_B)
         logp_B = jnp.where(new.is_done_B, 0.0, logp_B)
         new = Decoded(

@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from opd_jax import mesh
 
+_AGAIN = 1  # folded into a row's key for the draw that replaces a banned one
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
@@ -142,6 +144,7 @@ def sample(
     *,
     sampler: Sampler,
     bias_V: Float[Array, " V"] | None = None,
+    banned_BK: Int[Array, "B K"] | None = None,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     r"""Draw one id per row, each row from its own key alone.
 
@@ -150,9 +153,19 @@ def sample(
     greedy draw has log-probability 0. Logits that are NaN or wholly forbidden give a NaN
     log-probability, for the host to find.
 
+    ``banned_BK`` are ids that a row may not draw (those outside the vocabulary ban nothing). A row
+    draws as it would without them, and only where that is a banned id draws again, from the others:
+    at id v with :math:`p(v) + p(S) \, p(v) / (1 - p(S)) = p(v) / (1 - p(S))`, S the banned ids,
+    which is the law of a bias of minus infinity. So two rows of one key that differ in their bans
+    alone draw the same id wherever neither's is banned. (Inverting the distribution that is left
+    would move the draws behind every banned id.) The log-probability is
+    that of the last draw.
+
     Sharding: logits may arrive as P(BATCH, "model"); they are gathered over the vocabulary first,
     ids and log-probabilities leave as P(BATCH).
     """
+    if banned_BK is not None:
+        return _without(logits_BV, keys_B, banned_BK, sampler=sampler, bias_V=bias_V)
     logits_BV = mesh.constrain(logits_BV, mesh.BATCH, None).astype(jnp.float32)
     if bias_V is not None:
         logits_BV = logits_BV + bias_V.astype(jnp.float32)[None, :]
@@ -171,6 +184,29 @@ def sample(
     keys_B = mesh.constrain(keys_B, mesh.BATCH)
     uniform_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
     return jax.vmap(_draw)(z_BV, uniform_B2)
+
+
+def _without(
+    logits_BV: jax.Array,
+    keys_B: jax.Array,
+    banned_BK: jax.Array,
+    *,
+    sampler: Sampler,
+    bias_V: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Draw ids that are not banned, see :func:`sample`."""
+    logits_BV = mesh.constrain(logits_BV, mesh.BATCH, None).astype(jnp.float32)
+    banned_BK = mesh.constrain(banned_BK, mesh.BATCH, None)
+    first_B, logp_B = sample(logits_BV, keys_B, sampler=sampler, bias_V=bias_V)
+    left_BV = jax.vmap(lambda x_V, ids_K: x_V.at[ids_K].set(-jnp.inf, mode="drop"))(
+        logits_BV, banned_BK
+    )
+    again_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, _AGAIN)
+    second_B, second_logp_B = sample(left_BV, again_B, sampler=sampler, bias_V=bias_V)
+    is_banned_B = jnp.any(banned_BK == first_B[:, None], axis=1)
+    # A row that has nothing left has a NaN in the second, which has to be found.
+    logp_B = jnp.where(is_banned_B, second_logp_B, logp_B)
+    return jnp.where(is_banned_B, second_B, first_B), logp_B
 
 
 def keep(z_BV: Float[Array, "B V"], *, sampler: Sampler) -> Bool[Array, "B V"]:
