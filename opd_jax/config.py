@@ -31,7 +31,7 @@ _MAX_CONFIG = 1 << 20  # bytes of a config file
 _Ids = list[pydantic.StrictInt]
 _TOP = ("profile", "prediction", "init_from", "init_keep")  # text that belongs to no group
 # Fields that follow from others and are therefore not set by hand.
-_DERIVED = {("kl", "vocab_size"), ("kl", "ce"), ("kl", "stop_ids"), ("rock", "never")}
+_DERIVED = {("kl", "vocab_size"), ("kl", "stop_ids"), ("rock", "never")}
 _DERIVED |= {("optim", "steps")}
 # Fields of (name, value) pairs; on the command line each name may be set as a key of its own.
 _PAIRS = ("data.template", "data.columns")
@@ -387,6 +387,12 @@ def _check(run: RunConfig) -> None:
         rows % run.train.microbatches == 0,
         "train.microbatches",
         f"a divisor of train.prompts x rollout.samples ({rows})",
+    )
+    rule(
+        not run.kl.ce or run.train.stage == "off_policy",
+        "kl.ce",
+        f"0 where train.stage is {run.train.stage}: on answers that the student drew itself the "
+        "gradient of their cross-entropy is zero on average, so that it would add noise alone",
     )
     gates = run.rock.mode != "off" and run.train.steps > 0
     rule(

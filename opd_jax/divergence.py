@@ -71,7 +71,8 @@ class KLSpec:
       vocab_size: number of real ids; columns from there on are padding and masked on both sides.
       beta: weight of the student in ``jsd``.
       skew: share of its own distribution mixed into the reference by ``skew_*``.
-      ce: share of label cross-entropy mixed in, for off-policy data; 1 needs no teacher.
+      ce: share c of the loss (1 - c) x divergence + c x cross-entropy of the label, which is taken
+        at temperature 1: for completions from elsewhere; 1 needs no teacher.
       merge_stops: whether the stop ids of both models count as one event: ``auto``, where they
         differ; ``on``; or ``off``. A run derives ``stop_ids`` from it.
       stop_ids: the ids that count as one event; empty: none.
@@ -345,8 +346,6 @@ class VocabSweep:
             sums = self._sums(terms)
             divergence_C, slope_C = sums["divergence"], sums["slope"]
         logp_C, *teacher = self._label_log_probs()
-        if spec.ce > 0:
-            divergence_C = (1 - spec.ce) * divergence_C - spec.ce * logp_C
         teacher_entropy_C = self._teacher_entropy(entropies_MC[1]) if has_teacher else zero_C
         stats = (divergence_C, reverse_C, entropies_MC[0], teacher_entropy_C)
         return jnp.stack((*stats, logp_C, *(teacher or [zero_C])), axis=-1), slope_C

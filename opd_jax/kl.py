@@ -64,6 +64,9 @@ def weighted_kl(
 ) -> tuple[Float[Array, ""], TokenKL]:
     r"""Compute :math:`\sum_{bt} w_{bt} D_{bt}` with gradients to ``hs_BTD`` and ``ws_VD`` only.
 
+    With ``spec.ce`` = c it is :math:`\sum_{bt} w_{bt} ((1-c) D_{bt} - c \log p(y_{bt}))`, y being
+    the labels; the ``TokenKL`` keeps D and the log-probability apart.
+
     Positions with weight 0 are not projected unless ``measure_BT`` asks for their value; what was
     not projected reads 0 in the returned ``TokenKL``, which carries no gradient.
 
@@ -196,7 +199,10 @@ def _local(spec, has_grad, is_sharded, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, 
     with rounds.expected(-(-num_rows // chunk), scored=True):
         stats_R6, dhs_RD, dws_VD = lax.fori_loop(0, -(-num_kept // chunk), body, carry)
 
-    loss = jnp.sum(weight_R * stats_R6[:, 0])
+    loss_R = stats_R6[:, 0]
+    if spec.ce > 0:
+        loss_R = (1 - spec.ce) * loss_R - spec.ce * stats_R6[:, 4]
+    loss = jnp.sum(weight_R * loss_R)
     if is_sharded:
         loss = lax.psum(loss, mesh.BATCH)
     tokens = TokenKL(*(stats_R6[:, i].reshape(shape) for i in range(6)))

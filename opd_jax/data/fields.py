@@ -6,10 +6,12 @@ What a row may hold, each under its own name or under the one that ``data.column
 ``messages``       a list of ``{"role", "content"}``
 ``conversations``  a list of ``{"from", "value"}``, as ShareGPT has them
 ``answer``         text or a number to grade by, or a list of them, any of which is right
+``prompt_ids``     the prompt as ids; a ``prompt`` beside it is what they spell
 ``completion``     text to imitate, or a list of one message, the assistant's
+``completion_ids`` the same as ids; a ``completion`` beside it is what they spell
 
-Of the first three a row has exactly one. The content of a message is text, or a list of parts of
-type ``text``, which are joined. A last message of the assistant's is taken as the completion: an
+Of the first four a row has one, but for that. The content of a message is text, or a list of parts
+of type ``text``, which are joined. A last message of the assistant's is taken as the completion: an
 on-policy student answers the turn before it.
 """
 
@@ -22,8 +24,9 @@ from typing import Any
 
 from opd_jax.data.rows import Row, kind
 
-PROMPTS = ("prompt", "messages", "conversations")
-NAMES = (*PROMPTS, "answer", "completion")
+PROMPTS = ("prompt", "messages", "conversations", "prompt_ids")
+COMPLETIONS = ("completion", "completion_ids")
+NAMES = (*PROMPTS, "answer", *COMPLETIONS)
 # What other files call a prompt, and an answer.
 _LIKE_PROMPT = ("question", "problem", "instruction", "query", "input", "text", "conversation")
 LIKE_ANSWER = ("answers", "solution", "solutions", "ground_truth", "gold", "gold_answer", "target")
@@ -38,10 +41,12 @@ Answer = str | tuple[str, ...]  # a tuple: any of them is right
 class Record:
     """One checked row of a prompt file."""
 
-    prompt: str | list[dict[str, Any]]  # plain text, or chat messages
+    prompt: str | list[dict[str, Any]] | tuple[int, ...]  # plain text, chat messages, or ids
     answer: Answer | None
     completion: str | None
     line: int  # from 1; of a file that has no lines, the row
+    completion_ids: tuple[int, ...] | None = None
+    text: str | None = None  # that stands beside the ids of a prompt
 
 
 def checked(row: Row, line: int, columns: Mapping[str, str], system: str = "") -> Record:
@@ -59,6 +64,19 @@ def checked(row: Row, line: int, columns: Mapping[str, str], system: str = "") -
     name = _prompt_name(row, columns)
     value, shown = value_of(row, columns.get(name, name)), f"`{columns.get(name, name)}`"
     completion = _completion(value_of(row, columns.get("completion", "completion")))
+    theirs = columns.get("completion_ids", "completion_ids")
+    given = value_of(row, theirs)
+    completion_ids = None if given is None else _ids(given, f"`{theirs}`")
+    answer = _answer(value_of(row, columns.get("answer", "answer")))
+    if name == "prompt_ids":
+        if system:
+            raise ValueError(
+                f"{shown} holds ids and data.system is set: expected a text or messages to put a "
+                "system prompt before; unset --config.data.system, or give the text"
+            )
+        beside = value_of(row, "prompt")
+        spelt = beside if isinstance(beside, str) else None
+        return Record(_ids(value, shown), answer, completion, line, completion_ids, spelt)
     if name == "prompt" and not isinstance(value, list):
         prompt: Any = text(value, shown)
         if system:
@@ -69,8 +87,7 @@ def checked(row: Row, line: int, columns: Mapping[str, str], system: str = "") -
             prompt, completion = _reply_taken(prompt, completion, shown)
     if system and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": system}, *prompt]
-    answer = _answer(value_of(row, columns.get("answer", "answer")))
-    return Record(prompt, answer, completion, line)
+    return Record(prompt, answer, completion, line, completion_ids)
 
 
 def value_of(row: Row, name: str) -> Any:
@@ -106,10 +123,29 @@ def text(value: Any, name: str) -> str:
     return value
 
 
+def _ids(value: Any, name: str) -> tuple[int, ...]:
+    """Check that a value is a list of ids; whether the vocabulary has them is asked later.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{name} is {kind(value)}: expected a list of at least one id; fill it")
+    for place, each in enumerate(value):
+        if not isinstance(each, int) or isinstance(each, bool) or not 0 <= each < 2**31:
+            raise ValueError(
+                f"{name[:-1]}[{place}]` is {each!r:.40}: expected a token id, a whole number from "
+                "0; mend it"
+            )
+    return tuple(value)
+
+
 def _prompt_name(row: Row, columns: Mapping[str, str]) -> str:
     """Which of ``PROMPTS`` a row is read by."""
     mapped = [name for name in PROMPTS if name in columns]
     present = [name for name in mapped or PROMPTS if value_of(row, columns.get(name, name))]
+    if present == ["prompt", "prompt_ids"] and isinstance(value_of(row, "prompt"), str):
+        return "prompt_ids"
     if len(present) == 1:
         return present[0]
     empty = [n for n in mapped or PROMPTS if value_of(row, columns.get(n, n)) is not None]

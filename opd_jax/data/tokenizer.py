@@ -90,6 +90,30 @@ def render(
     Raises:
       ValueError: messages without a chat template, or nothing left to continue.
     """
+    text, is_begun = written(tokenizer, messages, now=now, **template_kwargs)
+    ids = [int(i) for i in tokenizer.encode(text, add_special_tokens=not is_begun)]
+    if not ids:
+        raise ValueError(
+            f"the prompt {messages!r} renders to no ids: expected at least one; remove or fill it"
+        )
+    return ids
+
+
+def written(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Messages | str,
+    *,
+    now: str | None = None,
+    is_asked: bool = True,
+    **template_kwargs,
+) -> tuple[str, bool]:
+    """The text that :func:`render` encodes, and whether what stands in front is in it already.
+
+    ``is_asked`` adds the generation prompt of a chat.
+
+    Raises:
+      ValueError: messages without a chat template, or a text that is too long.
+    """
     if isinstance(messages, str):
         bos = tokenizer.bos_token
         is_begun = bool(bos) and messages.startswith(str(bos))
@@ -104,7 +128,7 @@ def render(
         templates.set_clock(tokenizer, now)
         given = [dict(message) for message in messages]
         text = tokenizer.apply_chat_template(
-            given, add_generation_prompt=True, tokenize=False, **template_kwargs
+            given, add_generation_prompt=is_asked, tokenize=False, **template_kwargs
         )
         text, is_begun = str(text), True  # the template has written what stands in front
     if len(text) > MAX_CHARS:
@@ -112,12 +136,7 @@ def render(
             f"the prompt has {len(text)} characters: expected at most {MAX_CHARS}; split it, or "
             "drop the line"
         )
-    ids = [int(i) for i in tokenizer.encode(text, add_special_tokens=not is_begun)]
-    if not ids:
-        raise ValueError(
-            f"the prompt {messages!r} renders to no ids: expected at least one; remove or fill it"
-        )
-    return ids
+    return text, is_begun
 
 
 def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from opd_jax import bounded
 from opd_jax.data import prompts as prompt_files
 from opd_jax.data import tokenizer as tokenizers
+from opd_jax.data.completions import Limits
 from opd_jax.data.prompts import DataSpec, Example
 from opd_jax.files import path_of
 from opd_jax.spec import RunConfig
@@ -18,13 +19,19 @@ _RENDERED = 64
 
 
 def prompts(
-    run: RunConfig, tokenizer: Any, other: Any, now: str | None, say: Callable[[str], None]
+    run: RunConfig,
+    tokenizer: Any,
+    other: Any,
+    stop_ids: tuple[int, ...],
+    now: str | None,
+    say: Callable[[str], None],
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """Read the prompts of a run, those to train on and those held out.
 
     Args:
       run: its config.
       tokenizer, other: the student's and the teacher's, which must render alike.
+      stop_ids: that end an answer, of which one ends a completion.
       now: the date that chat templates write.
       say: receives what was read.
 
@@ -33,7 +40,10 @@ def prompts(
     """
     read = functools.partial(prompt_files.examples, spec=run.data, tokenizer=tokenizer, now=now)
     _check_rendering(run.data, tokenizer, other, now)
-    rows, counts = read(path_of(run.data.prompts), say=say)
+    limits = None
+    if run.train.stage != "on_policy":
+        limits = Limits(run.rollout.max_new, stop_ids)
+    rows, counts = read(path_of(run.data.prompts), limits=limits, say=say)
     say(f"prompts: {counts} ({run.data.prompts})")
     heldout: Sequence[Example] = ()
     if run.eval.every:
@@ -49,6 +59,8 @@ def _check_rendering(data: DataSpec, tokenizer: Any, other: Any, now: str | None
 
     def work(begin: Callable[[str], None]) -> None:
         for record in records:
+            if isinstance(record.prompt, tuple):
+                continue  # ids, which both models take as they are
             begin(f"{path}:{record.line}: rendering and tokenising the prompt")
             arguments = dict(data.template)
             tokenizers.check_render(tokenizer, other, record.prompt, now=now, **arguments)

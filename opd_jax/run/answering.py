@@ -1,0 +1,54 @@
+"""What a step trains on: the student's answers to its prompts, or completions from the file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from opd_jax import mesh as meshlib
+from opd_jax.data import batches, widths
+from opd_jax.data.batches import Batch
+from opd_jax.data.prompts import Example
+from opd_jax.pytrees import Params, Rollout
+from opd_jax.rollout import decode
+from opd_jax.rollout.answers import crop
+from opd_jax.run.assemble import Assembly
+from opd_jax.spec import RunConfig
+
+
+def sample(parts: Assembly, params: Params, batch: Batch, step: int) -> Rollout:
+    """The policy's answers to a batch of prompts, cropped to the width that they need."""
+    spec = parts.run.rollout
+    width = widths.bucket(batch.longest, parts.prompt_widths)
+    rows = asked(parts.run, batch.examples)
+    prompt = batches.pad([row.ids for row in rows], width, parts.policy.pad_id)
+    answers = decode.sample(
+        params,
+        meshlib.to_global(prompt, parts.mesh),
+        jax.random.fold_in(jax.random.key(parts.run.seed), step),
+        cfg=parts.cfg.student,
+        sampler=parts.policy,
+        max_new=spec.max_new,
+        samples=spec.samples,
+        bias_V=parts.bias_V,
+        policy_step=step,
+    )
+    with jax.profiler.TraceAnnotation("crop"):
+        return crop(answers, spec.max_new, parts.answer_widths)
+
+
+def given(parts: Assembly, batch: Batch) -> Rollout:
+    """A batch of prompts and completions, laid out as answers of as many columns would be.
+
+    Nothing is sampled: ``logp_BT`` is 0 and ``policy_step`` -1.
+    """
+    width = widths.bucket(batch.longest, parts.prompt_widths)
+    room = widths.bucket(batch.longest_completion, parts.answer_widths)
+    rows = batches.pad_completions(batch.examples, width, room, parts.policy.pad_id)
+    return meshlib.to_global(rows, parts.mesh)
+
+
+def asked(run: RunConfig, examples: Sequence[Example]) -> Sequence[Example]:
+    """Of the rows that a step has read, those whose prompts the student answers."""
+    return examples[:: run.rows_read // run.train.prompts]
