@@ -134,6 +134,11 @@ class RockConfig:
         """Whether the members are recomputed as training goes on."""
         return self.mode in ("ema", "adaptive")
 
+    @property
+    def fast_span(self) -> int | None:
+        """Steps that the fast sums are about; None: all."""
+        return None if self.fast_decay == 1 else round(1 / (1 - self.fast_decay))
+
 
 def init(vocab_size: int, *, cfg: RockConfig = RockConfig()) -> RockState:
     """Return an empty state over ``vocab_size`` ids; ``static`` members are set at once.
@@ -256,27 +261,32 @@ def _may_be(rock: RockState, never: tuple[int, ...]) -> Bool[Array, " V"]:
     return ~jnp.isin(jnp.arange(rock.count_V.size), jnp.array(never, jnp.int32))
 
 
-def leaders(rock: RockState, limit: int, never: tuple[int, ...] = ()) -> dict[str, jax.Array]:
+def leaders(
+    rock: RockState, limit: int, never: tuple[int, ...] = (), *, is_fast: bool = False
+) -> dict[str, jax.Array]:
     """The ``limit`` types with the highest Rock Score, best first; ties go to the smaller id.
 
     Args:
       rock: the state.
       limit: most types.
       never: ids that are left out.
+      is_fast: by the fast sums, which say how things are now; else by those that the gate goes by.
 
     Returns:
       ``ids_K`` with ``count_K``, ``kl_sum_K`` and ``member_K``, and the sums over all types,
       ``count`` and ``kl_sum``: little to fetch, whatever the vocabulary.
     """
-    score_V = jnp.where(_may_be(rock, never), rock.kl_sum_V, -1.0)
-    kl_sum_K, ids_K = lax.top_k(score_V, min(limit, rock.kl_sum_V.size))
+    slow = rock.kl_sum_V, rock.count_V
+    sum_V, count_V = (rock.fast_kl_sum_V, rock.fast_count_V) if is_fast else slow
+    score_V = jnp.where(_may_be(rock, never), sum_V, -1.0)
+    kl_sum_K, ids_K = lax.top_k(score_V, min(limit, sum_V.size))
     return {
         "ids_K": ids_K,
         "kl_sum_K": kl_sum_K,
-        "count_K": rock.count_V[ids_K],
+        "count_K": count_V[ids_K],
         "member_K": rock.member_V[ids_K],
-        "kl_sum": jnp.sum(rock.kl_sum_V),
-        "count": jnp.sum(rock.count_V),
+        "kl_sum": jnp.sum(sum_V),
+        "count": jnp.sum(count_V),
     }
 
 

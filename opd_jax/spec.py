@@ -7,6 +7,8 @@ its type and its meaning are written once. Frozen and hashable, they may enter t
 from __future__ import annotations
 
 import dataclasses
+import math
+from fractions import Fraction
 
 from opd_jax import rules
 from opd_jax.data.prompts import DataSpec
@@ -17,6 +19,7 @@ from opd_jax.optim import OptimSpec
 from opd_jax.position import PositionSpec
 from opd_jax.rock import RockConfig
 
+STAGES = ("on_policy", "off_policy", "mixed")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -67,7 +70,7 @@ class RolloutSpec:
     top_p: float = 1.0  # probability mass to draw from; 1: all
     min_p: float = 0.0  # share of the largest probability that an id needs; 0: none
     bias: tuple[tuple[int, float], ...] = ()  # (id, logit bias) pairs
-    buckets: tuple[int, ...] = ()  # answer widths the update is cropped to; (): (max_new,)
+    buckets: tuple[int, ...] = ()  # answer widths the update is cropped to; (): by the answers
 
     def __post_init__(self):
         rules.check(
@@ -82,11 +85,6 @@ class RolloutSpec:
             rules.widths("buckets", self.buckets, self.max_new),
         )
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Answer widths that the update is compiled for."""
-        return self.buckets or (self.max_new,)
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainSpec:
@@ -95,6 +93,8 @@ class TrainSpec:
     steps: int = 1000  # optimizer steps
     prompts: int = 16  # prompts per step; rows per step are prompts x rollout.samples
     microbatches: int = 1  # equal pieces a step's rows are scanned in
+    stage: str = "on_policy"  # off_policy: completions of the file of prompts; mixed: both by turns
+    on_policy_share: float = 0.5  # of the steps, where the stage is mixed
     normaliser: str = "tokens"  # or weight; per_sequence for comparison
     max_truncated: float = 1.0  # share of answers cut by length above which the run stops
     truncated_steps: int = 20  # steps over which that share is averaged
@@ -107,9 +107,22 @@ class TrainSpec:
             ("prompts", self.prompts >= 1, "at least 1"),
             ("microbatches", self.microbatches >= 1, "at least 1"),
             ("normaliser", self.normaliser in NORMALISERS, f"one of {NORMALISERS}"),
+            ("stage", self.stage in STAGES, f"one of {STAGES}"),
+            ("on_policy_share", 0 < self.on_policy_share < 1, "a share between 0 and 1"),
             ("max_truncated", 0 < self.max_truncated <= 1, "a share above 0, up to 1 (never)"),
             ("truncated_steps", self.truncated_steps >= 1, "at least 1"),
         )
+
+    def is_on_policy(self, step: int) -> bool:
+        """Whether the step after ``step`` updates trains on the student's own answers.
+
+        In a mix, floor(n x share) of the first n steps do: spread evenly, and the same whenever a
+        run is resumed.
+        """
+        if self.stage != "mixed":
+            return self.stage == "on_policy"
+        share = Fraction(str(self.on_policy_share))
+        return math.floor((step + 1) * share) > math.floor(step * share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +136,7 @@ class EvalSpec:
     kl_prompts: int = 32  # held-out prompts for KL, on fresh samples of the policy itself
     batch: int = 0  # prompts at a time; 0: train.prompts x rollout.samples
     max_new: int = 0  # most ids of an answer; 0: rollout.max_new
+    teacher: bool = True  # grade the teacher's answers too, once: what can be reached
     grader: str = "math"  # numeric, choice, exact, or one's own: module:function, file.py:function
 
     def __post_init__(self):
@@ -201,6 +215,16 @@ class RunConfig:
     init_from: str = ""  # RUN[@STEP]: start from the weights of another run, not from student.path
     prediction: str = ""  # what the run is expected to show, written down before it is known
     init_keep: str = ""  # what else to take over of it: optimizer, rock, or optimizer,rock
+
+    @property
+    def rows_read(self) -> int:
+        """Rows of the file of prompts that a step reads: prompts to answer, or completions.
+
+        Of a mix each step reads as many as there are completions; where the student answers, it
+        answers the prompts of every ``rollout.samples``-th.
+        """
+        is_on_policy = self.train.stage == "on_policy"
+        return self.train.prompts * (1 if is_on_policy else self.rollout.samples)
 
     @property
     def kept(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ scanned micro-batches, optimizer, then ``rock.update`` and, on its cadence, ``ro
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 
 import jax
@@ -48,9 +49,14 @@ def init(
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def teacher_states(
     teacher: Params, rollout: Rollout, *, cfg: ObjectiveConfig
-) -> Float[Array, "B T E"]:
-    """Run the teacher over a batch, in micro-batches; see ``objective.teacher_states``."""
+) -> Float[Array, "B T E"] | None:
+    """Run the teacher over a batch, in micro-batches; see ``objective.teacher_states``.
+
+    None where ``cfg.kl.ce`` is 1: then nothing compares with the teacher.
+    """
     _traced["teacher_states"] += 1
+    if cfg.kl.ce == 1:
+        return None
     return _in_pieces(
         lambda piece: objective.teacher_states(teacher, piece, cfg=cfg),
         rollout.replace(policy_step=None),
@@ -68,7 +74,7 @@ def distill_step(
     tx: optax.GradientTransformation,
     states_BTE: Float[Array, "B T E"] | None = None,
 ) -> tuple[TrainState, dict[str, Mean]]:
-    """One optimizer step on rollouts of the student.
+    """One optimizer step on rollouts of the student, or on completions laid out as such.
 
     Args:
       state: donated.
@@ -115,8 +121,12 @@ def eval_step(
     *,
     cfg: ObjectiveConfig,
 ) -> tuple[dict[str, Mean], TokenKL]:
-    """Measure KL on rollouts without gradient, every scored position, gated or not."""
+    """Measure KL on rollouts without gradient, every scored position, gated or not.
+
+    ``cfg.kl.ce`` does not matter: it belongs to training.
+    """
     _traced["eval_step"] += 1
+    cfg = dataclasses.replace(cfg, kl=dataclasses.replace(cfg.kl, ce=0.0))
     goal = objective.targets(rollout, state, jax.random.key(0), cfg=cfg)
     # Plain measurement: no position is skipped, whatever the gate would do in training.
     goal = goal.replace(importance_BT=goal.mask_BT.astype(jnp.float32))
@@ -235,8 +245,9 @@ def measure(
     and whatever is gated; ``kl_gated`` and ``kl_ungated`` split it by what the gate means, from the
     first step on. ``gated_share`` (of positions) and ``gated_kl_share`` (of that KL) count what it
     acts on now; ``gate_weight`` is the mean weight; ``stop_kl_share`` is the share of that KL where
-    an answer ends. Without a teacher (``cfg.kl.ce == 1``) what
-    compares with one is left out.
+    an answer ends; ``padding_share`` that of the batch's columns which hold neither prompt nor
+    answer. Where cross-entropy is trained on, ``cross_entropy_nats`` is that; without a teacher
+    (``cfg.kl.ce == 1``) what compares with one is left out.
     """
     seen_BT = goal.importance_BT
     is_stop_BT = jnp.isin(goal.ids_BT, jnp.array(cfg.stop_ids, jnp.int32))
@@ -247,6 +258,9 @@ def measure(
 
     scored_BT = goal.mask_BT.astype(jnp.float32)
     num_rows = jnp.asarray(scored_BT.shape[0], jnp.float32)
+    slots = rollout.ids_BT.shape[1]
+    end_B = jnp.max(jnp.where(rollout.mask_BT, jnp.arange(1, slots + 1)[None, :], 0), axis=1)
+    used = jnp.sum(jnp.maximum(end_B - rollout.start_B, 0), dtype=jnp.float32)
     against_teacher = {
         "kl_nats": mean(tokens.reverse_BT),
         "kl_gated": mean(tokens.reverse_BT, seen_BT * goal.gated_BT),
@@ -255,15 +269,21 @@ def measure(
         "stop_kl_share": mean(is_stop_BT.astype(jnp.float32), seen_BT * tokens.reverse_BT),
         "teacher_entropy_nats": mean(tokens.teacher_entropy_BT),
     }
-    return (against_teacher if cfg.kl.ce < 1 else {}) | {
-        "divergence": mean(tokens.kl_BT),
-        "student_entropy_nats": mean(tokens.entropy_BT),
-        "gated_share": mean(is_changed_BT.astype(jnp.float32), scored_BT),
-        "gate_weight": mean(goal.weight_BT, scored_BT),
-        "projected_share": mean((seen_BT > 0).astype(jnp.float32), scored_BT),
-        "length_tokens": Mean(jnp.sum(scored_BT), num_rows),
-        "truncated_share": Mean(jnp.sum(rollout.truncated_B, dtype=jnp.float32), num_rows),
-    }
+    imitated = {"cross_entropy_nats": mean(-tokens.logp_BT)} if cfg.kl.ce > 0 else {}
+    return (
+        (against_teacher if cfg.kl.ce < 1 else {})
+        | imitated
+        | {
+            "divergence": mean(tokens.kl_BT),
+            "student_entropy_nats": mean(tokens.entropy_BT),
+            "gated_share": mean(is_changed_BT.astype(jnp.float32), scored_BT),
+            "gate_weight": mean(goal.weight_BT, scored_BT),
+            "projected_share": mean((seen_BT > 0).astype(jnp.float32), scored_BT),
+            "length_tokens": Mean(jnp.sum(scored_BT), num_rows),
+            "truncated_share": Mean(jnp.sum(rollout.truncated_B, dtype=jnp.float32), num_rows),
+            "padding_share": Mean(num_rows * slots - used, num_rows * slots),
+        }
+    )
 
 
 def membership(old: rock.RockState, new: rock.RockState) -> dict[str, Mean]:

@@ -33,6 +33,7 @@ from opd_jax import optim, steps
 from opd_jax.data import batches as batching
 from opd_jax.data import prompts as prompt_files
 from opd_jax.data import tokenizer as tokenizers
+from opd_jax.data import widths
 from opd_jax.evaluate import grading
 from opd_jax.kl import KLSpec
 from opd_jax.models import hf, params, transformer
@@ -198,8 +199,8 @@ def batches(rows: Sequence[prompt_files.Example], batch: int, pad_id: int) -> It
     """One pass over the rows, in a few padded shapes (each is compiled once)."""
     groups: dict[tuple[int, int], list[prompt_files.Example]] = {}
     for row in rows:
-        width = batching.bucket(len(row.ids), PROMPT_WIDTHS)
-        room = batching.bucket(len(row.completion), COMPLETION_WIDTHS)
+        width = widths.bucket(len(row.ids), PROMPT_WIDTHS)
+        room = widths.bucket(len(row.completion), COMPLETION_WIDTHS)
         group = groups.setdefault((width, room), [])
         group.append(row)
         if len(group) == batch:

@@ -31,5 +31,5 @@ def _release_programs():
 
 
 def pytest_make_parametrize_id(val):
-    """Bytes give a test no name: pytest-xdist wants one collection in every process, and a reader words."""
+    """Bytes give a test no name: pytest-xdist wants one collection in every process."""
     return "bytes" if isinstance(val, bytes) else None

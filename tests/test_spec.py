@@ -36,13 +36,6 @@ def test_the_stored_dtype_is_the_callers_where_the_spec_leaves_it_open():
     assert spec.ModelSpec(param_dtype="float32").stored_dtype("bfloat16") == "float32"
 
 
-def test_without_buckets_there_is_one_width():
-    assert spec.DataSpec(max_prompt=7).widths == (7,)
-    assert spec.DataSpec(max_prompt=7, buckets=(4, 8)).widths == (4, 8)
-    assert spec.RolloutSpec(max_new=5).widths == (5,)
-    assert spec.RolloutSpec(max_new=5, buckets=(2, 5)).widths == (2, 5)
-
-
 @pytest.mark.parametrize(("text", "steps"), [("", None), ("3", (3, 3)), ("2:5", (2, 5))])
 def test_profiled_steps(text, steps):
     assert run(profile=text, train=spec.TrainSpec(steps=5)).profiled == steps

@@ -153,6 +153,9 @@ def test_rock_state_and_metrics_are_those_of_dense_logits(plain, dense):
             weight = seen * where
             return (weight * x).sum() / weight.sum() if weight.any() else 0.0
 
+        columns = np.arange(BATCH.ids_BT.shape[1])
+        ends = (BATCH.mask_BT * (columns + 1)).max(axis=1, keepdims=True)
+        padding = 1 - ((columns >= BATCH.start_B[:, None]) & (columns < ends)).mean()
         by_hand = {
             "loss": (dense[i]["forward"] * mask * ~member).sum() / mask.sum(),
             "divergence": mean(dense[i]["forward"], mask),
@@ -167,6 +170,7 @@ def test_rock_state_and_metrics_are_those_of_dense_logits(plain, dense):
             "projected_share": (seen > 0).sum() / mask.sum(),
             "length_tokens": mask.sum() / B,
             "truncated_share": BATCH.truncated_B.mean(),
+            "padding_share": padding,
         }
         for name, value in by_hand.items():
             np.testing.assert_allclose(metrics[i][name], value, rtol=1e-4, err_msg=f"{name} {i}")

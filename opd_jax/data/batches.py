@@ -18,6 +18,7 @@ class Batch:
 
     examples: tuple[Example, ...]
     longest: int  # ids of the longest prompt of the *global* batch, so that all processes pad alike
+    longest_completion: int = 0  # the same of the completions
 
 
 def pipeline(
@@ -59,7 +60,8 @@ def pipeline(
     def take(indices: Sequence[int]) -> Batch:
         chosen = [rows[int(i)] for i in indices]
         longest = max(len(row.ids) for row in chosen)
-        return Batch(tuple(chosen[first : first + share]), longest)
+        longest_completion = max(len(row.completion) for row in chosen)
+        return Batch(tuple(chosen[first : first + share]), longest, longest_completion)
 
     order = grain.MapDataset.range(len(rows)).seed(seed)
     if shuffle:
@@ -67,21 +69,6 @@ def pipeline(
     batches = order.batch(batch, drop_remainder=True, batch_fn=list).map(take).repeat(epochs)
     # Rows are in memory already: worker threads would only add nondeterministic wake-ups.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
-
-
-def bucket(length: int, buckets: Sequence[int]) -> int:
-    """Smallest width that holds ``length`` ids.
-
-    Raises:
-      ValueError: none does.
-    """
-    fitting = [width for width in buckets if width >= length]
-    if not fitting:
-        raise ValueError(
-            f"a prompt of {length} ids and buckets {tuple(buckets)}: expected a bucket at least "
-            "that wide; add one, or lower max_prompt"
-        )
-    return min(fitting)
 
 
 def pad(ids: Sequence[Sequence[int]], width: int, pad_id: int) -> Prompt:
@@ -107,8 +94,8 @@ def pad(ids: Sequence[Sequence[int]], width: int, pad_id: int) -> Prompt:
 def pad_completions(rows: Sequence[Example], width: int, max_new: int, pad_id: int) -> Rollout:
     """Lay out prompts and completions as a rollout of ``width + max_new`` columns (numpy arrays).
 
-    The completion starts right after the prompt and its ids, EOS included, make up the mask. No
-    policy sampled it: ``logp_BT`` is 0 and ``policy_step`` -1.
+    The completion starts right after the prompt and its ids, a stop id included, make up the mask.
+    No policy sampled it: ``logp_BT`` is 0 and ``policy_step`` -1.
 
     Raises:
       ValueError: a row has no completion, or one of more than ``max_new`` ids.
@@ -121,7 +108,7 @@ def pad_completions(rows: Sequence[Example], width: int, max_new: int, pad_id: i
         if not 0 < len(row.completion) <= max_new:
             raise ValueError(
                 f"row {index} has a completion of {len(row.completion)} ids: expected 1 to "
-                f"{max_new}; read the file with completions(..., max_new={max_new})"
+                f"{max_new}; read the file with completions.Limits({max_new}, stop_ids)"
             )
         span = slice(width, width + len(row.completion))
         ids[index, span] = row.completion
@@ -131,7 +118,7 @@ def pad_completions(rows: Sequence[Example], width: int, max_new: int, pad_id: i
         "start_B": prompt.start_B,
         "mask_BT": mask,
         "logp_BT": np.zeros(shape, np.float32),
-        "truncated_B": np.zeros(len(rows), bool),
+        "truncated_B": np.array([not row.is_whole for row in rows]),
         "policy_step": np.int32(-1),
     }
     return Rollout(**arrays)  # pyright: ignore[reportArgumentType]

@@ -10,9 +10,11 @@ What a row may hold, each under its own name or under the one that ``data.column
 ``completion``     text to imitate, or a list of one message, the assistant's
 ``completion_ids`` the same as ids; a ``completion`` beside it is what they spell
 
-Of the first four a row has one, but for that. The content of a message is text, or a list of parts
-of type ``text``, which are joined. A last message of the assistant's is taken as the completion: an
-on-policy student answers the turn before it.
+Of the first four a row has one, but for that. Ids are whole as they are: no system prompt and no
+template is applied to them, and they count whatever ``data.columns`` calls a prompt in other files.
+The content of a message is text, or a list of parts of type ``text``, which are joined. A last
+message of the assistant's is taken as the completion: an on-policy student answers the turn before
+it.
 """
 
 from __future__ import annotations
@@ -69,11 +71,6 @@ def checked(row: Row, line: int, columns: Mapping[str, str], system: str = "") -
     completion_ids = None if given is None else _ids(given, f"`{theirs}`")
     answer = _answer(value_of(row, columns.get("answer", "answer")))
     if name == "prompt_ids":
-        if system:
-            raise ValueError(
-                f"{shown} holds ids and data.system is set: expected a text or messages to put a "
-                "system prompt before; unset --config.data.system, or give the text"
-            )
         beside = value_of(row, "prompt")
         spelt = beside if isinstance(beside, str) else None
         return Record(_ids(value, shown), answer, completion, line, completion_ids, spelt)
@@ -144,7 +141,9 @@ def _prompt_name(row: Row, columns: Mapping[str, str]) -> str:
     """Which of ``PROMPTS`` a row is read by."""
     mapped = [name for name in PROMPTS if name in columns]
     present = [name for name in mapped or PROMPTS if value_of(row, columns.get(name, name))]
-    if present == ["prompt", "prompt_ids"] and isinstance(value_of(row, "prompt"), str):
+    has_ids = value_of(row, columns.get("prompt_ids", "prompt_ids")) is not None
+    is_spelt = present == ["prompt", "prompt_ids"] and isinstance(value_of(row, "prompt"), str)
+    if has_ids and (is_spelt or not present):
         return "prompt_ids"
     if len(present) == 1:
         return present[0]

@@ -1,7 +1,7 @@
 """Prompts, and prompts with completions: read from a file, checked and tokenised.
 
 :mod:`rows` says which files are read, :mod:`fields` what a row may hold: a prompt or messages;
-optionally ``answer`` for grading and ``completion`` for off-policy training.
+optionally ``answer`` for grading and a completion for off-policy training.
 """
 
 from __future__ import annotations
@@ -13,15 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_jax import bounded, rules
+from opd_jax.data import completions
 from opd_jax.data import rows as files
 from opd_jax.data import tokenizer as tokenizers
-from opd_jax.data.fields import NAMES, PROMPTS, Answer, checked, like_answers, value_of
+from opd_jax.data.fields import (
+    COMPLETIONS,
+    NAMES,
+    PROMPTS,
+    Answer,
+    checked,
+    like_answers,
+    value_of,
+)
 from opd_jax.data.fields import Record as Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TOO_LONG = ("drop", "left_truncate", "error")
+_SPELT = 64  # rows whose ids are compared with the text beside them
 _SHOWN = 100  # characters of a rendered prompt in a line
 
 
@@ -44,7 +54,7 @@ class DataSpec:
     system: str = ""  # system prompt for rows without one; makes plain prompts a chat
     max_prompt: int = 512  # most ids of a prompt
     too_long: str = "drop"  # drop, left_truncate or error
-    buckets: tuple[int, ...] = ()  # padded prompt widths, each compiled once; (): (max_prompt,)
+    buckets: tuple[int, ...] = ()  # padded prompt widths, each compiled once; (): by the prompts
     shuffle: bool = True  # a new order each epoch, by the seed; False: as in the file
     epochs: int = 0  # 0: as many as the steps need
     template: tuple[tuple[str, Any], ...] = ()  # chat template arguments, (name, value) pairs
@@ -61,15 +71,10 @@ class DataSpec:
             rules.widths("buckets", self.buckets, self.max_prompt),
         )
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Padded prompt widths in use."""
-        return self.buckets or (self.max_prompt,)
-
 
 def _are_columns(pairs: Sequence[Sequence[str]]) -> bool:
     """Whether each of our names is mapped once, prompts by one of them."""
-    names = [pair[0] for pair in pairs if len(pair) == 2 and pair[1]]
+    names = [pair[0] for pair in pairs if len(pair) == 2 and isinstance(pair[1], str) and pair[1]]
     is_known = {*names} <= {*NAMES} and len({*names}) == len(pairs)
     return is_known and len({*names} & {*PROMPTS}) <= 1
 
@@ -82,7 +87,8 @@ class Example:
     answer: Answer | None
     text: str  # the prompt as the model sees it, decoded
     index: int  # line in the file, from 0: the same whatever was dropped
-    completion: tuple[int, ...] = ()  # ids to imitate, EOS last; empty for plain prompts
+    completion: tuple[int, ...] = ()  # ids to imitate; empty for plain prompts
+    is_whole: bool = True  # a stop id is their last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,23 +98,31 @@ class Counts:
     kept: int = 0
     dropped: int = 0
     truncated: int = 0
-    dropped_completions: int = 0
+    cut: int = 0
 
     def __str__(self) -> str:
-        return (
-            f"{self.kept} prompts kept ({self.truncated} of them left-truncated), {self.dropped} "
-            f"dropped as too long, {self.dropped_completions} dropped for a too long completion"
-        )
+        told = {
+            "left-truncated": self.truncated,
+            "dropped as too long": self.dropped,
+            "with a completion that its length cuts": self.cut,
+        }
+        rest = "".join(f", {number} {what}" for what, number in told.items() if number)
+        return f"{self.kept} prompts kept{rest}"
 
 
 def read(
-    path: str | Path, spec: DataSpec | None = None, *, say: Callable[[str], None] | None = None
+    path: str | Path,
+    spec: DataSpec | None = None,
+    *,
+    has_completions: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> list[Record]:
     """Read and check every row of a file of prompts.
 
     Args:
       path: of a format that :mod:`rows` reads.
       spec: how its columns are named, and the system prompt; default: as they are, none.
+      has_completions: whether columns that are named for completions must be there.
       say: receives what was read, and which columns look like answers and are not used.
 
     Raises:
@@ -129,7 +143,10 @@ def read(
         unused |= like_answers(row)
     if not found:
         raise ValueError(f"{path} has no rows: expected at least one; give another file")
-    if missing := {*columns} - used:
+    optional = set() if has_completions else {*COMPLETIONS}
+    if isinstance(found[0].prompt, tuple):  # of opd-jax generate, beside a file with other names
+        optional |= {*PROMPTS, "answer"}
+    if missing := {*columns} - used - optional:
         name = min(missing)
         raise ValueError(
             f"{path}: no row has {columns[name]!r}, which data.columns names as {name}: expected "
@@ -156,6 +173,7 @@ def examples(
     spec: DataSpec,
     tokenizer: PreTrainedTokenizerFast,
     *,
+    limits: completions.Limits | None = None,
     now: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> tuple[list[Example], Counts]:
@@ -165,15 +183,17 @@ def examples(
       path: file of prompts; ``spec.prompts`` or ``spec.heldout`` in a run.
       spec: how long a prompt may be, and how it is rendered.
       tokenizer: renders.
+      limits: of the completions; None: there need not be any, and they are not read.
       now: the date that a chat template writes, as ``files.TIME``; None: today.
       say: receives what was read, and the first prompt as the model sees it.
 
     Raises:
       FileNotFoundError, ValueError: as :func:`read`; a prompt that cannot be rendered; a prompt
-        over the limit where ``spec.too_long`` is "error"; no prompt left.
+        over the limit where ``spec.too_long`` is "error"; no prompt left; ids that the tokenizer
+        does not have, or of another text than beside them; no completion where there must be one.
     """
     told: list[str] = []
-    found, counts = _tokenise(Path(path), spec, tokenizer, now, completion=None, say=told.append)
+    found, counts = _tokenise(Path(path), spec, tokenizer, now, limits, told.append)
     if say:
         shown = found[0].text
         cut = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
@@ -181,41 +201,6 @@ def examples(
         for line in told[1:]:
             say(line)
     return found, counts
-
-
-def completions(
-    path: str | Path,
-    spec: DataSpec,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    max_new: int,
-    eos_id: int | None = None,
-    too_long: str = "drop",
-    now: str | None = None,
-) -> tuple[list[Example], Counts]:
-    """Read and tokenise prompts with their ``completion``, EOS appended, for off-policy training.
-
-    Args:
-      path, spec, tokenizer, now: as of :func:`examples`.
-      max_new: most completion ids, EOS included.
-      eos_id: the id that ends a completion; None for the tokenizer's own.
-      too_long: "drop" (counted) or "error", for completions over ``max_new``.
-
-    Raises:
-      FileNotFoundError, ValueError: as :func:`examples`, and for a line without a completion.
-    """
-    if too_long not in ("drop", "error") or max_new < 1:
-        raise ValueError(
-            f"completions got too_long {too_long!r} and max_new {max_new}: expected 'drop' or "
-            "'error' and at least 1; change them"
-        )
-    end = tokenizer.eos_token_id if eos_id is None else eos_id
-    if not isinstance(end, int):
-        raise ValueError(
-            f"the EOS id is {end!r}: expected one id to end completions with; set eos_token in "
-            "tokenizer_config.json, or pass eos_id"
-        )
-    return _tokenise(Path(path), spec, tokenizer, now, completion=(max_new, end, too_long))
 
 
 def digest(rows: Sequence[Example]) -> str:
@@ -227,37 +212,41 @@ def digest(rows: Sequence[Example]) -> str:
 
 
 def _tokenise(
-    path: Path, spec: DataSpec, tokenizer, now, *, completion, say=None
+    path: Path, spec: DataSpec, tokenizer, now, limits, say
 ) -> tuple[list[Example], Counts]:
     """Tokenise all records, each within bounds: a template or a pattern may never end."""
-    records = read(path, spec, say=say)
+    records = read(path, spec, has_completions=limits is not None, say=say)
 
     def work(begin: Callable[[str], None]) -> tuple[list[Example], Counts]:
-        return _tokenise_all(path, records, spec, tokenizer, now, completion, begin)
+        return _tokenise_all(path, records, spec, tokenizer, now, limits, begin)
 
     return bounded.run(work, change="mend the chat template or the tokenizer, or drop the line")
 
 
 def _tokenise_all(
-    path, records, spec, tokenizer, now, completion, begin
+    path, records: Sequence[Record], spec, tokenizer, now, limits, begin
 ) -> tuple[list[Example], Counts]:
-    kept, tally = [], {"dropped": 0, "truncated": 0, "dropped_completions": 0}
-    arguments = dict(spec.template)
-    for record in records:
+    kept, tally = [], {"dropped": 0, "truncated": 0, "cut": 0}
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    for number, record in enumerate(records):
         where = f"{path}:{record.line}"
         begin(f"{where}: rendering and tokenising the prompt")
         try:
-            ids = tokenizers.render(tokenizer, record.prompt, now=now, **arguments)
+            _check_ids(record, size)
+            if number < _SPELT:
+                completions.check_spelling(record, tokenizer)
+            ids = prompt_ids(record, spec, tokenizer, now)
+            response, is_whole = (), True
+            if limits is not None:
+                begin(f"{where}: tokenising the completion")
+                end_id = completions.end_id(record, tokenizer, limits.stop_ids, now, spec.template)
+                response, is_whole = completions.ids_of(
+                    record, ids, tokenizer, limits, end_id, now=now, template=spec.template
+                )
         except MemoryError:
             raise
         except Exception as error:  # a chat template may raise anything
             raise ValueError(f"{where}: {error}") from error
-        response = ()
-        if completion is not None:
-            response = _response(record, where, tokenizer, completion)
-            if response is None:
-                tally["dropped_completions"] += 1
-                continue
         if len(ids) > spec.max_prompt:
             if spec.too_long == "error":
                 raise ValueError(
@@ -270,31 +259,35 @@ def _tokenise_all(
                 continue
             tally["truncated"] += 1
             ids = ids[-spec.max_prompt :]
+        tally["cut"] += not is_whole
         text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-        kept.append(Example(tuple(ids), record.answer, text, record.line - 1, response))
+        kept.append(Example(tuple(ids), record.answer, text, record.line - 1, response, is_whole))
     counts = Counts(kept=len(kept), **tally)
     if not kept:
         raise ValueError(
             f"{path}: {counts}: expected at least one to be left; raise max_prompt "
-            f"({spec.max_prompt} ids now) or the completion limit, or set too_long to "
-            "'left_truncate'"
+            f"({spec.max_prompt} ids now), or set too_long to 'left_truncate'"
         )
     return kept, counts
 
 
-def _response(record, where, tokenizer, completion) -> tuple[int, ...] | None:
-    """Completion ids with EOS last; None when it is too long and to be dropped."""
-    max_new, eos_id, too_long = completion
-    if record.completion is None:
-        raise ValueError(f"{where}: no `completion`: expected a string on every line; add it")
-    ids = tokenizer.encode(record.completion, add_special_tokens=False)
-    if ids[-1:] != [eos_id]:
-        ids = [*ids, eos_id]
-    if len(ids) <= max_new:
-        return tuple(ids)
-    if too_long == "error":
-        raise ValueError(
-            f"{where}: the completion has {len(ids)} ids with EOS and max_new is {max_new}: "
-            "expected no longer one; raise max_new, or set too_long to 'drop'"
-        )
-    return None
+def prompt_ids(record: Record, spec: DataSpec, tokenizer, now: str | None) -> list[int]:
+    """The prompt of a row as ids, rendered where it is not ids already.
+
+    Raises:
+      ValueError: it cannot be rendered.
+    """
+    if isinstance(record.prompt, tuple):
+        return list(record.prompt)
+    return tokenizers.render(tokenizer, record.prompt, now=now, **dict(spec.template))
+
+
+def _check_ids(record: Record, size: int) -> None:
+    given = {"prompt_ids": record.prompt, "completion_ids": record.completion_ids}
+    for name, ids in given.items():
+        largest = max(ids, default=0) if isinstance(ids, tuple) else 0
+        if largest >= size:
+            raise ValueError(
+                f"{name} has the id {largest}: expected ids below {size}, which is all that the "
+                "tokenizer has; give ids of its vocabulary"
+            )

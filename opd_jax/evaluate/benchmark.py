@@ -9,8 +9,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,22 +16,17 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from opd_jax import files, processes
 from opd_jax import mesh as meshlib
-from opd_jax import processes
-from opd_jax.data.prompts import Example
-from opd_jax.evaluate import finding, grading, metrics, results, tasks
-from opd_jax.evaluate.tasks import Form, Problem, Task
-from opd_jax.files import path_of
+from opd_jax.evaluate import asked, growth, metrics, results
+from opd_jax.evaluate.tasks import Form, Task
 from opd_jax.models import memory
 from opd_jax.pytrees import Params
 from opd_jax.rollout import answers as drawing
 from opd_jax.rollout.sampling import Sampler
-from opd_jax.store import fingerprint, workdir
 from opd_jax.store import pair as pairs
+from opd_jax.store import workdir
 from opd_jax.store.pair import Model
-
-_NARROWEST = 64  # ids of the narrowest padded prompt; the others are its doubles
-_EVERY_S = 10.0  # between lines of progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +72,10 @@ class Settings:
                 "one greedy sample, or a temperature; set --temperature or --samples=1"
             )
 
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """A problem, ready to be asked."""
-
-    task: Task
-    problem: Problem
-    example: Example
-    width: int  # padded
+    @property
+    def filters(self) -> dict[str, Any]:
+        """What a sampler is told."""
+        return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
 
 
 def evaluate(
@@ -123,45 +111,19 @@ def evaluate(
     if batch < 1:
         raise ValueError(f"batch is {batch}: expected at least 1; set --batch")
     model = pairs.open_model(ref, mesh=mesh, dtype=dtype)
-    rows = _rows(model, given, settings, form)
+    rows = asked.rows(model, given, settings.max_new, form)
     record = _record(model, given, settings, form)
     order = [(row.task.name, row.problem.index) for row in rows]
     done = _enter(out, record, order, settings.samples)
     if done < len(rows):
         if done:
             say(f"{out} has {done} of {len(rows)} problems: going on")
-        with _writing(out) as stream:
+        with growth.Writing(out, results.LINES) as stream:
             for lines in _graded(model, rows[done:], settings, batch, len(rows), say):
                 if stream is not None:
-                    results.write(stream, lines)
+                    files.append(stream, lines)
         processes.meet("evaluated")
     return _summarise(out, settings)
-
-
-def _rows(model: Model, given: Sequence[Task], settings: Settings, form: Form) -> list[_Row]:
-    """All problems as prompts: task by task, narrow ones first."""
-    room = model.cfg.max_positions - settings.max_new
-    if room < 1:
-        raise ValueError(
-            f"max-new is {settings.max_new}: expected below the {model.cfg.max_positions} "
-            f"positions of {model.reference.name}, which hold prompt and answer; lower --max-new"
-        )
-    rows = []
-    for task in given:
-        examples = tasks.prompts(task, form, model.tokenizer, max_prompt=room, now=model.started)
-        found = [
-            _Row(task, problem, example, _width(len(example.ids), room))
-            for problem, example in zip(task.problems, examples, strict=True)
-        ]
-        rows += sorted(found, key=lambda row: row.width)
-    return rows
-
-
-def _width(length: int, room: int) -> int:
-    width = _NARROWEST
-    while width < length:
-        width *= 2
-    return min(width, room)
 
 
 def _record(
@@ -171,7 +133,7 @@ def _record(
     del told["ks"]  # of the summary, not of the responses
     told |= {"template": dict(form.template), "dtype": model.cfg.dtype}
     told["stop_ids"] = list(model.stop_ids)
-    told |= _own_graders(given)
+    told |= asked.own_graders(given)
     return {
         "model": model.reference.name,
         "files": pairs.identity(model.reference),
@@ -189,51 +151,20 @@ def _record(
     }
 
 
-def _own_graders(given: Sequence[Task]) -> dict[str, str]:
-    """Fingerprints of the files of the user's own graders."""
-    names = {problem.grader for task in given for problem in task.problems}
-    paths = {name: Path(path_of(name.rpartition(":")[0])) for name in names}
-    return {
-        f"grader {name}": fingerprint.of_file(path)
-        for name, path in sorted(paths.items())
-        if path.suffix == ".py" and path.is_file()
-    }
-
-
 def _enter(out: Path, record: results.EvalRecord, order: list[tuple[str, int]], n: int) -> int:
     found: list[int] = []
 
     def enter() -> None:
-        with results.locked(out):
+        with files.only_writer(out):
             found.append(results.enter(out, record, order, n))
 
     processes.on_first(enter)
     return processes.agreed(found[0] if found else 0)
 
 
-class _writing:
-    """The file of completions, open and locked on process 0; None on the others."""
-
-    def __init__(self, out: Path):
-        self._out = out
-
-    def __enter__(self):
-        self._stream = None
-        if jax.process_index() == 0:
-            self._lock = results.locked(self._out)
-            self._lock.__enter__()
-            self._stream = (self._out / results.LINES).open("a", encoding="utf-8")
-        return self._stream
-
-    def __exit__(self, *error) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._lock.__exit__(*error)
-
-
 def _graded(
     model: Model,
-    rows: Sequence[_Row],
+    rows: Sequence[asked.Row],
     settings: Settings,
     batch: int,
     total: int,
@@ -254,47 +185,30 @@ def _graded(
     ]
     memory.check(needs, model.mesh)
     params = model.load()
-    sampler = model.sampler(
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-    )
-    progress = _Progress(total, total - len(rows), say)
+    sampler = model.sampler(**settings.filters)
+    progress = growth.Progress("problems", total, total - len(rows), say)
     with jax.set_mesh(model.mesh):
-        for group in _groups(rows):
-            for part, lines, tokens in _group(
+        for group in asked.groups(rows):
+            for part, lines in _group(
                 model, params, group, settings=settings, sampler=sampler, size=size
             ):
-                progress.add(part, lines, tokens)
+                progress.add(part, lines, lines[-1]["task"])
                 yield lines
-    progress.end()
-
-
-def _groups(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-    """Neighbours of one task and width, which one program serves."""
-    group: list[_Row] = []
-    for row in rows:
-        if group and (row.task.name, row.width) != (group[0].task.name, group[0].width):
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
+    progress.tell()
 
 
 def _group(
     model: Model,
     params: Params,
-    rows: Sequence[_Row],
+    rows: Sequence[asked.Row],
     *,
     settings: Settings,
     sampler: Sampler,
     size: int,
-) -> Iterator[tuple[int, list[results.Line], int]]:
-    """Number of problems, lines and tokens of each batch."""
+) -> Iterator[tuple[int, list[results.Line]]]:
+    """Number of problems and lines of each batch."""
     name = rows[0].task.name
-    key = jax.random.fold_in(jax.random.key(settings.seed), zlib.crc32(name.encode()))
+    key = asked.key_of(name, settings.seed)
     drawn = drawing.sample(
         params,
         [row.example for row in rows],
@@ -323,18 +237,13 @@ def _group(
             )
             for number, text in enumerate(texts)
         ]
-        yield real // settings.samples, lines, int(lengths[:real].sum())
+        yield real // settings.samples, lines
         first += real // settings.samples
 
 
-def _line(row: _Row, sample: int, text: str, tokens: int, truncated: bool) -> results.Line:
+def _line(row: asked.Row, sample: int, text: str, tokens: int, truncated: bool) -> results.Line:
     problem = row.problem
-    verdict = grading.named(problem.grader)(
-        text,
-        problem.answer,
-        truncated=truncated,
-        in_thought=finding.opens_thought(row.example.text),
-    )
+    verdict = row.verdict(text, truncated=truncated)
     line: results.Line = {
         "task": row.task.name,
         "index": problem.index,
@@ -367,38 +276,3 @@ def _summarise(out: Path, settings: Settings) -> dict[str, dict[str, metrics.Val
         reasons[line["task"]][line["reason"]] += 1
     processes.on_first(lambda: results.write_summary(out, measures, reasons))
     return measures
-
-
-class _Progress:
-    """Says now and then how far an evaluation is, how good, how fast, and how long it will take."""
-
-    def __init__(self, total: int, done: int, say: Callable[[str], None]):
-        self.total, self.done, self.say = total, done, say
-        self.fresh = self.tokens = self.right = self.graded = 0
-        self.began = self.said = time.monotonic()
-
-    def add(self, problems: int, lines: Sequence[results.Line], tokens: int) -> None:
-        self.done += problems
-        self.fresh += problems
-        self.tokens += tokens
-        self.right += sum(line["correct"] for line in lines)
-        self.graded += len(lines)
-        if time.monotonic() - self.said > _EVERY_S:
-            self.end(lines[-1]["task"])
-
-    def end(self, task: str = "") -> None:
-        now = time.monotonic()
-        self.said = now
-        took = max(now - self.began, 1e-9)
-        left = (self.total - self.done) * took / max(self.fresh, 1)
-        self.say(
-            f"{self.done} of {self.total} problems{f' ({task})' if task else ''}: right "
-            f"{self.right / max(self.graded, 1):.1%} of {self.graded} new responses, "
-            f"{self.tokens / took:.0f} tokens/s, {_duration(left)} left"
-        )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

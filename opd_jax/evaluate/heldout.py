@@ -18,9 +18,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from opd_jax import mesh as meshlib
-from opd_jax import pytrees, steps
+from opd_jax import pytrees, stats, steps
 from opd_jax.data.prompts import Example
 from opd_jax.evaluate import finding, grading
+from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Mean, Params, RockState, Rollout
 from opd_jax.rollout import answers as drawing
@@ -28,6 +29,8 @@ from opd_jax.rollout.sampling import Sampler
 
 FIELDS = (
     "accuracy",
+    "accuracy_low",
+    "accuracy_high",
     "unparsed_share",
     "kl_nats",
     "kl_gated",
@@ -48,17 +51,26 @@ class Graded:
       correct: prompt by prompt, whether each of its sampled answers is right.
       reason: prompt by prompt, why, as ``grading.Verdict`` says.
       unparsed: prompt by prompt, whether each of its samples holds no recognisable answer.
+      text: prompt by prompt, its sampled answers.
     """
 
     index: tuple[int, ...] = ()
     correct: tuple[tuple[bool, ...], ...] = ()
     reason: tuple[tuple[str, ...], ...] = ()
     unparsed: tuple[tuple[bool, ...], ...] = ()
+    text: tuple[tuple[str, ...], ...] = ()
 
     @property
     def accuracy(self) -> float | None:
         """Share of right answers; None without any."""
         return _share(self.correct)
+
+    @property
+    def interval(self) -> tuple[float | None, float | None]:
+        """Ends of the interval of the accuracy, over prompts; Nones without any."""
+        if not self.correct:
+            return None, None
+        return stats.share_interval([float(np.mean(right)) for right in self.correct])
 
     @property
     def unparsed_share(self) -> float | None:
@@ -79,6 +91,7 @@ class EvalPlan:
       policy: the sampler of training; KL is measured on its samples.
       max_new: most ids of an answer.
       width: padded prompt width.
+      widths: of answers, that KL is measured in; default: ``max_new``.
       size: prompts at a time, over all processes.
       num_graded: prompts whose answers are graded; 0: none.
       num_kl: prompts for KL; 0: none.
@@ -98,6 +111,7 @@ class EvalPlan:
     samples: int = 1
     grader: str = "math"
     bias_V: jax.Array | None = None
+    widths: tuple[int, ...] = ()
 
     def __post_init__(self):
         grading.named(self.grader)  # raises before anything is sampled
@@ -143,13 +157,14 @@ def grade(
     """
     cut = truncated or [False] * len(answers)
     judge = grading.named(grader)
-    index, verdicts = [], []
+    index, verdicts, texts = [], [], []
     for number, row in enumerate(rows):
         if row.answer is None:
             continue
         in_thought = finding.opens_thought(row.text)
         own = range(number * samples, (number + 1) * samples)
         index.append(row.index)
+        texts.append(tuple(answers[i] for i in own))
         verdicts.append(
             [
                 grading.any_of(
@@ -162,7 +177,7 @@ def grade(
     def each(name: str) -> tuple[tuple, ...]:
         return tuple(tuple(getattr(verdict, name) for verdict in row) for row in verdicts)
 
-    return Graded(tuple(index), each("correct"), each("reason"), each("is_unparsed"))
+    return Graded(tuple(index), each("correct"), each("reason"), each("is_unparsed"), tuple(texts))
 
 
 def heldout_kl(
@@ -221,32 +236,8 @@ def evaluate(
       mean_length (tokens) and truncated_share, the last two of the samples that KL was measured on
       (of the graded answers where there are none); and which answers were right.
     """
-    result, graded = dict(EMPTY), Graded()
     graded_key, kl_key = jax.random.split(key)
-    graded_rows = [row for row in rows if row.answer is not None][: plan.num_graded]
-    if graded_rows:
-        answers: list[str] = []
-        truncated: list[bool] = []
-        num_tokens = 0
-        for rollouts, real in drawing.sample(
-            params,
-            graded_rows,
-            graded_key,
-            mesh,
-            cfg=cfg.student,
-            sampler=plan.graded_sampler,
-            samples=plan.samples,
-            **plan.drawing,
-        ):
-            answers += drawing.texts(rollouts, real, tokenizer)
-            host = meshlib.to_host(rollouts)
-            num_tokens += int(host.mask_BT[:real].sum())
-            truncated += host.truncated_B[:real].tolist()
-        graded = grade(graded_rows, answers, plan.samples, truncated=truncated, grader=plan.grader)
-        result["accuracy"] = graded.accuracy
-        result["unparsed_share"] = graded.unparsed_share
-        result["mean_length"] = num_tokens / len(answers)
-        result["truncated_share"] = sum(truncated) / len(answers)
+    result, graded = answered(params, rows, tokenizer, graded_key, mesh, cfg=cfg.student, plan=plan)
     if plan.num_kl:
         drawn = drawing.sample(
             params,
@@ -257,11 +248,69 @@ def evaluate(
             sampler=plan.policy,
             **plan.drawing,
         )
-        measured = heldout_kl(params, teacher, state, drawn, cfg=cfg)
+        cut = ((drawing.crop(x, plan.max_new, plan.widths), real) for x, real in drawn)
+        measured = heldout_kl(params, teacher, state, cut if plan.widths else drawn, cfg=cfg)
         for name, value in pytrees.reduce(measured).items():
             if name in result:
                 result[name] = None if math.isnan(value) else value
         num_rows = min(plan.num_kl, len(rows))
         result["mean_length"] = float(measured["length_tokens"].total) / num_rows
         result["truncated_share"] = float(measured["truncated_share"].total) / num_rows
+    return result, graded
+
+
+def graded_rows(rows: Sequence[Example], plan: EvalPlan) -> list[Example]:
+    """The held-out prompts whose answers are graded."""
+    return [row for row in rows if row.answer is not None][: plan.num_graded]
+
+
+def answered(
+    params: Params,
+    rows: Sequence[Example],
+    tokenizer: Any,
+    key: jax.Array,
+    mesh: Mesh,
+    *,
+    cfg: ModelConfig,
+    plan: EvalPlan,
+) -> tuple[dict[str, float | None], Graded]:
+    """Let any model answer the graded prompts; what :func:`evaluate` does first.
+
+    Args:
+      params: of the model that answers.
+      rows, tokenizer, mesh: see there.
+      key: of the draws.
+      cfg: of the model.
+      plan: static.
+
+    Returns:
+      Those of ``FIELDS`` that need no teacher, and which answers were right.
+    """
+    result = dict(EMPTY)
+    chosen = graded_rows(rows, plan)
+    if not chosen:
+        return result, Graded()
+    answers: list[str] = []
+    truncated: list[bool] = []
+    num_tokens = 0
+    for rollouts, real in drawing.sample(
+        params,
+        chosen,
+        key,
+        mesh,
+        cfg=cfg,
+        sampler=plan.graded_sampler,
+        samples=plan.samples,
+        **plan.drawing,
+    ):
+        answers += drawing.texts(rollouts, real, tokenizer)
+        host = meshlib.to_host(rollouts)
+        num_tokens += int(host.mask_BT[:real].sum())
+        truncated += host.truncated_B[:real].tolist()
+    graded = grade(chosen, answers, plan.samples, truncated=truncated, grader=plan.grader)
+    result["accuracy"] = graded.accuracy
+    result["accuracy_low"], result["accuracy_high"] = graded.interval
+    result["unparsed_share"] = graded.unparsed_share
+    result["mean_length"] = num_tokens / len(answers)
+    result["truncated_share"] = sum(truncated) / len(answers)
     return result, graded

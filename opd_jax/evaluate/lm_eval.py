@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from opd_jax import bounded
 from opd_jax import mesh as meshlib
-from opd_jax.data import templates
+from opd_jax.data import templates, widths
 from opd_jax.data.prompts import Example
 from opd_jax.evaluate import scoring
 from opd_jax.rollout import answers as drawing
@@ -274,7 +274,7 @@ class OpdJax(TemplateLM):
     ) -> list[tuple[int, list[int]]]:
         groups: dict[int, list[int]] = {}
         for row in live:
-            width = scoring.padded(len(contexts[row]) + len(written[row]))
+            width = widths.padded(len(contexts[row]) + len(written[row]))
             groups.setdefault(min(width, self.max_length), []).append(row)
         return sorted(groups.items(), reverse=True)
 

@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax import mesh as meshlib
 from opd_jax.data import batches as batching
+from opd_jax.data import widths
 from opd_jax.models import linear, transformer
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.pytrees import Params
 
-_NARROWEST = 64  # ids of the narrowest padded row; the others are its doubles
 _FEWEST = 8  # scored ids that a program has room for, at least
 
 
@@ -109,7 +109,7 @@ def scores(
       is what greedy decoding would give.
     """
     size = meshlib.batch_rows(min(batch, max(len(rows), 1)), mesh)
-    shapes = [(padded(len(a) + len(b)), _wide(len(b), _FEWEST)) for a, b in rows]
+    shapes = [(widths.padded(len(a) + len(b)), _wide(len(b), _FEWEST)) for a, b in rows]
     order = sorted(range(len(rows)), key=lambda place: shapes[place], reverse=True)
     with jax.set_mesh(mesh):
         for width, columns in sorted({*shapes}, reverse=True):
@@ -129,11 +129,6 @@ def scores(
                 )
                 logp_B, greedy_B = meshlib.to_host(found)
                 yield part, logp_B[: len(part)], greedy_B[: len(part)]
-
-
-def padded(length: int) -> int:
-    """The width that a row of so many ids is padded to: few programs serve all lengths."""
-    return _wide(length, _NARROWEST)
 
 
 def _wide(length: int, least: int) -> int:

@@ -23,10 +23,10 @@ import pydantic
 from typing_extensions import TypedDict
 
 from opd_jax import files, objective, records
+from opd_jax.data import widths
 from opd_jax.pytrees import RockState, Rollout
 
 MANIFEST = "corpus.json"
-_WIDTH = 64  # see padded()
 
 
 class CorpusError(ValueError):
@@ -107,7 +107,7 @@ class Corpus:
         # Answers start in one column, so a row may be wider than its own prompt and answer.
         prompt_width = max(len(self.prompts[i]) for i in index_B if i >= 0)
         longest = prompt_width + max(len(self.answers[i]) for i in index_B if i >= 0)
-        width = padded(longest)
+        width = widths.padded(longest)
         ids_BT = np.full((len(index_B), width), pad_id, np.int32)
         mask_BT = np.zeros(ids_BT.shape, bool)
         start_B = np.zeros(len(index_B), np.int32)
@@ -270,11 +270,6 @@ class TypeStats:
     def seen(self) -> np.ndarray:
         """Types with at least one position, bool."""
         return self.count > 0
-
-
-def padded(length: int) -> int:
-    """The width that a batch of this longest row gets: few shapes to compile, little padding."""
-    return -(-length // _WIDTH) * _WIDTH
 
 
 def write_npz(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from opd_jax import mesh as meshlib
 from opd_jax.data import batches as batching
+from opd_jax.data import widths as padding
 from opd_jax.data.prompts import Example
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.pytrees import Params, Rollout
@@ -81,6 +83,27 @@ def sample(
             rows_B=rows_B,
         )
         yield answers, real * samples
+
+
+def crop(answers: Rollout, max_new: int, widths: Sequence[int]) -> Rollout:
+    """Cut what nobody sampled, to the smallest answer width that holds the longest answer.
+
+    Args:
+      answers: with room for ``max_new`` ids each.
+      max_new: see there.
+      widths: of answers, each of which what follows is compiled for when it is first needed.
+    """
+    if len(widths) == 1:
+        return answers
+    longest = int(jnp.max(jnp.sum(answers.mask_BT, axis=1)))
+    total = answers.ids_BT.shape[1] - max_new + padding.bucket(longest, widths)
+    if total >= answers.ids_BT.shape[1]:
+        return answers
+    return answers.replace(
+        ids_BT=answers.ids_BT[:, :total],
+        mask_BT=answers.mask_BT[:, :total],
+        logp_BT=answers.logp_BT[:, :total],
+    )
 
 
 def texts(answers: Rollout, real: int, tokenizer: Any) -> list[str]:

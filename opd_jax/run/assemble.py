@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 
 from opd_jax import divergence, optim, steps
 from opd_jax import mesh as meshlib
-from opd_jax.data import batches
 from opd_jax.data import tokenizer as tokenizers
+from opd_jax.data import widths
 from opd_jax.data.prompts import Example
 from opd_jax.evaluate.heldout import EvalPlan
 from opd_jax.files import path_of
@@ -53,6 +53,8 @@ class Assembly:
     heldout: tuple[Example, ...]
     plan: EvalPlan
     bias_V: jax.Array | None  # [V] f32
+    prompt_widths: tuple[int, ...]  # that a batch of prompts is padded to
+    answer_widths: tuple[int, ...]  # that its answers are cut back to
 
     @property
     def last_step(self) -> int:
@@ -62,7 +64,7 @@ class Assembly:
 
 def steps_of_epochs(run: RunConfig, num_rows: int) -> int:
     """Steps that the epochs of prompts are enough for; endless where they are not limited."""
-    full = num_rows // run.train.prompts
+    full = num_rows // run.rows_read
     return run.data.epochs * full if run.data.epochs else sys.maxsize
 
 
@@ -102,10 +104,10 @@ def assemble(
     if message:
         say(f"warning: {message}")
 
-    rows, heldout = reading.prompts(run, tokenizer, other, now, say)
+    rows, heldout = reading.prompts(run, tokenizer, other, stop_ids, now, say)
     words = Words(vocab_size, stop_ids, not message, tokenizers.pad_id(tokenizer), tokenizer)
     parts = composed(run, mesh, student, teacher, words, rows, heldout, say=say)
-    memory.check(needs(parts.run, parts.cfg, mesh), mesh)
+    memory.check(needs(parts.run, parts.cfg, mesh, parts.prompt_widths[-1]), mesh)
     return parts
 
 
@@ -157,7 +159,7 @@ def composed(
         stop_ids=stop_ids,
         pad_id=words.pad_id,
     )
-    if warning := sampling.off_policy_warning(policy):
+    if run.train.stage != "off_policy" and (warning := sampling.off_policy_warning(policy)):
         say(f"warning: {warning}")
     cfg = ObjectiveConfig(
         student=student,
@@ -187,6 +189,9 @@ def composed(
                 f"{part.max_positions} positions; lower --config.data.max_prompt or --config.{key}"
             )
     bias_V = _bias(run, vocab_size, student.vocab_size)
+    prompt_widths = run.data.buckets or widths.of_prompts(
+        [len(row.ids) for row in rows], batch=run.rows_read, limit=run.data.max_prompt
+    )
     return Assembly(
         run=run,
         mesh=mesh,
@@ -197,19 +202,25 @@ def composed(
         policy=policy,
         rows=tuple(rows),
         heldout=tuple(heldout),
-        plan=_eval_plan(run, policy, heldout, shards, bias_V),
+        plan=_eval_plan(run, policy, heldout, shards, bias_V, prompt_widths),
         bias_V=bias_V,
+        prompt_widths=prompt_widths,
+        answer_widths=run.rollout.buckets or widths.ladder(run.rollout.max_new),
     )
 
 
-def needs(run: RunConfig, cfg: ObjectiveConfig, mesh: Mesh) -> list[memory.Need]:
-    """What is in memory together, at the least, while the student samples or is updated."""
+def needs(run: RunConfig, cfg: ObjectiveConfig, mesh: Mesh, width: int) -> list[memory.Need]:
+    """What is in memory together, at the least, while the student samples or is updated.
+
+    ``width`` is that of the widest batch of prompts.
+    """
     assert cfg.teacher is not None
     f32 = jnp.float32
     stored = run.student.stored_dtype("float32")
     moments = {"adamw": 2, "sgd": 1, "signsgd": 1}[run.optim.name]
-    rows, slots = run.train.prompts * run.rollout.samples, run.data.widths[-1] + run.rollout.max_new
+    rows, slots = run.train.prompts * run.rollout.samples, width + run.rollout.max_new
     eval_rows = (run.eval.batch or rows) * run.eval.samples if run.eval.every else 0
+    answering = [cfg.student, cfg.teacher][: 1 + (bool(eval_rows) and run.eval.teacher)]
     parts = "raise --config.mesh.fsdp or .model, which split it"
     fewer = "lower --config.rollout.samples, .max_new, --config.train.prompts or data.max_prompt"
     if eval_rows > rows:
@@ -219,7 +230,9 @@ def needs(run: RunConfig, cfg: ObjectiveConfig, mesh: Mesh) -> list[memory.Need]
         memory.Need("the student", memory.weights(cfg.student, stored, mesh), parts),
         memory.Need("its optimizer", moments * memory.weights(cfg.student, f32, mesh), parts),
         memory.Need("the teacher", memory.weights(cfg.teacher, teacher_dtype, mesh), parts),
-        memory.Need("keys and values", memory.cache(cfg.student, rows, slots, mesh), fewer),
+        memory.Need(
+            "keys and values", max(memory.cache(c, rows, slots, mesh) for c in answering), fewer
+        ),
     ]
 
 
@@ -343,7 +356,8 @@ def state_template(parts: Assembly) -> TrainState:
     dtype = spec.stored_dtype("float32")
     tree = params.abstract(transformer.specs(parts.cfg.student), jnp.dtype(dtype), parts.mesh)
     with jax.set_mesh(parts.mesh):
-        made = jax.eval_shape(_init(parts), tree, jax.random.key(parts.run.seed))
+        key = jax.eval_shape(jax.random.key, 0)
+        made = jax.eval_shape(_init(parts), tree, key)
     return meshlib.placed(made, parts.mesh)
 
 
@@ -395,6 +409,7 @@ def _eval_plan(
     heldout: Sequence[Example],
     shards: int,
     bias_V: jax.Array | None,
+    prompt_widths: Sequence[int],
 ) -> EvalPlan:
     size = run.eval.batch or run.train.prompts * run.rollout.samples
     if size % (shards * run.train.microbatches):
@@ -403,10 +418,14 @@ def _eval_plan(
             f"({shards} x {run.train.microbatches}); set --config.eval.batch"
         )
     longest = max((len(row.ids) for row in heldout), default=1)
+    if longest > prompt_widths[-1]:  # than any prompt of training
+        prompt_widths = widths.of_prompts([longest], batch=1, limit=run.data.max_prompt)
+    max_new = run.eval.max_new or run.rollout.max_new
     return EvalPlan(
         policy=policy,
-        max_new=run.eval.max_new or run.rollout.max_new,
-        width=batches.bucket(longest, run.data.widths),
+        max_new=max_new,
+        width=widths.bucket(longest, prompt_widths),
+        widths=run.rollout.buckets * (max_new == run.rollout.max_new) or widths.ladder(max_new),
         size=size,
         num_graded=run.eval.prompts,
         num_kl=run.eval.kl_prompts,

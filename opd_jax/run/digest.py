@@ -14,10 +14,21 @@ import numpy as np
 
 from opd_jax import mesh, objective, rock
 from opd_jax.data import tokenizer as tokenizers
+from opd_jax.data.prompts import Example
+from opd_jax.evaluate import heldout
 from opd_jax.pytrees import RockState, Rollout
 
 
-def samples(answers: Rollout, kl_BT: np.ndarray, tokenizer: Any, limit: int) -> list[dict]:
+def samples(
+    answers: Rollout,
+    kl_BT: np.ndarray,
+    tokenizer: Any,
+    limit: int,
+    *,
+    examples: Sequence[Example] = (),
+    each: int = 1,
+    grader: str = "math",
+) -> list[dict[str, Any]]:
     """Decode the first ``limit`` answers of a batch, with the KL of every token.
 
     Args:
@@ -25,6 +36,10 @@ def samples(answers: Rollout, kl_BT: np.ndarray, tokenizer: Any, limit: int) -> 
       kl_BT: [B, T-1], nats at the predicting positions.
       tokenizer: decodes.
       limit: most rows.
+      examples: the prompts of the first rows, ``each`` answers to each of them; where there is a
+        gold answer, they are graded.
+      each: see there.
+      grader: of answers.
     """
     chosen, scored_BT = [], objective.predicted(answers).mask_BT
     for row in range(min(limit, len(answers.ids_BT))):
@@ -34,11 +49,23 @@ def samples(answers: Rollout, kl_BT: np.ndarray, tokenizer: Any, limit: int) -> 
             {
                 "prompt": tokenizer.decode(ids[answers.start_B[row] : first]),
                 "answer": tokenizer.decode(ids[mask]),
+                "text": tokenizer.decode(ids[mask], skip_special_tokens=True),
                 "ids": ids[mask].tolist(),
                 "kl_nats": [round(float(x), 5) for x in kl_BT[row][scored_BT[row]]],
                 "truncated": bool(answers.truncated_B[row]),
             }
         )
+    for row, told in enumerate(chosen):
+        example = examples[row // each] if row // each < len(examples) else None
+        if example is not None and example.answer is not None:
+            verdict = heldout.grade(
+                [example], [told["text"]], 1, truncated=[told["truncated"]], grader=grader
+            )
+            told |= {
+                "gold": example.answer,
+                "correct": verdict.correct[0][0],
+                "reason": verdict.reason[0][0],
+            }
     return chosen
 
 
@@ -67,14 +94,22 @@ def phase_seconds(took: Sequence[Mapping[str, float]]) -> dict[str, dict[str, fl
     }
 
 
-_leaders = functools.partial(jax.jit, static_argnames=("limit", "never"))(rock.leaders)
+_leaders = functools.partial(jax.jit, static_argnames=("limit", "never", "is_fast"))(rock.leaders)
 
 
 def rock_table(
-    state: RockState, tokenizer: Any, limit: int, never: tuple[int, ...] = ()
+    state: RockState,
+    tokenizer: Any,
+    limit: int,
+    never: tuple[int, ...] = (),
+    *,
+    is_fast: bool = False,
 ) -> list[dict[str, Any]]:
-    """The types with the highest Rock Score, decoded, with their share of KL and of tokens."""
-    found = mesh.to_host(_leaders(state, limit=limit, never=never))
+    """The types with the highest Rock Score, decoded, with their share of KL and of tokens.
+
+    See ``rock.leaders`` for ``is_fast``.
+    """
+    found = mesh.to_host(_leaders(state, limit=limit, never=never, is_fast=is_fast))
     all_kl, all_tokens = float(found["kl_sum"]), float(found["count"])
     columns = (found[name].tolist() for name in ("ids_K", "kl_sum_K", "count_K", "member_K"))
     return [

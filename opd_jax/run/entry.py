@@ -6,11 +6,13 @@ would see what the first has written.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import pydantic
 
 from opd_jax import config, processes
 from opd_jax.data import prompts as prompt_files
@@ -24,6 +26,31 @@ from opd_jax.store.checkpoint import CheckpointError, Checkpoints
 
 # The schedule's horizon follows from train.steps, which may change.
 MAY_CHANGE = (*workdirs.MAY_CHANGE, "optim.steps", "profile")
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """What a checkpoint holds beside the train state.
+
+    Attributes:
+      data: state of the iterator over batches, how far the run has read.
+      before, latest: evaluations at step 0 and last, ``heldout.FIELDS``.
+      evaluated: step of ``latest``.
+      seconds: that the run has taken so far.
+      schedule: steps of the learning-rate schedule; None in older checkpoints.
+    """
+
+    data: dict[str, Any]
+    before: dict[str, float | None]
+    latest: dict[str, float | None]
+    evaluated: int | None
+    seconds: float
+    schedule: int | None = None
+
+    @classmethod
+    def read(cls, saved: dict[str, Any], step: int) -> Beside:
+        """From what a checkpoint of ``step`` gave back."""
+        return pydantic.TypeAdapter(cls).validate_python({"evaluated": step} | saved)
 
 
 def start_time(workdir: Path) -> str:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_jax import config
+import jax
+
+from opd_jax import config, files
+from opd_jax.data.prompts import Example
 from opd_jax.evaluate.heldout import Graded
 from opd_jax.pytrees import RockState
 from opd_jax.run import digest, writers
@@ -26,7 +30,8 @@ class Journal:
     ``metrics.jsonl``       every step and evaluation, also for TensorBoard and W&B
     ``samples.jsonl``       decoded answers with the KL of every token
     ``rocks.jsonl``         members, what they carry and the types with the highest Rock Score
-    ``graded.jsonl``        which held-out answers were right, and why
+    ``graded.jsonl``        the held-out answers: which were right, and why
+    ``questions.json``      the prompts they answer, and what was expected
     ======================  =================================================================
     """
 
@@ -52,7 +57,13 @@ class Journal:
         """Record an evaluation, and which answers were right and why."""
         self.step(step, {f"eval/{name}": value for name, value in result.items()})
         self._graded.write(
-            step, {"index": graded.index, "correct": graded.correct, "reason": graded.reason}
+            step,
+            {
+                "index": graded.index,
+                "correct": graded.correct,
+                "reason": graded.reason,
+                "text": graded.text,
+            },
         )
 
     def rocks(self, step: int, values: Mapping[str, float], state: RockState) -> None:
@@ -87,6 +98,15 @@ class Journal:
             return step % run.rock.every == 0
         cadences = (run.eval.every, run.checkpoint.every)
         return step == run.train.steps or any(n and step % n == 0 for n in cadences)
+
+
+def write_questions(folder: Path, rows: Sequence[Example]) -> None:
+    """Write ``questions.json``: the graded prompts that the lines of ``graded.jsonl`` answer."""
+    if jax.process_index() or not rows:
+        return
+    told = [{"index": row.index, "prompt": row.text, "gold": row.answer} for row in rows]
+    text = json.dumps(told, ensure_ascii=False, allow_nan=False)
+    files.write_atomic(folder / run_files.QUESTIONS, text + "\n")
 
 
 @contextlib.contextmanager

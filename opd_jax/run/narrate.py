@@ -34,26 +34,43 @@ def introduction(parts: Assembly) -> list[str]:
         )
     lines.append(f"objective: {objective_text(run)}")
     stops = ", ".join(f"{i} {tokenizers.token_text(parts.tokenizer, i)!r}" for i in parts.stop_ids)
+    lines.append(widths_text(parts))
     shape = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
     lines.append(f"stop ids: {stops}; mesh: {shape} ({jax.devices()[0].device_kind})")
     return lines
+
+
+def columns(parts: Assembly) -> tuple[str, ...]:
+    """Which columns of the progress line say something in this run, see ``progress``."""
+    run, kl = parts.run, parts.cfg.kl
+    is_gated = run.rock.mode != "off" or run.position.mode != "off"
+    is_plain = kl.direction == "reverse" and kl.temperature == 1 and not (kl.stop_ids or kl.ce)
+    is_loss = is_gated or not is_plain or run.train.normaliser == "per_sequence"
+    return ("loss",) * is_loss + ("gated",) * is_gated
 
 
 def conclusion(result: dict[str, Any]) -> list[str]:
     """The content of ``summary.json`` for a reader."""
     lines = []
     if result["rocks"]:
-        lines.append("types that carry most of the KL (recent steps, decayed):")
+        span = result.get("rocks_steps")
+        when = f"in about the last {span} steps" if span else "in all steps"
+        lines.append(f"types that carry most of the KL {when}:")
         lines.append(f"  {'id':>7}  {'token':<16} {'of KL':>7} {'of tokens':>10} {'mean KL':>8}")
         lines += [
             f"  {row['token_id']:>7}  {row['token']!r:<16} {row['share']:>7.1%} "
-            f"{row['token_share']:>10.1%} {row['kl_mean']:>8.3f}"
+            f"{row['token_share']:>10.1%} {row['kl_mean']:>z8.3f}"
             for row in result["rocks"]
         ]
-    lines += [f"{when:>6}: {evaluation_text(result[when])}" for when in ("before", "after")]
+    sides = ["before", "after", *(["teacher"] if result.get("teacher") else [])]
+    lines += [f"{side:>7}: {evaluation_text(result[side])}" for side in sides]
+    if text := way_text(result):
+        lines.append(f"{'':>7}  {text}")
     minutes, seconds = divmod(round(result["seconds"]), 60)
     if result["phase_share"]:
         lines.append(time_text(result))
+    if result.get("padding_share") is not None:
+        lines.append(f"padding: {result['padding_share']:.0%} of the columns of the updates")
     lines.append(
         f"{result['steps']} steps in {minutes}m{seconds:02d}s, "
         f"{result['compiles']} programs compiled"
@@ -71,12 +88,26 @@ def objective_text(run: RunConfig) -> str:
         "skew_reverse": f"KL(student || {run.kl.skew:g} student + {1 - run.kl.skew:g} teacher)",
         "skew_forward": f"KL(teacher || {run.kl.skew:g} teacher + {1 - run.kl.skew:g} student)",
     }[run.kl.direction]
+    formula += tau
+    if run.kl.ce:
+        rest = f"{1 - run.kl.ce:g} {formula} + " if run.kl.ce < 1 else ""
+        formula = f"({rest}{run.kl.ce:g} cross-entropy)"
     over = {
         "tokens": " / number of scored tokens",
         "weight": " / sum of weights",
         "per_sequence": " / sum of weights, by sequence, averaged over sequences",
     }[run.train.normaliser]
-    return f"sum of weight x {formula}{tau}{over}; {gate_text(run.rock)}"
+    return f"sum of weight x {formula}{over}; {source_text(run)}{gate_text(run.rock)}"
+
+
+def source_text(run: RunConfig) -> str:
+    """Whose answers are trained on, where they are not the student's own."""
+    return {
+        "on_policy": "",
+        "off_policy": "on the completions of data.prompts; ",
+        "mixed": "on the completions of data.prompts, in a share of "
+        f"{run.train.on_policy_share:g} of the steps on the student's own answers; ",
+    }[run.train.stage]
 
 
 def gate_text(cfg: RockConfig) -> str:
@@ -117,33 +148,87 @@ def moves_text(line: Mapping[str, Any] | None) -> str:
     return f", rocks {line['members']} (+{line['entered']} -{line['left']} at step {line['step']})"
 
 
-def evaluation_text(result: dict[str, float | None]) -> str:
-    """An evaluation in one line; what was not measured is left out."""
-    formats = {
-        "accuracy": "accuracy {:.1%}",
-        "unparsed_share": "unparsed {:.1%}",
-        "kl_nats": "KL {:.4f} nats",
-        "kl_gated": "gated {:.4f}",
-        "kl_ungated": "ungated {:.4f}",
-        "stop_kl_share": "stops {:.1%} of it",
-        "mean_length": "length {:.1f}",
-        "truncated_share": "truncated {:.1%}",
-    }
-    shown = [
-        text.format(result[name]) for name, text in formats.items() if result.get(name) is not None
-    ]
-    return ", ".join(shown) or "not measured"
+# Of an evaluation: how a value and its change are written, and whether 0 is worth a word.
+_TOLD = {
+    "accuracy": ("accuracy {:.1%}", "{:+z.1f} points", True),
+    "unparsed_share": ("unparsed {:.1%}", "", False),
+    "kl_nats": ("KL {:z.4f} nats", "{:+z.4f}", True),
+    "kl_gated": ("gated {:z.4f}", "", True),
+    "kl_ungated": ("ungated {:z.4f}", "", True),
+    "stop_kl_share": ("stops {:.1%} of it", "", False),
+    "mean_length": ("length {:.1f}", "", True),
+    "truncated_share": ("truncated {:.1%}", "", False),
+}
 
 
-def sample_text(sample: dict[str, Any], tokenizer: Any) -> str:
-    """One of :func:`samples` for a reader: prompt, answer, and the token of the largest KL."""
+def evaluation_text(
+    result: Mapping[str, float | None], last: Mapping[str, float | None] | None = None
+) -> str:
+    """An evaluation in one line; what was not measured, is 0 or says nothing new is left out.
+
+    Args:
+      result: ``heldout.FIELDS``.
+      last: the evaluation before it: accuracy and KL are told with what has changed since.
+    """
+    told = []
+    for name, (form, change, tells_zero) in _TOLD.items():
+        value = result.get(name)
+        text = "" if value is None else form.format(value)
+        if value is None or not (tells_zero or text != form.format(0.0)):
+            continue
+        if name == "kl_ungated" and result.get("kl_gated") is None:
+            continue  # it is the KL of all
+        if name == "accuracy" and result.get("accuracy_low") is not None:
+            text += " [{accuracy_low:.1%}, {accuracy_high:.1%}]".format(**result)
+        before = (last or {}).get(name)
+        if change and before is not None:
+            scale = 100 if name == "accuracy" else 1
+            text += f" ({change.format(scale * (value - before))})"
+        told.append(text)
+    return ", ".join(told) or "not measured"
+
+
+def way_text(result: Mapping[str, Any]) -> str:
+    """How far the student has come towards its teacher; empty where there is nothing to come to."""
+    ends = [(result.get(when) or {}).get("accuracy") for when in ("before", "after", "teacher")]
+    before, after, teacher = ends
+    if before is None or after is None or teacher is None:
+        return ""
+    if not before <= after <= teacher or before == teacher:
+        return ""
+    way = (after - before) / (teacher - before)
+    return f"{way:.0%} of the way from {before:.1%} to the teacher's {teacher:.1%}"
+
+
+def widths_text(parts: Assembly) -> str:
+    """What batches are padded to, in one line."""
+    longest = max(len(row.ids) for row in parts.rows)
+    prompts, answers = (
+        " or ".join(map(str, widths)) for widths in (parts.prompt_widths, parts.answer_widths)
+    )
+    return (
+        f"widths: prompts of up to {longest} ids in {prompts} columns, answers cut back to "
+        f"{answers}; each is compiled when a batch first needs it"
+    )
+
+
+def sample_text(sample: Mapping[str, Any], tokenizer: Any) -> str:
+    """One of :func:`digest.samples` for a reader, with its token of the largest KL."""
     worst = int(np.argmax(sample["kl_nats"]))
     token = tokenizers.token_text(tokenizer, sample["ids"][worst])
-    return (
-        f"{sample['prompt'][-160:]!r}\n  -> {sample['answer']!r}\n"
-        f"  mean KL {np.mean(sample['kl_nats']):.3f} nats, most at {token!r} "
+    lines = [_indented(sample["prompt"][-400:], "  | "), _indented(sample["answer"], "  > ")]
+    if sample.get("gold") is not None:
+        verdict = "right" if sample["correct"] else f"wrong ({sample['reason']})"
+        lines.append(f"  {verdict}; expected {sample['gold']!r}")
+    lines.append(
+        f"  mean KL {np.mean(sample['kl_nats']):z.3f} nats, most at {token!r} "
         f"({sample['kl_nats'][worst]:.2f})"
     )
+    return "\n" + "\n".join(lines)
+
+
+def _indented(text: str, sign: str) -> str:
+    return "\n".join(f"{sign}{line}" for line in text.strip().splitlines()) or sign
 
 
 def time_text(result: dict[str, Any]) -> str:

@@ -13,14 +13,17 @@ import math
 import os
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 log = logging.getLogger(__name__)
+
+_SURE = 5  # steps from which the time left is no guess
 
 
 class Timer:
@@ -118,6 +121,7 @@ class Progress:
         *,
         start: int = 0,
         every: int = 1,
+        shown: Collection[str] = ("loss", "gated"),
         write: Callable[[str], object] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
@@ -127,13 +131,28 @@ class Progress:
           total: step at which the run ends.
           start: step it goes on from.
           every: steps per line.
+          shown: columns that not every run has, see :func:`format_line`.
           write: receives each line; prints by default, on process 0.
           clock: seconds.
         """
         self._total, self._every, self._clock = total, max(1, every), clock
-        self._write = write or _print_line
+        self._write, self._shown = write or _print_line, shown
         self._last = (start, clock())
         self._step_seconds: collections.deque[float] = collections.deque(maxlen=50)
+        self._pauses: dict[str, tuple[int, float]] = {}
+
+    def begin(self, step: int) -> None:
+        """Start the clock anew, at a step that a run goes on from."""
+        self._last = (step, self._clock())
+
+    def paused(self, what: str, every: int, seconds: float) -> None:
+        """Note that something beside the steps took so long and comes again every so many steps.
+
+        The shortest counts: the first of its kind may have compiled.
+        """
+        before = self._pauses.get(what, (every, math.inf))[1]
+        self._pauses[what] = (every, min(seconds, before))
+        self._last = (self._last[0], self._clock())  # of no step
 
     def update(self, step: int, values: Mapping[str, float], seconds: Mapping[str, float]) -> None:
         """Note that ``step`` updates are done and print the line when it is due.
@@ -150,34 +169,66 @@ class Progress:
         if step > last:
             self._step_seconds.append((now - then) / (step - last))
         if step % self._every == 0 or step >= self._total:
-            self._write(format_line(step, self._total, values, seconds, self.eta()))
+            about = "~" if len(self._step_seconds) < _SURE and step < self._total else ""
+            self._write(
+                format_line(step, self._total, values, seconds, self.eta(), about, self._shown)
+            )
 
     def eta(self) -> float:
-        """Seconds left, by the median of the last 50 steps: compiling and saving hardly count."""
+        """Seconds left: by the median of the last 50 steps, compiling aside, and with pauses."""
         if not self._step_seconds:
             return math.nan
-        return statistics.median(self._step_seconds) * max(0, self._total - self._last[0])
+        step = self._last[0]
+        left = statistics.median(self._step_seconds) * max(0, self._total - step)
+        for every, seconds in self._pauses.values():
+            left += seconds * (-(-self._total // every) - step // every)
+        return left
 
 
 def format_line(
-    step: int, total: int, values: Mapping[str, float], seconds: Mapping[str, float], eta: float
+    step: int,
+    total: int,
+    values: Mapping[str, float],
+    seconds: Mapping[str, float],
+    eta: float,
+    about: str = "",
+    shown: Collection[str] = ("loss", "gated"),
 ) -> str:
-    """Lay out the progress line: at most 120 columns for runs of up to 9,999 steps."""
+    """Lay out the progress line: at most 120 columns for runs of up to 9,999 steps.
+
+    Args:
+      step, total: finished updates, of so many.
+      values, seconds: see :meth:`Progress.update`.
+      eta: seconds left; ``about`` stands before it.
+      about: a sign for a guess.
+      shown: ``loss`` where it is not the KL, ``gated`` where something is gated.
+    """
     width = len(str(total))
     took = [("roll", "rollout"), ("teach", "teacher"), ("upd", "update")]
-    return "  ".join(
-        [
-            f"{step:>{width}}/{total}",
-            f"loss {_show(values, 'loss', '.4f', '.2f')}",
-            f"KL {_show(values, 'kl_nats', '.4f', '.2f')}",
-            f"gated {_show(values, 'gated_share', '.0%')}",
-            f"len {_show(values, 'mean_length', '.0f')}",
-            f"cut {_show(values, 'truncated_share', '.0%')}",
-            " ".join(f"{short} {_show(seconds, name, '.2f', '.0f')}s" for short, name in took),
-            f"{_short(values.get('tokens_per_s'))} tok/s",
-            f"ETA {_duration(eta)}",
-        ]
-    )
+    parts = {
+        "step": f"{step:>{width}}/{total}",
+        "loss": f"loss {_show(values, 'loss', 'z.4f', 'z.2f'):>6}",
+        "kl": f"KL {_show(values, 'kl_nats', 'z.4f', 'z.2f'):>6}",
+        "gated": f"gated {_show(values, 'gated_share', '.0%'):>3}",
+        "length": f"len {_show(values, 'mean_length', '.0f'):>3}",
+        "cut": f"cut {_show(values, 'truncated_share', '.0%'):>3}",
+        "took": " ".join(f"{a} {_show(seconds, name, '.2f', '.0f')}s" for a, name in took),
+        "speed": f"{_short(values.get('tokens_per_s'))} tok/s ETA {about}{_duration(eta)}",
+    }
+    hidden = {"loss", "gated"} - {*shown}
+    return "  ".join(text for name, text in parts.items() if name not in hidden)
+
+
+@contextlib.contextmanager
+def announced(text: str, say: Callable[[str], object], after: float = 3.0) -> Iterator[None]:
+    """Say what a block is doing where it takes longer than ``after`` seconds."""
+    timer = threading.Timer(after, say, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _show(source: Mapping[str, float], name: str, spec: str, spec_from_10: str = "") -> str:

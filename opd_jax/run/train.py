@@ -6,29 +6,38 @@ the step, the data order by grain. A restored state and iterator therefore conti
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import pydantic
 
 from opd_jax import files, optim, processes, pytrees, steps
 from opd_jax import mesh as meshlib
-from opd_jax.data import batches
+from opd_jax.data import batches, widths
 from opd_jax.data.batches import Batch
 from opd_jax.evaluate import heldout
 from opd_jax.files import path_of
 from opd_jax.models import memory
 from opd_jax.processes import say
 from opd_jax.pytrees import Mean, Params, Rollout, TrainState
-from opd_jax.rollout import decode
-from opd_jax.run import assemble, digest, entry, guards, journal, narrate, progress
+from opd_jax.run import (
+    answering,
+    assemble,
+    ceiling,
+    digest,
+    entry,
+    guards,
+    journal,
+    narrate,
+    progress,
+)
 from opd_jax.run.assemble import Assembly
 from opd_jax.spec import RunConfig
 from opd_jax.store import checkpoint, run_files
@@ -90,7 +99,9 @@ def one_step(
     step: int,
     programs: Programs | None = None,
 ) -> tuple[TrainState, dict[str, Mean]]:
-    """One step of on-policy distillation: sample answers, score them by the teacher, update.
+    """One step of distillation: take answers, score them by the teacher, update.
+
+    The student samples them on-policy; off-policy they are the completions of the batch.
 
     Args:
       parts: what :func:`assemble.assemble` made; call it under ``jax.set_mesh(parts.mesh)``.
@@ -98,51 +109,19 @@ def one_step(
       state: donated.
       batch: this process's prompts.
       step: finished updates; with the seed it fixes the draws.
-      programs: the three that are run, for a caller that watches them.
+      programs: those that are run, for a caller that watches them.
 
     Returns:
       The new state, and measurements as (total, weight) pairs.
     """
     run = programs or Programs()
-    answers = run.sample(parts, state.params, batch, step)
+    if parts.run.train.is_on_policy(step):
+        answers = run.sample(parts, state.params, batch, step)
+    else:
+        answers = run.given(parts, batch)
     states_BTE = run.teacher_states(teacher, answers, cfg=parts.cfg)
     return run.distill_step(
         state, teacher, answers, cfg=parts.cfg, tx=parts.tx, states_BTE=states_BTE
-    )
-
-
-def sample(parts: Assembly, params: Params, batch: Batch, step: int) -> Rollout:
-    """The policy's answers to a batch of prompts, cropped to the width that they need."""
-    spec = parts.run.rollout
-    width = batches.bucket(batch.longest, parts.run.data.widths)
-    prompt = batches.pad([row.ids for row in batch.examples], width, parts.policy.pad_id)
-    answers = decode.sample(
-        params,
-        meshlib.to_global(prompt, parts.mesh),
-        jax.random.fold_in(jax.random.key(parts.run.seed), step),
-        cfg=parts.cfg.student,
-        sampler=parts.policy,
-        max_new=spec.max_new,
-        samples=spec.samples,
-        bias_V=parts.bias_V,
-        policy_step=step,
-    )
-    with jax.profiler.TraceAnnotation("crop"):
-        return crop(answers, spec.max_new, spec.widths)
-
-
-def crop(answers: Rollout, max_new: int, widths: Sequence[int]) -> Rollout:
-    """Cut what nobody sampled, to the smallest answer width that is compiled anyway."""
-    if len(widths) == 1:
-        return answers
-    longest = int(jnp.max(jnp.sum(answers.mask_BT, axis=1)))
-    total = answers.ids_BT.shape[1] - max_new + batches.bucket(longest, widths)
-    if total >= answers.ids_BT.shape[1]:
-        return answers
-    return answers.replace(
-        ids_BT=answers.ids_BT[:, :total],
-        mask_BT=answers.mask_BT[:, :total],
-        logp_BT=answers.logp_BT[:, :total],
     )
 
 
@@ -150,34 +129,10 @@ def crop(answers: Rollout, max_new: int, widths: Sequence[int]) -> Rollout:
 class Programs:
     """What a step runs, one after the other."""
 
-    sample: Callable[..., Rollout] = sample
+    sample: Callable[..., Rollout] = answering.sample
     teacher_states: Callable[..., jax.Array] = steps.teacher_states
     distill_step: Callable[..., tuple[TrainState, dict[str, Mean]]] = steps.distill_step
-
-
-@dataclasses.dataclass(frozen=True)
-class Beside:
-    """What a checkpoint holds beside the train state.
-
-    Attributes:
-      data: state of the iterator over batches, how far the run has read.
-      before, latest: evaluations at step 0 and last, ``heldout.FIELDS``.
-      evaluated: step of ``latest``.
-      seconds: that the run has taken so far.
-      schedule: steps of the learning-rate schedule; None in older checkpoints.
-    """
-
-    data: dict[str, Any]
-    before: dict[str, float | None]
-    latest: dict[str, float | None]
-    evaluated: int | None
-    seconds: float
-    schedule: int | None = None
-
-    @classmethod
-    def read(cls, saved: dict[str, Any], step: int) -> Beside:
-        """From what a checkpoint of ``step`` gave back."""
-        return pydantic.TypeAdapter(cls).validate_python({"evaluated": step} | saved)
+    given: Callable[..., Rollout] = answering.given
 
 
 class _Loop:
@@ -204,7 +159,7 @@ class _Loop:
         self.schedule = jax.jit(optim.schedule(run.optim))  # one program instead of six
         self.batches = batches.pipeline(
             parts.rows,
-            batch=run.train.prompts,
+            batch=run.rows_read,
             seed=run.seed,
             shuffle=run.data.shuffle,
             epochs=run.data.epochs or None,
@@ -217,6 +172,12 @@ class _Loop:
         self.seconds_before = 0.0  # of earlier processes of this run
         self.process_started, self.started = started, time.monotonic()
         self.truncation = guards.Truncation(run, say)
+        self.shown = progress.Progress(
+            parts.last_step, every=run.log.every, shown=narrate.columns(parts)
+        )
+        self.ceiling: dict[str, float | None] | None = None  # what the teacher itself reaches
+        self.padding: list[float] = []  # share of every step of this process
+        self.compiled: set[str] = set()  # programs of this process, by name
         self.teacher: Params = {}  # loaded once it is known that there is something left to do
         self._journal: journal.Journal | None = None  # open while the loop runs
 
@@ -240,9 +201,13 @@ class _Loop:
         with journal.open(
             self.folder, run, self.parts.tokenizer, restored, say, self.parts.cfg.rock.never
         ) as self._journal:
+            if run.eval.every:
+                asked = heldout.graded_rows(self.parts.heldout, self.parts.plan)
+                journal.write_questions(self.folder, asked)
+                self._measure_teacher()
             if not is_resumed and run.eval.every:
-                self.before = self.latest = self._evaluate(state, 0)
-            shown = progress.Progress(last, start=first, every=run.log.every)
+                self.before = self._evaluate(state, 0)
+            self.shown.begin(first)
             step = first
             while step < last and not self.stop.everywhere():
                 self.between, self.begun = self.timer.take(), time.perf_counter()
@@ -251,11 +216,11 @@ class _Loop:
                         batch = next(self.batches)
                     state, values, seconds = self._step(state, batch, step)
                 step += 1
-                shown.update(step, values, seconds)
+                self.shown.update(step, values, seconds)
                 if self.on_step is not None:
                     self.on_step(step, values)
                 if run.eval.every and step % run.eval.every == 0 and step < last:
-                    self.latest = self._evaluate(state, step)
+                    self._evaluate(state, step)
                 if self.truncation.is_too_much:
                     self._save(state, step)
                     self.saves.wait()
@@ -274,7 +239,7 @@ class _Loop:
             # A run that was stopped after its last step has saved it without an evaluation.
             is_due = bool(run.eval.every) and self.evaluated != step
             if is_due:
-                self.latest = self._evaluate(state, step)
+                self._evaluate(state, step)
             self._save(state, step, force=is_due)
             self.saves.wait()
             return self._summary(state, step, is_finished=True)
@@ -282,7 +247,7 @@ class _Loop:
     def _restored(self) -> tuple[TrainState, int]:
         """The newest good checkpoint, the iterator set to it."""
         state, saved, step = self.saves.restore(assemble.state_template(self.parts))
-        beside = Beside.read(saved, step)
+        beside = entry.Beside.read(saved, step)
         self.batches.set_state(beside.data)
         self.before, self.latest = beside.before, beside.latest
         self.evaluated, self.seconds_before = beside.evaluated, beside.seconds
@@ -309,18 +274,19 @@ class _Loop:
     def _step(
         self, state: TrainState, batch: Batch, step: int
     ) -> tuple[TrainState, dict[str, float], dict[str, float]]:
-        def sampled(*args) -> Rollout:
-            answers = self._watched("rollout", sample)(*args)
+        def noted(answers: Rollout) -> Rollout:
             every = self.run_cfg.log.samples_every
             if every and step % every == 0:
                 with self.timer.phase("samples"):
-                    self._write_samples(state, answers, step)
+                    self._write_samples(state, answers, batch, step)
             return answers
 
+        sampled = self._watched("rollout", answering.sample)
         programs = Programs(
-            sampled,
+            lambda *args: noted(sampled(*args)),
             self._watched("teacher", steps.teacher_states),
             self._watched("update", steps.distill_step),
+            lambda *args: noted(answering.given(*args)),
         )
         state, means = one_step(self.parts, self.teacher, state, batch, step, programs)
         with jax.profiler.TraceAnnotation("metrics"):
@@ -328,9 +294,13 @@ class _Loop:
             values = pytrees.reduce(means)
         guards.check_finite(values, step, self._tensor_names, self.saves.steps)
         values["mean_length"] = values.pop("length_tokens")
+        self.padding.append(values["padding_share"])
         values["lr"] = float(np.asarray(self.schedule(step)))
         del values["nonfinite"]
-        self.truncation.see(values["truncated_share"])
+        if is_on_policy := self.run_cfg.train.is_on_policy(step):
+            self.truncation.see(values["truncated_share"])
+        if self.run_cfg.train.stage != "on_policy":
+            values["on_policy"] = float(is_on_policy)
         self.journal.rocks(step + 1, values, state.rock)
         seconds = self._step_seconds()
         values["tokens_per_s"] = num_tokens / seconds["step"]
@@ -344,12 +314,24 @@ class _Loop:
         """The program, as a phase of the step, which ends when its last result is there."""
 
         def watched(*args, **kwargs) -> Any:
-            with self.timer.phase(phase) as done:
+            with self.timer.phase(phase) as done, self._announced(phase, args):
                 result = program(*args, **kwargs)
                 done(result[1] if phase == "update" else result)
             return result
 
         return watched
+
+    def _announced(self, phase: str, args: Sequence[Any]) -> contextlib.AbstractContextManager:
+        """Say that a program is compiled, where one is that takes its time."""
+        prompts = [
+            widths.bucket(x.longest, self.parts.prompt_widths) for x in args if isinstance(x, Batch)
+        ]
+        rows = [x.ids_BT.shape[1] for x in args if isinstance(x, Rollout)]
+        name = f"{phase} of {(prompts + rows)[0]} columns"
+        if name in self.compiled:
+            return contextlib.nullcontext()
+        self.compiled.add(name)
+        return progress.announced(f"compiling {name} (program {len(self.compiled)}) ...", say)
 
     def _step_seconds(self) -> dict[str, float]:
         """Seconds of the step that ends now: its phases and ``host``, the rest, add up to ``step``.
@@ -364,15 +346,27 @@ class _Loop:
         self.took += [self.between, seconds]
         return seconds | self.between
 
+    def _evaluation_key(self) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(self.run_cfg.seed), 2**32 - 1)
+
+    def _measure_teacher(self) -> None:
+        with self.timer.phase("eval"), progress.announced("the teacher answers ...", say):
+            self.ceiling = ceiling.measured(
+                self.parts, self.teacher, self.folder, self._evaluation_key()
+            )
+        if self.ceiling is not None:
+            say(f"teacher, held out: {narrate.evaluation_text(self.ceiling)}")
+
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float | None]:
-        with self.timer.phase("eval"):
+        begun, last = time.perf_counter(), self.latest
+        with self.timer.phase("eval"), progress.announced("evaluating ...", say):
             result, graded = heldout.evaluate(
                 state.params,
                 self.teacher,
                 state.rock,
                 self.parts.heldout,
                 self.parts.tokenizer,
-                jax.random.fold_in(jax.random.key(self.run_cfg.seed), 2**32 - 1),
+                self._evaluation_key(),
                 self.parts.mesh,
                 cfg=self.parts.cfg,
                 plan=self.parts.plan,
@@ -380,11 +374,13 @@ class _Loop:
         self.evaluated = step
         self.journal.evaluation(step, result, graded)
         moves = narrate.moves_text(self.journal.last_rocks) if self.run_cfg.rock.has_members else ""
-        say(f"held out, step {step}: {narrate.evaluation_text(result)}{moves}")
+        say(f"held out, step {step}: {narrate.evaluation_text(result, last)}{moves}")
+        self.latest = result
+        self.shown.paused("eval", self.run_cfg.eval.every, time.perf_counter() - begun)
         return result
 
     def _save(self, state: TrainState, step: int, *, force: bool = False) -> None:
-        beside = Beside(
+        beside = entry.Beside(
             data=self.batches.get_state(),
             before=self.before,
             latest=self.latest,
@@ -399,19 +395,30 @@ class _Loop:
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
 
-    def _write_samples(self, state: TrainState, answers: Rollout, step: int) -> None:
+    def _write_samples(self, state: TrainState, answers: Rollout, batch: Batch, step: int) -> None:
         """Decode the first answers of this batch with the KL of every token; print one."""
         _, tokens = steps.eval_step(
             state.params, self.teacher, answers, state.rock, cfg=self.parts.cfg
         )
         host, kl_BT = meshlib.to_host((answers, tokens.reverse_BT))
-        chosen = digest.samples(host, kl_BT, self.parts.tokenizer, self.run_cfg.log.samples)
+        # The first rows of all processes are those of the first one, which writes.
+        examples = batch.examples if jax.process_index() == 0 else ()
+        is_on_policy = self.run_cfg.train.is_on_policy(step)
+        chosen = digest.samples(
+            host,
+            kl_BT,
+            self.parts.tokenizer,
+            self.run_cfg.log.samples,
+            examples=answering.asked(self.run_cfg, examples) if is_on_policy else examples,
+            each=self.run_cfg.rollout.samples if is_on_policy else 1,
+            grader=self.run_cfg.eval.grader,
+        )
         self.journal.samples(step, chosen)
         if chosen:
             say(f"sample, step {step}: {narrate.sample_text(chosen[0], self.parts.tokenizer)}")
 
     def _summary(self, state: TrainState, step: int, *, is_finished: bool) -> dict[str, Any]:
-        """Write ``summary.json``: before, after, and the types that carry most of the KL."""
+        """Write ``summary.json``: before, after, and the types that carry most of the KL now."""
         result = {
             "before": self.before,
             "after": self.latest,
@@ -423,12 +430,16 @@ class _Loop:
             **digest.phase_seconds([*self.took, self.timer.take()]),
             "is_finished": is_finished,
             "stopped_by": None if is_finished else self.stop.signal,
+            "teacher": self.ceiling,
+            "padding_share": statistics.fmean(self.padding) if self.padding else None,
             "rocks": digest.rock_table(
                 state.rock,
                 self.parts.tokenizer,
                 self.run_cfg.log.rocks,
                 self.parts.cfg.rock.never,
+                is_fast=True,
             ),
+            "rocks_steps": self.run_cfg.rock.fast_span,
         }
         if jax.process_index() == 0:
             text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)

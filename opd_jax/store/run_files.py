@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NotRequired, TypeVar
 
 import annotated_types
 import pydantic
@@ -79,6 +79,8 @@ class Summary(TypedDict):
     phase_share: dict[str, float]
     is_finished: bool
     rocks: list[RockRow]
+    teacher: NotRequired[Evaluation | None]  # None: not measured
+    padding_share: NotRequired[float | None]
 
 
 class Sample(TypedDict):
@@ -103,6 +105,28 @@ class GradedLine(TypedDict):
     """A line of ``graded.jsonl``: which answers to which held-out prompts were right."""
 
     step: int
+    index: list[int]
+    correct: list[list[bool]]
+    text: NotRequired[list[list[str]]]
+
+
+TEACHER, QUESTIONS = "teacher.json", "questions.json"
+
+
+class Question(TypedDict):
+    """A graded prompt, in ``questions.json``: what lines of ``graded.jsonl`` answer by index."""
+
+    index: int
+    prompt: str
+    gold: str | list[str]
+
+
+@pydantic.with_config(records.OPEN)
+class TeacherFile(TypedDict):
+    """What ``teacher.json`` holds: how the teacher was asked, and how it answered."""
+
+    how: dict[str, Any]
+    result: Evaluation
     index: list[int]
     correct: list[list[bool]]
 

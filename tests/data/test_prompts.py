@@ -1,5 +1,6 @@
 """Prompt files, length limits, batching across epochs and processes, padding, completions."""
 
+import copy
 import json
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from opd_jax.data import batches
+from opd_jax.data import batches, completions
 from opd_jax.data import prompts as prompt_files
+from opd_jax.data.completions import Limits
 from opd_jax.data.prompts import DataSpec
 
 TEMPLATE = (
@@ -132,10 +134,9 @@ def test_spec_refuses_bad_fields(fields, message):
         DataSpec(**fields)
 
 
-def test_spec_is_hashable_and_defaults_to_one_width():
+def test_spec_is_hashable():
     spec = DataSpec(max_prompt=8, template=(("thinking", False),))
     assert hash(spec) == hash(DataSpec(max_prompt=8, template=spec.template))
-    assert spec.widths == (8,)
 
 
 # Tokenising and the length limit
@@ -289,12 +290,6 @@ def test_pipeline_refuses_batches_that_cannot_be_filled(arguments, message):
 # Padding
 
 
-def test_bucket_is_the_smallest_that_fits():
-    assert [batches.bucket(n, (4, 8)) for n in (1, 4, 5, 8)] == [4, 4, 8, 8]
-    with pytest.raises(ValueError, match=r"9 ids and buckets \(4, 8\)"):
-        batches.bucket(9, (4, 8))
-
-
 def test_pad_fills_on_the_left():
     prompt = batches.pad([[5], [6, 7, 8]], 3, pad_id=0)
     np.testing.assert_array_equal(prompt.ids_BP, [[0, 0, 5], [6, 7, 8]])
@@ -311,60 +306,162 @@ def test_pad_refuses_what_does_not_fit(ids):
 # Completions
 
 
-def completion_file(tmp_path, *texts):
-    rows = [{"prompt": "ab", "completion": text} for text in texts]
-    return write(tmp_path / "c.jsonl", rows)
+LIMITS = Limits(8, (0,))
 
 
-def test_completions_end_in_one_eos(tokenizer, tmp_path):
-    rows, counts = prompt_files.completions(
-        completion_file(tmp_path, "xy", "z<eos>"), DataSpec(), tokenizer, max_new=4
-    )
+def completed(tmp_path, tokenizer, *rows, limits=LIMITS, spec=DataSpec()):  # noqa: B008
+    path = write(tmp_path / "c.jsonl", [{"prompt": "ab"} | row for row in rows])
+    return prompt_files.examples(path, spec, tokenizer, limits=limits)
+
+
+def texts(*given):
+    return [{"completion": text} for text in given]
+
+
+def test_texts_end_in_one_stop_id(tokenizer, tmp_path):
+    rows, counts = completed(tmp_path, tokenizer, *texts("xy", "z<eos>"))
     assert [row.completion for row in rows] == [
         (*tokenizer.encode("xy"), 0),
         (*tokenizer.encode("z"), 0),
     ]
+    assert all(row.is_whole for row in rows)
     assert counts == prompt_files.Counts(kept=2)
-    rows, _ = prompt_files.completions(
-        completion_file(tmp_path, "xy"), DataSpec(), tokenizer, max_new=4, eos_id=9
+
+
+def test_ids_are_taken_as_they_are(tokenizer, tmp_path):
+    given = [
+        {"prompt": None, "prompt_ids": [9, 8], "completion_ids": [5, 6, 0]},
+        {"completion_ids": [5, 6]},
+        {"completion_ids": [7] * 8 + [0]},
+    ]
+    rows, counts = completed(tmp_path, tokenizer, *given)
+    assert rows[0].ids == (9, 8)
+    assert [row.completion for row in rows] == [(5, 6, 0), (5, 6), (7,) * 8]
+    assert [row.is_whole for row in rows] == [True, False, False]
+    assert counts == prompt_files.Counts(kept=3, cut=2)
+    assert "2 with a completion that its length cuts" in str(counts)
+
+
+def test_ids_beside_their_text(tokenizer, tmp_path):
+    same = {"completion": "xy", "completion_ids": [*tokenizer.encode("xy"), 0]}
+    same |= {"prompt_ids": tokenizer.encode("ab")}
+    rows, _ = completed(tmp_path, tokenizer, same)
+    assert rows[0].text == "ab"
+    for change, part in (
+        ({"completion": "xz"}, r"c.jsonl:1: completion_ids spell 'xy' and completion is 'xz'"),
+        ({"prompt": "ba"}, r"c.jsonl:1: prompt_ids spell 'ab' and prompt is 'ba'"),
+    ):
+        with pytest.raises(ValueError, match=part):
+            completed(tmp_path, tokenizer, same | change)
+
+
+def test_a_text_is_tokenised_behind_its_prompt():
+    """A token across the border would not be sampled; one that only follows a text would."""
+    vocab = {"<eos>": 0, "a": 1, "b": 2, "c": 3, "ab": 4, "bc": 5, "_b": 6, "_": 7}
+    backend = Tokenizer(models.BPE(vocab, [("a", "b"), ("b", "c")]))
+    both = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    limits = Limits(8, (0,))
+
+    def ids(prompt, text):
+        record = prompt_files.Record(prompt, None, text, 1)
+        return completions.ids_of(record, both.encode(prompt), both, limits, 0)[0]
+
+    assert ids("a", "bc") == (5, 0)  # ab + c is not what follows a
+    assert ids("ab", "bc") == (5, 0)
+    assert ids("c", "a") == (1, 0)
+
+
+def test_a_chat_ends_as_its_template_ends_a_turn(tokenizer, tmp_path):
+    both = copy.deepcopy(tokenizer)
+    both.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    both.chat_template = (
+        "{% for m in messages %}{{ m.content }}<end>\n{% endfor %}"
+        "{% if add_generation_prompt %}>{% endif %}"
     )
-    assert rows[0].completion[-1] == 9
+    end = both.convert_tokens_to_ids("<end>")
+    chat = {"prompt": [{"role": "user", "content": "ab"}], "completion": "x"}
+    limits = Limits(8, (0, end))
+    rows, _ = completed(tmp_path, both, chat, {"completion": "x"}, limits=limits)
+    assert [row.completion for row in rows] == [(*both.encode("x"), end), (*both.encode("x"), 0)]
+    # A reply as the last message is a completion, too.
+    turns = {"messages": [*chat["prompt"], {"role": "assistant", "content": "x"}], "prompt": None}
+    rows, _ = completed(tmp_path, both, turns, limits=limits)
+    assert rows[0].completion == (*both.encode("x"), end)
+    assert rows[0].ids == (*both.encode("ab<end>\n>"),)
 
 
-def test_too_long_completions_are_counted_or_an_error(tokenizer, tmp_path):
-    path = completion_file(tmp_path, "xy", "xyz")
-    rows, counts = prompt_files.completions(path, DataSpec(), tokenizer, max_new=3)
-    assert [row.index for row in rows] == [0]
-    assert counts == prompt_files.Counts(kept=1, dropped_completions=1)
-    with pytest.raises(ValueError, match=r"c\.jsonl:2: the completion has 4 ids with EOS"):
-        prompt_files.completions(path, DataSpec(), tokenizer, max_new=3, too_long="error")
-    with pytest.raises(ValueError, match=r"0 prompts kept.*2 dropped for a too long completion"):
-        prompt_files.completions(path, DataSpec(), tokenizer, max_new=2)
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({}, "c.jsonl:2: no `completion` and no `completion_ids`.*data.columns.completion=NAME"),
+        ({"completion": " "}, "c.jsonl:2: `completion` is the string ' ': expected a string with"),
+        ({"completion_ids": []}, "c.jsonl:2: `completion_ids` is an empty list: expected a list"),
+        (
+            {"completion_ids": [1, True]},
+            r"c.jsonl:2: `completion_ids\[1\]` is True: expected a token",
+        ),
+        ({"completion_ids": [-1]}, r"c.jsonl:2: `completion_ids\[0\]` is -1: expected a token id"),
+        (
+            {"completion_ids": [999, 0]},
+            "c.jsonl:2: completion_ids has the id 999: expected ids below",
+        ),
+        (
+            {"completion_ids": [1, 0, 2]},
+            "c.jsonl:2: the completion has the stop id 0 '<eos>' as its 2",
+        ),
+        ({"completion": "x<eos>y"}, "c.jsonl:2: the completion has the stop id 0 '<eos>' as its 2"),
+        ({"prompt": None, "completion": "x"}, "c.jsonl:2: found neither among keys"),
+        ({"prompt": None, "prompt_ids": [999], "completion": "x"}, "prompt_ids has the id 999"),
+    ],
+)
+def test_what_cannot_be_imitated_is_named(tokenizer, tmp_path, row, part):
+    with pytest.raises(ValueError, match=part):
+        completed(tmp_path, tokenizer, {"completion": "x"}, row)
 
 
-def test_completions_refuse_bad_arguments_and_lines_without_one(tokenizer, tmp_path):
-    path = write(tmp_path / "c.jsonl", [{"prompt": "a"}])
-    with pytest.raises(ValueError, match=r"c\.jsonl:1: no `completion`"):
-        prompt_files.completions(path, DataSpec(), tokenizer, max_new=3)
-    with pytest.raises(ValueError, match="too_long 'cut'"):
-        prompt_files.completions(path, DataSpec(), tokenizer, max_new=3, too_long="cut")
-    with pytest.raises(ValueError, match="max_new 0"):
-        prompt_files.completions(path, DataSpec(), tokenizer, max_new=0)
+def test_completions_may_be_absent_where_they_are_not_read(tokenizer, tmp_path):
+    path = write(tmp_path / "c.jsonl", [{"prompt": "a", "response": "x"}, {"prompt": "b"}])
+    named = DataSpec(columns=(("completion", "response"),))
+    assert len(prompt_files.examples(path, named, tokenizer)[0]) == 2
+    path = write(tmp_path / "d.jsonl", [{"prompt": "a"}])
+    assert prompt_files.examples(path, named, tokenizer)[0][0].completion == ()
+    with pytest.raises(ValueError, match=r"no row has .response., which data.columns names as"):
+        prompt_files.examples(path, named, tokenizer, limits=LIMITS)
+
+
+def test_ids_count_beside_a_file_with_other_names(tokenizer, tmp_path):
+    """One config reads what generate wrote to train on, and the held-out prompts as they come."""
+    named = DataSpec(columns=(("prompt", "question"), ("answer", "gold")), system="s")
+    given = {"prompt_ids": tokenizer.encode("ab"), "completion_ids": [5, 0], "answer": "1"}
+    rows, _ = completed(tmp_path, tokenizer, given, spec=named)
+    assert rows[0].ids == (*tokenizer.encode("ab"),)
+    path = write(tmp_path / "h.jsonl", [{"question": "ab", "gold": "1"}])
+    held, _ = prompt_files.examples(path, named, tokenizer)
+    assert (held[0].text, held[0].answer) == ("sab>", "1")
+    with pytest.raises(ValueError, match="found neither"):
+        completed(tmp_path, tokenizer, {"completion": "x"}, spec=named)
+
+
+def test_limits_and_tokenizers_that_end_nothing_are_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="at most 0 ids"):
+        Limits(0, (0,))
     mute = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(ValueError, match="the EOS id is None"):
-        prompt_files.completions(path, DataSpec(), mute, max_new=3)
+    with pytest.raises(ValueError, match="the EOS id is None and the stop ids"):
+        completed(tmp_path, mute, *texts("x"), limits=Limits(8, (1, 2)))
+    rows, _ = completed(tmp_path, mute, *texts("x"), limits=Limits(8, (250,)))
+    assert rows[0].completion[-1] == 250
 
 
 def test_pad_completions_masks_the_completion_and_its_eos():
     rows = [
         prompt_files.Example((5,), None, "", 0, (7, 0)),
-        prompt_files.Example((5, 6), None, "", 1, (8, 9, 0)),
+        prompt_files.Example((5, 6), None, "", 1, (8, 9), is_whole=False),
     ]
     batch = batches.pad_completions(rows, 2, 4, pad_id=0)
     np.testing.assert_array_equal(batch.ids_BT, [[0, 5, 7, 0, 0, 0], [5, 6, 8, 9, 0, 0]])
-    np.testing.assert_array_equal(batch.mask_BT, [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0]])
+    np.testing.assert_array_equal(batch.mask_BT, [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0]])
     np.testing.assert_array_equal(batch.start_B, [1, 0])
-    assert not batch.truncated_B.any()
+    np.testing.assert_array_equal(batch.truncated_B, [False, True])
     assert not batch.logp_BT.any()
     assert batch.policy_step == -1
     assert batch.mask_BT.dtype == batch.truncated_B.dtype == bool

@@ -33,7 +33,9 @@ def test_the_parts_agree_without_reading_weights(tiny, monkeypatch):
     assert parts.stop_ids == parts.policy.stop_ids == (2,)
     assert len(parts.rows) == 12
     assert parts.heldout == ()
-    assert parts.run.rollout.widths == (6,)
+    assert parts.answer_widths == (6,)
+    assert parts.prompt_widths == parts.prompt_widths[-1:]
+    assert 0 <= parts.prompt_widths[0] - max(len(row.ids) for row in parts.rows) < 8
     assert parts.bias_V is None
     assert any("12 prompts kept" in line for line in said)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny_run
 
-from opd_jax.run import assemble, train
+from opd_jax.run import answering, assemble
 
 tiny, one_device = tiny_run.tiny, tiny_run.one_device
 # Widths that no other test pads to: programs that are already compiled would not be counted.
@@ -37,12 +37,12 @@ def varied(tiny, tmp_path):
 def test_fifty_steps_compile_each_program_once_per_length(varied, tmp_path, monkeypatch):
     seen = []
 
-    def spy(answers, *widths, crop=train.crop):
+    def spy(answers, *widths, crop=answering.crop):
         cropped = crop(answers, *widths)
         seen.append((answers.ids_BT.shape[1], cropped.ids_BT.shape[1]))
         return cropped
 
-    monkeypatch.setattr(train, "crop", spy)
+    monkeypatch.setattr(answering, "crop", spy)
     before = assemble.programs()
     assert tiny_run.train(varied, tmp_path / "run") == 0
     made = {name: n - before[name] for name, n in assemble.programs().items()}

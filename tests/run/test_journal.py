@@ -103,7 +103,8 @@ def test_rocks_are_written_when_they_are_refreshed(
 def test_a_resume_cuts_every_file_where_it_goes_on(run, tokenizer, state, tmp_path):
     run = dataclasses.replace(run, rock=RockConfig("ema"))
     reasons = (("same number", "no answer"), ("another number", "no answer"))
-    graded = heldout.Graded((4, 7), ((True, False), (False, False)), reasons)
+    said = (("5", "none"), ("6", "none"))
+    graded = heldout.Graded((4, 7), ((True, False), (False, False)), reasons, text=said)
     with journal.open(tmp_path, run, tokenizer, None) as opened:
         for step in range(4):
             opened.samples(step, [])
@@ -116,6 +117,7 @@ def test_a_resume_cuts_every_file_where_it_goes_on(run, tokenizer, state, tmp_pa
         "index": [4, 7],
         "correct": [[True, False], [False, False]],
         "reason": [list(row) for row in reasons],
+        "text": [list(row) for row in said],
     }
     assert rock_steps(tmp_path, run, tokenizer, state, restored=2, steps=(3,)) == [1, 2, 3]
     # A step's samples are written before its update.

@@ -61,6 +61,28 @@ def test_an_evaluation_leaves_out_what_was_not_measured():
     assert narrate.evaluation_text(result) == "not measured"
     result |= {"accuracy": 0.5, "kl_nats": 0.25}
     assert narrate.evaluation_text(result) == "accuracy 50.0%, KL 0.2500 nats"
+    result |= {"unparsed_share": 0.0, "kl_ungated": 0.25, "truncated_share": 1e-9}
+    assert narrate.evaluation_text(result) == "accuracy 50.0%, KL 0.2500 nats"
+    result |= {"accuracy_low": 0.4, "accuracy_high": 0.6, "kl_gated": 0.5, "kl_nats": -1e-9}
+    assert narrate.evaluation_text(result, {"accuracy": 0.25, "kl_nats": 1.0}) == (
+        "accuracy 50.0% [40.0%, 60.0%] (+25.0 points), KL 0.0000 nats (-1.0000), gated 0.5000, "
+        "ungated 0.2500"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ends", "text"),
+    [
+        ((0.32, 0.59, 0.98), "41% of the way from 32.0% to the teacher's 98.0%"),
+        ((0.5, 0.4, 0.9), ""),
+        ((0.5, 0.95, 0.9), ""),
+        ((0.5, 0.6, None), ""),
+    ],
+)
+def test_the_way_to_the_teacher(ends, text):
+    sides = zip(("before", "after", "teacher"), ends, strict=True)
+    assert narrate.way_text({side: {"accuracy": value} for side, value in sides}) == text
+    assert narrate.way_text({"before": {}, "after": {}, "teacher": None}) == ""
 
 
 def test_the_rock_table_ranks_by_carried_kl():
@@ -75,6 +97,21 @@ def test_the_rock_table_ranks_by_carried_kl():
     np.testing.assert_allclose([row["kl_mean"] for row in table], [4.0, 1.5])
     np.testing.assert_allclose([row["token_share"] for row in table], [1 / 4, 2 / 4])
     assert digest.rock_table(rock.init(640), tokenizer, 5) == []
+
+
+def test_the_table_at_the_end_is_about_the_last_steps():
+    """Type 7 carried all at first, type 9 carries all now."""
+    tokenizer = tokenizers.load(config.path_of("embedded:student"))
+    cfg = rock.RockConfig(decay=1.0, fast_decay=0.5)
+    state = rock.init(640, cfg=cfg)
+    for kl in ([[9.0, 0.0]], [[0.0, 1.0]], [[0.0, 1.0]], [[0.0, 1.0]]):
+        ids, all_ = jnp.asarray([[7, 9]]), jnp.ones((1, 2), bool)
+        state = rock.update(state, ids, jnp.asarray(kl), all_, cfg=cfg)
+    assert digest.rock_table(state, tokenizer, 1)[0]["token_id"] == 7
+    now = digest.rock_table(state, tokenizer, 1, is_fast=True)[0]
+    assert now["token_id"] == 9
+    np.testing.assert_allclose(now["share"], 1.75 / (1.75 + 9 / 8))
+    assert (cfg.fast_span, rock.RockConfig(fast_decay=1.0, decay=1.0).fast_span) == (2, None)
 
 
 def test_the_conclusion_has_both_sides_and_the_table():

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import time
 import types
 
 import jax
@@ -230,13 +231,13 @@ SECONDS = {"rollout": 1.923, "teacher": 0.4123, "update": 1.1, "save": 9.0}
 def test_progress_line():
     line = progress.format_line(120, 2000, FULL, SECONDS, 6130)
     assert line == (
-        " 120/2000  loss 0.4213  KL 0.4100  gated 8%  len 143  cut 2%  "
-        "roll 1.92s teach 0.41s upd 1.10s  2.13k tok/s  ETA 1h42m"
+        " 120/2000  loss 0.4213  KL 0.4100  gated  8%  len 143  cut  2%  "
+        "roll 1.92s teach 0.41s upd 1.10s  2.13k tok/s ETA 1h42m"
     )
-    assert "gated -  len -  cut -" in progress.format_line(
+    assert "gated   -  len   -  cut   -" in progress.format_line(
         0, 9, {"gated_share": math.nan}, {}, math.nan
     )
-    assert "loss inf" in progress.format_line(0, 9, {"loss": math.inf}, {}, 0)
+    assert "loss    inf" in progress.format_line(0, 9, {"loss": math.inf}, {}, 0)
 
 
 def test_progress_line_fits_120_columns():
@@ -276,8 +277,45 @@ def test_progress_prints_every_n_and_the_last_and_shrugs_off_a_slow_step():
     clock.now += 2.0
     shown.update(10, FULL, SECONDS)
     assert [line.split()[0] for line in out] == ["8/10", "10/10"]
-    assert out[0].endswith("ETA 4s")
+    assert out[0].endswith("ETA ~4s")  # of four steps
     assert out[1].endswith("ETA 0s")
+
+
+def test_the_line_keeps_its_columns_and_leaves_out_what_says_nothing():
+    small, large = (
+        progress.format_line(1, 9, FULL | {"loss": x, "kl_nats": x}, SECONDS, 9, shown=())
+        for x in (-1e-9, 13.5)
+    )
+    assert "loss" not in small + large
+    assert "gated" not in small + large
+    assert "KL 0.0000" in small
+    assert small.index("len") == large.index("len")
+
+
+def test_the_time_left_counts_evaluations_to_come():
+    """20 steps of 1 s, evaluated every 5 in 10 s, the first time in 60: after 6, 14 + 3 x 10 s."""
+    clock, out = Clock(), []
+    shown = progress.Progress(20, write=out.append, clock=clock)
+    clock.now += 60
+    shown.paused("eval", 5, 60.0)
+    for step in range(1, 7):
+        clock.now += 1.0
+        shown.update(step, FULL, SECONDS)
+        if step == 5:
+            clock.now += 10
+            shown.paused("eval", 5, 10.0)
+    assert shown.eta() == 14 + 30
+    assert [("~" in line) for line in out] == [True] * 4 + [False] * 2
+
+
+def test_what_takes_long_is_announced_and_what_is_quick_is_not():
+    said = []
+    with progress.announced("compiling", said.append, after=0.01):
+        time.sleep(0.3)
+    assert said == ["compiling"]
+    with progress.announced("compiling", said.append, after=30.0):
+        pass
+    assert said == ["compiling"]
 
 
 def test_progress_needs_no_terminal(capfd):

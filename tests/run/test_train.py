@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from opd_jax import cli
 from opd_jax.evaluate import heldout
 from opd_jax.models import hf_weights
-from opd_jax.run import assemble, train
+from opd_jax.run import answering, assemble
 from opd_jax.store import checkpoint
 from opd_jax.store import workdir as workdirs
 
@@ -38,6 +38,7 @@ STEP_FIELDS = {
     "teacher_entropy_nats",
     "mean_length",
     "truncated_share",
+    "padding_share",
     "tokens_per_s",
     "lr",
     "data_s",
@@ -158,9 +159,10 @@ def test_without_a_gate_rocks_are_written_with_evaluations(finished):
     lines = tiny_run.read_lines(finished[0] / "rocks.jsonl")
     assert [line["step"] for line in lines] == [2, 4]
     summary = json.loads((finished[0] / "summary.json").read_text())
-    assert [row["token_id"] for row in lines[-1]["top"]] == [
-        row["token_id"] for row in summary["rocks"]
-    ]
+    assert len(lines[-1]["top"]) == len(summary["rocks"]) == 10
+    shares = [row["share"] for row in summary["rocks"]]
+    assert shares == sorted(shares, reverse=True)
+    assert summary["rocks_steps"] == 10  # about the end of the run, not about all of it
     assert lines[-1]["members"] == lines[-1]["gated_share"] == 0
     assert lines[-1]["jaccard"] is None
 
@@ -228,7 +230,7 @@ def test_answer_buckets_compile_once_each(tiny, tmp_path, one_device, monkeypatc
 
     widths = []
 
-    def spy(answers, *limits, crop=train.crop):
+    def spy(answers, *limits, crop=answering.crop):
         cut = len(widths) % 2 * 3  # every second batch ends after three tokens
         width = answers.ids_BT.shape[1] - 6
         if cut:
@@ -239,11 +241,11 @@ def test_answer_buckets_compile_once_each(tiny, tmp_path, one_device, monkeypatc
         widths.append(answers.ids_BT.shape[1])
         return answers
 
-    monkeypatch.setattr(train, "crop", spy)
+    monkeypatch.setattr(answering, "crop", spy)
     before = assemble.programs()
     keys = {"rollout__buckets": "(3, 6)"}
     assert tiny_run.train(tiny, tmp_path / "run", **keys) == 0
-    assert widths == [54, 51, 54, 51]
+    assert widths == [22, 19, 22, 19]  # the longest of the prompts has 16 ids
     assert compiled_since(before)["distill_step"] <= 2
 
 

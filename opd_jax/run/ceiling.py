@@ -1,0 +1,70 @@
+"""How well the teacher itself answers the held-out prompts: what its student can hope to reach.
+
+Measured once a run, as the student's answers are, and kept in ``teacher.json``: a run that goes on,
+or an evaluation long after, shows it beside before and after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+
+from opd_jax import files, processes
+from opd_jax.evaluate import heldout
+from opd_jax.pytrees import Params
+from opd_jax.run.assemble import Assembly
+from opd_jax.store import run_files
+
+FILE = run_files.TEACHER
+
+
+def measured(
+    parts: Assembly, teacher: Params, folder: Path, key: jax.Array
+) -> dict[str, float | None] | None:
+    """The teacher's evaluation: read where it was measured in the same way, else measured now.
+
+    Args:
+      parts: of the run.
+      teacher: its parameters.
+      folder: workdir of the run.
+      key: that of the student's evaluations.
+
+    Returns:
+      ``heldout.FIELDS``, without what compares with a teacher; None where nothing is graded.
+
+    Raises:
+      WorkdirError: ``teacher.json`` is damaged.
+    """
+    plan, cfg = parts.plan, parts.cfg.teacher
+    is_graded = bool(heldout.graded_rows(parts.heldout, plan))
+    if not (parts.run.eval.every and parts.run.eval.teacher and is_graded) or cfg is None:
+        return None
+    path = folder / FILE
+    how = {
+        "prompts": plan.num_graded,
+        "samples": plan.samples,
+        "temperature": plan.temperature,
+        "max_new": plan.max_new,
+        "grader": plan.grader,
+    }
+    if processes.agreed(int(path.exists())):
+        known = run_files.load(path, run_files.TeacherFile)
+        if known["how"] == how:
+            return dict(known["result"])
+    result, graded = heldout.answered(
+        teacher,
+        parts.heldout,
+        parts.tokenizer,
+        jax.random.split(key)[0],  # as an evaluation draws answers
+        parts.mesh,
+        cfg=cfg,
+        plan=plan,
+    )
+    if jax.process_index() == 0:
+        value = {"how": how, "result": result, **dataclasses.asdict(graded)}
+        files.write_atomic(path, json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+    processes.meet("teacher")
+    return result
