@@ -41,7 +41,7 @@ def _parser() -> command.Parser:
     )
     add = parser.add_argument
     add("models", nargs="*", metavar="MODEL", help=command.MODEL)
-    add("--tasks", help="JSON lines with question and answer; several with commas between")
+    add_tasks(parser)
     add("--out", help="folder of the evaluation; of --compare: a .json file to write")
     add("--compare", nargs=2, metavar=("BASE", "ARM"), help="folders of two evaluations")
     add("--margin", type=float, default=_MARGIN, help="smallest difference that counts (0.02)")
@@ -52,17 +52,30 @@ def _parser() -> command.Parser:
     add("--min-p", type=float, default=0.0, help="0: off")
     add("--max-new", type=int, default=1024, help="most tokens of a response")
     add("--k", default="", help="of pass@k, such as 1,4,16; default: powers of 2 up to --samples")
+    add("--batch", type=int, default=16, help="problems at a time")
+    add("--seed", type=int, default=0, help="of the draws")
+    add("--dtype", help="that is computed in; default: float32 on CPU, bfloat16 elsewhere")
+    command.add_mesh(parser)
+    return parser
+
+
+def add_tasks(parser: command.Parser, *, is_required: bool = False) -> None:
+    """The flags that say which problems are asked, and how; :func:`form` reads the latter."""
+    add = parser.add_argument
+    told = "JSON lines with question and answer; several with commas between"
+    add("--tasks", required=is_required, help=told)
     add("--grader", default="math", help="math, numeric, choice, exact, or module:function")
     add("--format", default="auto", help="auto, chat (the chat template) or raw")
     add("--instruction", default="", help="put behind every question")
     add("--system", default="", help="system message of a chat")
     add("--template", default="{}", help="variables of the chat template, as a JSON object")
     add("--limit", type=int, default=0, help="only the first problems of each task; 0: all")
-    add("--batch", type=int, default=16, help="problems at a time")
-    add("--seed", type=int, default=0, help="of the draws")
-    add("--dtype", help="that is computed in; default: float32 on CPU, bfloat16 elsewhere")
-    command.add_mesh(parser)
-    return parser
+
+
+def form(flags: Any) -> tasks.Form:
+    """How problems are asked, by the flags of :func:`add_tasks`."""
+    given = command.pairs("template", flags.template)
+    return tasks.Form(flags.format, flags.instruction, flags.system, given)
 
 
 def _evaluate(flags: Any) -> list[str]:
@@ -83,7 +96,6 @@ def _evaluate(flags: Any) -> list[str]:
         seed=flags.seed,
         ks=_numbers(flags.k),
     )
-    form = tasks.Form(flags.format, flags.instruction, flags.system, _template(flags.template))
     given = tasks.read_all(flags.tasks, grader=flags.grader, limit=flags.limit)
     mesh = command.mesh(flags.mesh_fsdp, flags.mesh_model)
     out = Path(flags.out)
@@ -97,7 +109,7 @@ def _evaluate(flags: Any) -> list[str]:
             given,
             folder,
             settings=settings,
-            form=form,
+            form=form(flags),
             batch=flags.batch,
             mesh=mesh,
             dtype=flags.dtype,
@@ -236,16 +248,3 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise ValueError(f"k is {text!r}: expected numbers such as 1,4,16; set --k") from error
-
-
-def _template(text: str) -> tuple[tuple[str, Any], ...]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"template is {text!r}: expected a JSON object such as "
-            "'{\"enable_thinking\": false}'; set --template"
-        )
-    return tuple(sorted(found.items()))

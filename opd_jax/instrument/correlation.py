@@ -55,6 +55,19 @@ def plain(x: np.ndarray, y: np.ndarray, *, permutations: int, seed: int) -> Corr
     return Correlation(rho, float((1 + reached) / (permutations + 1)))
 
 
+def ends(rho: float | None, num: int) -> tuple[float, float] | None:
+    r"""Interval at ``stats.LEVEL`` of a rank correlation over ``num`` types; None where undefined.
+
+    Fisher's z, whose variance for ranks is :math:`(1 + \rho^2 / 2) / (n - 3)` (Bonett and Wright
+    2000).
+    """
+    if rho is None or num < 4:
+        return None
+    reach = distributions.norm.ppf((1 + stats.LEVEL) / 2) * np.sqrt((1 + rho**2 / 2) / (num - 3))
+    middle = np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))
+    return float(np.tanh(middle - reach)), float(np.tanh(middle + reach))
+
+
 def partial(
     x: np.ndarray,
     y: np.ndarray,

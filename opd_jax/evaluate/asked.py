@@ -1,0 +1,94 @@
+"""Problems of tasks, ready to be asked of one model, and their graded answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+from opd_jax.data import widths
+from opd_jax.data.prompts import Example
+from opd_jax.evaluate import finding, grading, tasks
+from opd_jax.evaluate.grading import Verdict
+from opd_jax.evaluate.tasks import Form, Problem, Task
+from opd_jax.files import path_of
+from opd_jax.store import fingerprint
+from opd_jax.store.pair import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A problem, ready to be asked."""
+
+    task: Task
+    problem: Problem
+    example: Example
+    width: int  # padded
+
+    def verdict(self, text: str, *, truncated: bool) -> Verdict:
+        """Grade a response to it.
+
+        Raises:
+          ValueError, GraderError: as the graders do.
+        """
+        return grading.named(self.problem.grader)(
+            text,
+            self.problem.answer,
+            truncated=truncated,
+            in_thought=finding.opens_thought(self.example.text),
+        )
+
+
+def rows(model: Model, given: Sequence[Task], max_new: int, form: Form) -> list[Row]:
+    """All problems as prompts: task by task, narrow ones first.
+
+    Raises:
+      ValueError: the model has no positions for answers of ``max_new`` ids.
+      TaskError: a problem cannot be rendered, or is too long.
+    """
+    room = model.cfg.max_positions - max_new
+    if room < 1:
+        raise ValueError(
+            f"max-new is {max_new}: expected below the {model.cfg.max_positions} "
+            f"positions of {model.reference.name}, which hold prompt and answer; lower --max-new"
+        )
+    found = []
+    for task in given:
+        examples = tasks.prompts(task, form, model.tokenizer, max_prompt=room, now=model.started)
+        asked = [
+            Row(task, problem, example, min(widths.padded(len(example.ids)), room))
+            for problem, example in zip(task.problems, examples, strict=True)
+        ]
+        found += sorted(asked, key=lambda row: row.width)
+    return found
+
+
+def groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Neighbours of one task and width, which one program serves."""
+    group: list[Row] = []
+    for row in rows:
+        if group and (row.task.name, row.width) != (group[0].task.name, group[0].width):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def key_of(task: str, seed: int) -> jax.Array:
+    """The key of all draws of a task: a response does not depend on the tasks beside it."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(task.encode()))
+
+
+def own_graders(given: Sequence[Task]) -> dict[str, str]:
+    """Fingerprints of the files of the user's own graders."""
+    names = {problem.grader for task in given for problem in task.problems}
+    paths = {name: Path(path_of(name.rpartition(":")[0])) for name in names}
+    return {
+        f"grader {name}": fingerprint.of_file(path)
+        for name, path in sorted(paths.items())
+        if path.suffix == ".py" and path.is_file()
+    }
