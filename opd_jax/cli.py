@@ -33,6 +33,7 @@ COMMANDS = {
     "sweep": Command("run.sweep:main", "train arms x seeds and compare them"),
     "report": Command("report.command:report", "one page of runs, rocks and a sweep"),
     "figure": Command("report.command:figure", "draw a run's training curves and rock tokens"),
+    "plan": Command("plan.command:main", "say what a run takes on a machine, without having it"),
 }
 
 

@@ -1,0 +1,276 @@
+"""What each program of a run needs and takes on a machine, and what a step takes: the plan.
+
+A program takes as long as the slowest of four things that could each go on by itself: its products
+at the chip's peak, its traffic through memory, its collectives along their links, and, where the
+compiler estimates cycles, those. The first three are the roofline bound; a real run takes longer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from opd_jax.models import memory
+from opd_jax.plan import hlo, products, programs
+from opd_jax.plan import traffic as moving
+from opd_jax.plan.chips import Chip, Machine, afresh
+from opd_jax.plan.programs import Traced
+from opd_jax.plan.traffic import Collective
+from opd_jax.run.assemble import Assembly
+
+# What the compiler says of memory that does not do.
+_USED = re.compile(r"(?:[Uu]sed |temporaries \(|hbm usage >= )([\d.]+)([KMGT]?)")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# A program with a loop over tokens is told in two parts.
+PARTS = {programs.SAMPLE: ("prefill", "decode"), programs.ANSWERS: ("answers", "answers_decode")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a part of a program takes.
+
+    Attributes:
+      flops: of its products, over all chips.
+      bytes_moved: through the memory of a chip.
+      cycles_seconds: that the compiler estimates; None: it does not.
+      collectives: largest share first.
+      limits: seconds that its products, its traffic and its collectives take by themselves.
+    """
+
+    flops: float
+    bytes_moved: float
+    cycles_seconds: float | None
+    collectives: tuple[Collective, ...]
+    limits: dict[str, float]
+
+    @property
+    def bound(self) -> str:
+        """What it is bound by: ``compute``, ``memory`` or ``links``."""
+        return max(self.limits, key=lambda name: self.limits[name])
+
+    @property
+    def bound_seconds(self) -> float:
+        """The roofline bound."""
+        return self.limits[self.bound]
+
+    @property
+    def seconds(self) -> float:
+        """The estimate."""
+        return max(self.bound_seconds, self.cycles_seconds or 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramPlan:
+    """A program, or the part of one, on a machine.
+
+    Attributes:
+      name: ``prefill``, ``decode``, ``teacher``, ``train``, ``evaluation``, ...
+      memory: bytes on each chip by what they hold, while it runs.
+      limit: of them; 0: not known.
+      compile_seconds: of the program that it is (a part of).
+      flops: of its products, over all chips.
+      cost: None where it does not compile.
+      problem: why not; else empty.
+      uncounted: loops whose rounds nothing tells, counted as one.
+    """
+
+    name: str
+    memory: dict[str, float]
+    limit: float
+    compile_seconds: float
+    flops: float
+    cost: Cost | None
+    problem: str = ""
+    uncounted: int = 0
+
+    @property
+    def bytes_per_chip(self) -> float:
+        """All that a chip holds while it runs."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether a chip has room for that."""
+        return not self.problem and (not self.limit or self.bytes_per_chip <= self.limit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run on a machine.
+
+    Attributes:
+      topology: the machine's name.
+      chip: one of its.
+      mesh: its axes.
+      programs: by name, in the order in which they run.
+      rows, max_new: answers of a step, and most ids of each.
+      steps: of the run.
+      evaluations: how often it evaluates, and batches of graded answers and of KL each time.
+    """
+
+    topology: str
+    chip: Chip
+    mesh: dict[str, int]
+    programs: dict[str, ProgramPlan]
+    rows: int
+    max_new: int
+    steps: int
+    evaluations: tuple[int, int, int]
+
+    @property
+    def num_chips(self) -> int:
+        """Chips of the machine."""
+        number = 1
+        for size in self.mesh.values():
+            number *= size
+        return number
+
+    @property
+    def fits(self) -> bool:
+        """Whether every program does."""
+        return all(program.fits for program in self.programs.values())
+
+    def seconds(self, names: Sequence[str]) -> float | None:
+        """Of some programs together; None where one of them does not compile."""
+        found = [self.programs[name].cost for name in names if name in self.programs]
+        return None if None in found else sum(cost.seconds for cost in found if cost)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Of the programs of a step, with the longest answers."""
+        return self.seconds(("prefill", "decode", "teacher", "train"))
+
+    @property
+    def chip_hours(self) -> float | None:
+        """Of the whole run, evaluations included."""
+        step, (times, graded, kl) = self.seconds_per_step, self.evaluations
+        answers, measured = (
+            self.seconds(("answers", "answers_decode")),
+            self.seconds(("evaluation",)),
+        )
+        if step is None or answers is None or measured is None:
+            return None
+        evaluation = (graded + kl) * answers + kl * measured
+        return self.num_chips * (self.steps * step + times * evaluation) / 3600
+
+
+def plan(
+    parts: Assembly,
+    machine: Machine,
+    *,
+    say: Callable[[str], None] = print,
+    only: Sequence[str] = (),
+) -> Plan:
+    """Compile every program of a run for a machine, and add up what each takes.
+
+    Args:
+      parts: of :func:`programs.assembly`.
+      machine: the same.
+      say: receives a line before each program is compiled.
+      only: names of ``programs.Traced``; default: all.
+
+    Raises:
+      ValueError: shapes that do not fit the mesh.
+    """
+    found: dict[str, ProgramPlan] = {}
+    with jax.set_mesh(parts.mesh), afresh():
+        for traced in programs.of_run(parts):
+            if not only or traced.name in only:
+                found |= {
+                    each.name: each for each in compiled(traced, machine.chip, parts.mesh, say)
+                }
+    run, spec = parts.run, parts.plan
+    every = run.eval.every
+    return Plan(
+        topology=machine.name,
+        chip=machine.chip,
+        mesh=dict(parts.mesh.shape),
+        programs=found,
+        rows=run.rows_read
+        if run.train.stage == "off_policy"
+        else run.train.prompts * run.rollout.samples,
+        max_new=run.rollout.max_new,
+        steps=run.train.steps,
+        evaluations=(
+            1 + -(-run.train.steps // every) if every else 0,
+            -(-spec.num_graded // spec.size),
+            -(-spec.num_kl // spec.size),
+        ),
+    )
+
+
+def compiled(
+    traced: Traced, chip: Chip, mesh: Any, say: Callable[[str], None] = print
+) -> list[ProgramPlan]:
+    """Compile one program; two plans where it has a loop over tokens."""
+    say(f"compiling {traced.name} ...")
+    names = PARTS.get(traced.name, (traced.name,))
+    flops = products.flops(traced.traced.jaxpr, traced.scored_share)
+    if len(names) == 2:
+        inside, outside = products.split(traced.traced.jaxpr, traced.scored_share)
+        flops_of = {names[0]: outside, names[1]: inside}
+    else:
+        flops_of = {names[0]: flops}
+    begun = time.perf_counter()
+    try:
+        program = traced.traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not memory.is_exhausted(error):
+            raise
+        seconds = time.perf_counter() - begun
+        alive = traced.alive | {"cache": traced.cache, "temporaries": _beyond(traced, error)}
+        problem = f"the compiler finds no room: {' '.join(str(error).split())[:160]}"
+        return [
+            ProgramPlan(name, alive, chip.memory, seconds, flops_of[name], None, problem)
+            for name in names
+        ]
+    seconds = time.perf_counter() - begun
+    needs = program.memory_analysis()
+    fresh = needs.output_size_in_bytes - needs.alias_size_in_bytes
+    held = needs.temp_size_in_bytes + fresh + needs.generated_code_size_in_bytes
+    alive = traced.alive | {"cache": min(traced.cache, held)}
+    alive["temporaries"] = float(held) - alive["cache"]
+    read = hlo.read(program.as_text())
+    runs = list(read.runs(traced.scored_share))
+    costs = {}
+    for name in names:
+        own = runs if len(names) == 1 else [r for r in runs if r[3] == (name == names[1])]
+        costs[name] = cost(own, read, flops_of[name], chip, mesh)
+    return [
+        ProgramPlan(
+            name, alive, chip.memory, seconds, flops_of[name], costs[name],
+            uncounted=read.uncounted(),
+        )
+        for name in names
+    ]  # fmt: skip
+
+
+def cost(runs: Any, program: hlo.Program, flops: float, chip: Chip, mesh: Any) -> Cost:
+    """What a part of a compiled program takes on a chip."""
+    moved = moving.traffic(runs, program)
+    collectives = moving.collectives(runs, program, mesh)
+    devices = 1
+    for size in mesh.shape.values():
+        devices *= size
+    limits = {
+        "compute": flops / devices / chip.flops,
+        "memory": moved.num_bytes / chip.bandwidth,
+        "links": sum(each.moved for each in collectives) / chip.link,
+    }
+    cycles = moved.cycles / chip.clock if chip.clock and moved.cycles else None
+    return Cost(flops, moved.num_bytes, cycles, tuple(collectives), limits)
+
+
+def _beyond(traced: Traced, error: BaseException) -> float:
+    """Bytes beyond what is alive and the cache, of a program that the compiler refused."""
+    text = " ".join(str(error).split())
+    found = _USED.search(text)
+    used = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    is_all = "temporaries (" not in text
+    known = traced.cache + (sum(traced.alive.values()) if is_all else 0.0)
+    return max(used - known, 0.0)

@@ -1,0 +1,138 @@
+"""FLOPs of traced programs: loops by their rounds, models as their parameters say."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from opd_jax import mesh, rounds
+from opd_jax.models import params, transformer
+from opd_jax.models.architecture import Experts, LayerKind
+from opd_jax.models.transformer import ModelConfig
+from opd_jax.plan import products
+
+DENSE = ModelConfig("qwen3", 96, 32, 48, 5, 4, 2, 8, tied=True, qk_norm=True)
+ONE = 2 * 8 * 16 * 16  # of a product [8, 16] x [16, 16]
+X, W = jnp.ones((8, 16)), jnp.ones((16, 16))
+
+
+def count(function, *args, **kwargs):
+    return products.flops(jax.jit(function).trace(*args).jaxpr, **kwargs)
+
+
+def looped(x, w, body):
+    return jax.lax.while_loop(lambda x: jnp.max(x) < 9, body, x)
+
+
+def test_without_loops_it_is_what_xla_counts():
+    def function(x, w):
+        return jnp.einsum("bi,io->bo", x, w), jnp.einsum("bi,bo->io", x, x)
+
+    compiled = jax.jit(function).lower(X, W).compile()
+    assert count(function, X, W) == pytest.approx(compiled.cost_analysis()["flops"], rel=1e-3)
+
+
+def test_a_loop_counts_by_its_rounds():
+    def scanned(x, w):
+        return jax.lax.scan(
+            lambda x, _: (jax.lax.fori_loop(0, 3, lambda _, x: x @ w, x), 0), x, length=7
+        )
+
+    assert count(scanned, X, W) == 21 * ONE
+    # The compiler's own count of the same program does not know of rounds.
+    assert jax.jit(scanned).lower(X, W).compile().cost_analysis()["flops"] < 21 * ONE / 2
+
+
+def test_a_loop_that_ends_when_rows_do_counts_as_it_says():
+    def function(x, w, scored=False):
+        with rounds.expected(10, scored=scored):
+            return jax.lax.while_loop(lambda x: jnp.max(x) < 9, lambda x: x @ w, x)
+
+    assert count(function, X, W) == 10 * ONE
+    assert count(functools.partial(function, scored=True), X, W, scored_share=0.42) == 5 * ONE
+    assert products.split(jax.jit(lambda x, w: function(x @ w, w)).trace(X, W).jaxpr) == (
+        10 * ONE,
+        ONE,
+    )
+    assert rounds.of("jit(f)/scan/body/add") is None
+
+
+def test_the_gradient_of_a_loop_counts_and_rematerialisation_does_too():
+    def layer(x, w):
+        return jnp.tanh(x @ w)
+
+    def total(w, remat):
+        step = jax.checkpoint(layer) if remat else layer
+        return jnp.sum(jax.lax.scan(lambda x, _: (step(x, w), None), X, length=4)[0])
+
+    plain, again = (count(jax.grad(functools.partial(total, remat=r)), W) for r in (False, True))
+    assert (plain, again) == (12 * ONE, 16 * ONE)
+
+
+def test_of_two_branches_the_larger_counts():
+    def function(x, w):
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
+
+    assert count(function, X, W) == 2 * ONE
+
+
+def test_all_devices_of_a_shard_map_count():
+    with jax.set_mesh(mesh.make(2, 2, 2)):
+        rows, outputs = P(mesh.BATCH, None), P(None, "model")
+        x, w = jax.reshard(X, rows), jax.reshard(W, outputs)
+        local = jax.shard_map(
+            jnp.matmul, in_specs=(rows, outputs), out_specs=P(mesh.BATCH, "model")
+        )
+        assert count(local, x, w) == ONE
+
+
+def states(tree, ids, valid, cfg):
+    return transformer.hidden(tree, ids, transformer.positions(valid), valid, cfg=cfg)[0]
+
+
+def model_flops(cfg, rows, columns):
+    tree = params.abstract(transformer.specs(cfg), jnp.float32)
+    ids, valid = (jax.ShapeDtypeStruct((rows, columns), kind) for kind in (jnp.int32, bool))
+    return count(functools.partial(states, cfg=cfg), tree, ids, valid)
+
+
+def weights(cfg, used=lambda name: 1.0):
+    """Parameters that a token is multiplied by, norms left out."""
+    layers = transformer.specs(cfg)["layers"]
+    return sum(math.prod(s.shape) * used(n) for n, s in layers.items() if "norm" not in n)
+
+
+def attention(cfg, rows, columns):
+    """Operations of scores and mixtures, whole squares."""
+    return 4 * rows * columns**2 * cfg.num_heads * cfg.head_dim * cfg.num_layers
+
+
+def test_a_model_takes_two_operations_a_parameter_and_token():
+    rows, columns = 4, 40
+    found = model_flops(DENSE, rows, columns)
+    plain = 2 * rows * columns * weights(DENSE)
+    assert plain + attention(DENSE, rows, columns) / 2 <= found
+    assert found <= plain + attention(DENSE, rows, columns)
+
+
+def test_of_a_model_with_experts_the_active_ones_count():
+    sparse = dataclasses.replace(
+        DENSE,
+        model_type="qwen3_moe",
+        experts=Experts(num=16, top_k=2, ffn=48),
+        pattern=(LayerKind(is_sparse=True),) * DENSE.num_layers,
+    )
+    rows, columns = 8, 64
+    stacks = {
+        n
+        for n, s in transformer.specs(sparse)["layers"].items()
+        if len(s.shape) == 4 and 16 in s.shape[:2]
+    }
+    assert len(stacks) >= 3
+    active = 2 * rows * columns * weights(sparse, lambda n: 2 / 16 if n in stacks else 1.0)
+    found = model_flops(sparse, rows, columns) - attention(sparse, rows, columns) / 2
+    assert active <= found <= 2 * active  # blocks of rows are not quite full, see models/grouped

@@ -1,0 +1,141 @@
+"""What is read from the text of compiled programs: rounds, bytes and collectives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from opd_jax import mesh, rounds
+from opd_jax.plan import chips, hlo, traffic
+
+AXES = {"data": 2, "fsdp": 2, "model": 2}
+
+
+def program(function, *args):
+    with chips.afresh():  # names of operations are no part of the cache's key
+        return hlo.read(jax.jit(function).lower(*args).compile().as_text())
+
+
+def moved(function, *args):
+    read = program(function, *args)
+    assert read.uncounted() == 0
+    return traffic.traffic(read.runs(), read).num_bytes
+
+
+def test_a_product_reads_its_factors_and_writes_its_result():
+    a, b = jnp.ones((300, 200)), jnp.ones((200, 500))
+    assert moved(jnp.matmul, a, b) == 4 * (300 * 200 + 200 * 500 + 300 * 500)
+
+
+@pytest.mark.parametrize("length", [3, 12])
+def test_a_loop_over_stacked_weights_reads_each_once(length):
+    x, w = jnp.ones((8, 128)), jnp.ones((length, 128, 128))
+
+    def function(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    weights = 4 * w.size
+    assert weights < moved(function, x, w) < 4 * weights  # sliced out, and read; never all of them
+
+
+def test_a_buffer_that_is_written_row_by_row_moves_once():
+    def function(x):
+        return jax.lax.scan(lambda s, x: (s + jnp.sum(x), jnp.tanh(x)), 0.0, x)
+
+    x = jnp.ones((512, 256))
+    assert 2 * 4 * x.size <= moved(function, x) < 8 * 4 * x.size  # of 512 times as much
+
+
+def test_rounds_stand_in_the_name_of_a_loop_or_in_its_counter():
+    def function(x):
+        with rounds.expected(11):
+            x = jax.lax.while_loop(lambda x: jnp.max(x) < 9, lambda x: jnp.cumsum(jnp.sin(x)), x)
+        return jax.lax.fori_loop(0, 5, lambda _, x: jnp.cumsum(jnp.cos(x)), x)
+
+    read = program(function, jnp.ones(64))
+    assert read.uncounted() == 0
+    assert {(11, True), (5, False)} <= {(n, is_open) for _, _, n, is_open in read.runs()}
+    unnamed = program(
+        lambda x: jax.lax.while_loop(lambda x: jnp.max(x) < 9, jnp.sin, x), jnp.ones(64)
+    )
+    assert unnamed.uncounted() == 1
+
+
+@pytest.mark.parametrize(
+    ("axes", "spec", "sent"),
+    [
+        (("model",), P("model", None), 1 / 2),
+        (("fsdp",), P("fsdp", None), 1 / 2),
+        (("data", "fsdp"), P(("data", "fsdp"), None), 3 / 4),
+    ],
+)
+def test_a_gather_in_a_loop_is_told_by_axis_size_and_rounds(axes, spec, sent):
+    devices = mesh.make(**AXES)
+    with jax.set_mesh(devices):
+        w = jax.device_put(jnp.ones((6, 64, 64)), NamedSharding(devices, P(None, *spec)))
+        x = jax.device_put(jnp.ones((8, 64)), NamedSharding(devices, P()))
+
+        def function(x, w):
+            return jax.lax.scan(
+                lambda x, w: (jnp.tanh(x @ mesh.constrain(w, None, None)), None), x, w
+            )[0]
+
+        read = program(function, x, w)
+        (found,) = traffic.collectives(read.runs(), read, devices)
+    assert (found.kind, found.axes, found.count) == ("all-gather", "+".join(axes), 6)
+    assert (found.num_bytes, found.moved) == (4 * 64 * 64, 6 * 4 * 64 * 64 * sent)
+
+
+def test_a_sum_over_devices_is_sent_twice():
+    devices = mesh.make(**AXES)
+    with jax.set_mesh(devices):
+        x = jax.device_put(jnp.ones((8, 64)), NamedSharding(devices, P(None, "model")))
+        w = jax.device_put(jnp.ones((64, 32)), NamedSharding(devices, P("model", None)))
+        read = program(functools.partial(jnp.matmul, out_sharding=P(None, None)), x, w)
+        (found,) = traffic.collectives(read.runs(), read, devices)
+    assert (found.kind, found.axes, found.num_bytes) == ("all-reduce", "model", 4 * 8 * 32)
+    assert found.moved == 2 * found.num_bytes / 2
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes", "size"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", "model", 2),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}, x", "data", 2),
+        ("replica_groups=[4,2]<=[8]", "model", 2),
+        ("replica_groups=[4,2]<=[4,2]T(1,0)", "fsdp", 2),
+        ("replica_groups={{0,3},{1,2},{4,7},{5,6}}", "?", 2),
+        ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", "fsdp", 2),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", "data+fsdp", 4),
+        ("replica_groups=[1,8]<=[8]", "data+fsdp+model", 8),
+        ("replica_groups={}", "data+fsdp+model", 8),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'a'}, d", "fsdp", 2),
+        ("replica_groups=mesh['a'=4,'b'=2] {'b'}", "model", 2),
+        ("source_target_pairs={{0,2},{2,0},{1,3},{3,1},{4,6},{6,4},{5,7},{7,5}}", "fsdp", 2),
+    ],
+)
+def test_groups_of_devices_are_axes_in_every_spelling(groups, axes, size):
+    assert traffic.axes_of(f"channel_id=1, {groups}, dimensions={{0}}", AXES) == (axes, size)
+
+
+def test_what_stays_inside_a_chip_is_no_traffic_of_its_memory():
+    inside, outside = hlo.arrays("(bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[4]{0:T(128)})")
+    assert (inside.num_bytes, inside.in_memory) == (2 * 8 * 128, False)
+    assert (outside.num_bytes, outside.in_memory) == (16, True)
+
+
+def test_a_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no compiled program"):
+        hlo.read("HloModule nothing\n")
+
+
+def test_bytes_of_a_program_in_the_order_of_numpy():
+    """Sizes of types are those of numpy."""
+    for dtype in ("bool", "int8", "int32", "bfloat16", "float32"):
+        read = program(lambda x: x + x, jnp.ones((3, 5), dtype))
+        (root,) = [op for op in read.computations[read.entry].values() if op.is_root]
+        assert root.arrays[0].num_bytes == 15 * np.dtype(jnp.dtype(dtype)).itemsize
