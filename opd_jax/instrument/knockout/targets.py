@@ -2,7 +2,8 @@
 
 =================  ===========================================================================
 ``types.csv``      what ``opd-jax rocks`` writes: the ids of ``token_id`` in the order of the
-                   table; ``token`` is compared with the model's tokenizer where it is there
+                   table; ``token`` is compared with the model's tokenizer where it is there, and
+                   further columns are taken from what stands beside it (``predictors.py``)
 ``lists.json``     an object of lists by name, each of ids or of texts of tokens; or what
                    ``opd-jax rocks`` writes, whose ids stand beside it in ``NAME.json``
 ``ids.json``       a list of ids (or texts)
@@ -24,6 +25,7 @@ from typing import Any
 from opd_jax import records
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.files import path_of
+from opd_jax.instrument.knockout import predictors
 from opd_jax.instrument.knockout.request import PAPER, KnockoutError
 
 _CHANGE = "give --types (or --groups) a types.csv, a file of lists, or ids"
@@ -83,6 +85,7 @@ def read(types: str, groups: str, tokenizer: Any, num_ids: int) -> Targets:
         path = _file(types, "--types")
         if path.suffix.lower() == ".csv":
             ids, table = _table(path, words)
+            table = predictors.beside(path, ids) | table
         else:
             lists = _lists(path, words)
             ids = tuple(dict.fromkeys(i for some in lists.values() for i in some))
