@@ -10,6 +10,8 @@ r"""The flagship: one student, one teacher, and every way to gate the objective,
 Arguments:
   arm    a name of ``ARMS`` below
   base   whose models, prompts and sizes: demo, smollm2, or the path of another config file
+  completions  what ``opd-jax generate`` wrote (or any file with completions), for all arms: those
+         that train off-policy imitate them, the others answer their prompts
   rocks  what ``opd-jax rocks --out`` wrote: the arms with a list, and random_positions, read it;
          selected on other prompts than the held-out ones, which the arms are compared on
   steps  optimizer steps; 0: as in the base; the arm ramp follows this, not --config.train.steps
@@ -43,7 +45,7 @@ from opd_jax.spec import ConfigError
 # What each arm sets in the group ``rock``. ``list`` names the file LIST.json of gated ids, and
 # ``share_of`` the list whose share of the tokens is gated at random. ``position`` is set in the
 # group of that name; opd-jax sweep adds the control of such an arm. ``window_share`` and
-# ``cut_share`` are parts of rollout.max_new.
+# ``cut_share`` are parts of rollout.max_new. ``kl`` and ``train`` are set in those groups.
 ARMS = {
     "full": {"mode": "off"},  # plain distillation, the baseline
     # The Rock Tokens, frozen; and by the token before the predicted one, as in the published code.
@@ -83,6 +85,14 @@ ARMS = {
         "list": "rock",
         "position": {"mode": "rock_window", "window": 1},
     },
+    # Direction of the KL x whose answers: full is reverse, on-policy. Off-policy arms need
+    # completions=FILE, of which the others answer the prompts; imitation is the published first
+    # stage (arXiv 2605.09253, app. B).
+    "forward_on": {"kl": {"direction": "forward"}},
+    "reverse_off": {"train": {"stage": "off_policy"}},
+    "forward_off": {"train": {"stage": "off_policy"}, "kl": {"direction": "forward"}},
+    "reverse_mixed": {"train": {"stage": "mixed"}},
+    "imitation": {"train": {"stage": "off_policy"}, "kl": {"direction": "forward", "ce": 0.5}},
     # Answers that are sampled no further than where the first positions end: less sampling too.
     "cut": {"cut_share": 0.25},
 }
@@ -91,7 +101,15 @@ ARMS = {
 def get_config(arg: str = ""):
     """Return the base's config with the arm's gate."""
     args = config.parse_arg(
-        arg, arm="full", base="demo", rocks="", steps=0, lr=0.0, k=0, norm="tokens"
+        arg,
+        arm="full",
+        base="demo",
+        rocks="",
+        completions="",
+        steps=0,
+        lr=0.0,
+        k=0,
+        norm="tokens",
     )
     if args.arm not in ARMS:
         raise ConfigError(f"arm is {args.arm!r}: expected one of {', '.join(ARMS)}; set :arm=NAME")
@@ -100,6 +118,15 @@ def get_config(arg: str = ""):
     c.optim.lr = args.lr or c.optim.lr
     c.train.normaliser = args.norm
     rock = dict(ARMS[args.arm])
+    c.kl.update(rock.pop("kl", {}))
+    c.train.update(rock.pop("train", {}))
+    if c.train.stage != "on_policy" and not args.completions:
+        raise ConfigError(
+            f"arm {args.arm} without completions: expected a file of them, such as `opd-jax "
+            f"generate --model={c.teacher.path} --prompts={c.data.prompts} --out=FILE` writes; set "
+            ":completions=FILE"
+        )
+    c.data.prompts = args.completions or c.data.prompts
     if name := rock.pop("list", ""):
         rock["ids_file"] = str(_made(args, c.data, f"{name}.json"))
     if name := rock.pop("share_of", ""):

@@ -44,6 +44,14 @@ GATED = {
     "ramp": LISTS["rock"],
 }
 POSITIONS = ("half_random", "random_window", "first", "last", "entropy", "tip", "lowest_logp", "iw")
+# What each of these sets: whose answers are trained on, by which divergence.
+ANSWERS = {
+    "forward_on": {"kl.direction": "forward"},
+    "reverse_off": {"train.stage": "off_policy"},
+    "forward_off": {"train.stage": "off_policy", "kl.direction": "forward"},
+    "reverse_mixed": {"train.stage": "mixed"},
+    "imitation": {"train.stage": "off_policy", "kl.direction": "forward", "kl.ce": 0.5},
+}
 ARMS = ("full", *GATED, "random_positions", "ema", "adaptive", *POSITIONS, "rock_window", "cut")
 tiny, one_device = tiny_run.tiny, tiny_run.one_device
 
@@ -69,7 +77,7 @@ def test_the_table_of_arms_is_whole(rocks):
     with pytest.raises(ConfigError) as error:
         resolve(OPD, "arm=none")
     named = str(error.value).partition("one of ")[2].partition(";")[0].split(", ")
-    assert sorted(named) == sorted(ARMS)
+    assert sorted(named) == sorted((*ARMS, *ANSWERS))
 
 
 def test_the_lists_are_those_that_the_analysis_writes():
@@ -87,6 +95,59 @@ def test_an_arm_differs_from_its_base_in_the_gate_alone(arm, base, rocks):
     groups = {key.partition(".")[0] for key in changed}
     assert groups <= {"rollout", "eval"} if arm == "cut" else groups <= {"rock", "position"}
     assert bool(changed) == (arm != "full")
+
+
+@pytest.mark.parametrize("arm", ANSWERS)
+def test_an_arm_sets_whose_answers_are_trained_on(arm):
+    plain = config.describe(resolve(OPD, "completions=a.jsonl"))
+    found = config.describe(resolve(OPD, f"arm={arm},completions=a.jsonl"))
+    assert {key: found[key] for key in plain if plain[key] != found[key]} == ANSWERS[arm]
+    assert plain["data.prompts"] == "a.jsonl"  # of all arms, so that they compare
+    if "train.stage" in ANSWERS[arm]:
+        with pytest.raises(ConfigError, match=r"without completions.*generate.*:completions=FILE"):
+            resolve(OPD, f"arm={arm}")
+
+
+@pytest.mark.parametrize("base", ["demo", "smollm2"])
+def test_two_stages_take_half_of_the_steps_each(base):
+    path = CONFIGS / "two_stages.py"
+    whole = resolve(CONFIGS / f"{base}.py")
+    first, second = (resolve(path, f"base={base},stage={n},answers=a,first=b") for n in (1, 2))
+    assert first.train.steps + second.train.steps == whole.train.steps
+    assert (first.train.stage, first.kl.direction, first.kl.ce) == ("off_policy", "forward", 0.5)
+    assert (second.train.stage, second.kl) == ("on_policy", whole.kl)
+    assert (first.data.prompts, first.init_from, second.init_from) == ("a", "", "b")
+    assert second.data == whole.data
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_published_setting(stage):
+    """Batch, rates, lengths and steps of arXiv 2605.09253, app. B, on four devices."""
+    run = resolve(CONFIGS / "qwen3_30b_to_4b.py", f"stage={stage}")
+    rows = run.train.prompts * run.rollout.samples
+    assert run.optim.lr == (2e-5, 2e-6)[stage - 1]
+    assert rows == (128, 4)[stage - 1]
+    assert run.train.steps == (156, 10_000)[stage - 1]
+    assert (run.optim.warmup, run.optim.clip, run.optim.b2) == (0.05, 1.0, 0.98)
+    assert run.data.max_prompt + run.rollout.max_new == (16_384, 8800)[stage - 1]
+    shards = 4 // run.mesh.model
+    assert rows // run.train.microbatches == shards
+    assert run.train.prompts % shards == 0
+    assert bool(run.init_from) == (stage == 2)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_gsm8k(stage):
+    run = resolve(CONFIGS / "gsm8k_qwen.py", f"stage={stage}")
+    assert (run.train.stage == "off_policy") == (stage == 1) == bool(run.kl.ce)
+    assert bool(run.init_from) == (stage == 2)
+    assert run.data.columns == (("prompt", "question"),)
+
+
+@pytest.mark.parametrize("name", ["two_stages", "qwen3_30b_to_4b", "gsm8k_qwen"])
+def test_there_is_no_third_stage(name):
+    with pytest.raises(ConfigError, match=r"stage is 3: expected .* set :stage="):
+        resolve(CONFIGS / f"{name}.py", "stage=3")
 
 
 @pytest.mark.parametrize(("arm", "ids"), GATED.items())

@@ -203,11 +203,15 @@ def examples(
     return found, counts
 
 
-def digest(rows: Sequence[Example]) -> str:
-    """Fingerprint of the tokenised data, so that a resumed run can tell that it changed."""
+def digest(rows: Sequence[Example], *, has_completions: bool = True) -> str:
+    """Fingerprint of the tokenised data, so that a resumed run can tell that it changed.
+
+    Without completions it is that of the prompts, the same whether they are answered or not.
+    """
     state = hashlib.sha256()
     for row in rows:
-        state.update(repr((row.ids, row.answer, row.index, row.completion)).encode())
+        completion = row.completion if has_completions else ()
+        state.update(repr((row.ids, row.answer, row.index, completion)).encode())
     return state.hexdigest()[:16]
 
 

@@ -78,7 +78,8 @@ def enter(
     described = config.describe(parts.run)
     processes.check_same(described, "start the same command on all of them")
     record = workdirs.describe(described, seed=parts.run.seed, command=command, now=now)
-    record |= {"data": prompt_files.digest(parts.rows), "stop_ids": list(parts.stop_ids)}
+    record |= {"data": prompt_files.digest(parts.rows, has_completions=False)}
+    record |= {"stop_ids": list(parts.stop_ids)}
     processes.on_first(lambda: _enter(workdir, parts, saves, record, say))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ class Journal:
             "left": int(values["rock_exits"]),
             "jaccard": values["rock_jaccard"],
             "gated_share": values["gated_share"],
-            "gated_kl_share": values["gated_kl_share"],
+            "gated_kl_share": values.get("gated_kl_share", math.nan),  # without a teacher
             "top": [{name: row[name] for name in names} for row in top],
         }
         self._rocks.write(step, self.last_rocks)

@@ -30,6 +30,7 @@ _MOST_SEEDS = 10_000
 BASELINE = "full"  # plain distillation, where it is among the arms
 # What the arms are about; everything else must be equal between them.
 _OF_AN_ARM = ("rock.*", "position.*", "rollout.max_new", "train.normaliser", "prediction")
+_OF_AN_ARM += ("kl.direction", "kl.ce", "train.stage", "train.on_policy_share")
 # What a run that is there already may differ in from what is asked for now: nothing of the result,
 # except that runs of fewer steps are gone on with (all of them: see ``check_lengths``).
 _OF_NO_RESULT = ("log.*", "checkpoint.*", "mesh.*", "profile", "train.steps", "optim.steps")
