@@ -20,7 +20,7 @@ from opd_jax import mesh as meshlib
 from opd_jax import processes
 from opd_jax.evaluate import asked, growth, results, tasks
 from opd_jax.files import path_of
-from opd_jax.instrument.knockout import arms, checks, costs, findings, outlook, targets
+from opd_jax.instrument.knockout import arms, checks, costs, outlook, targets, verdicts
 from opd_jax.instrument.knockout.answered import BASELINE, Answer, Arm, Baseline, Job
 from opd_jax.instrument.knockout.ledger import Key, Ledger, Line
 from opd_jax.instrument.knockout.request import Request
@@ -86,7 +86,7 @@ def run(
         jobs += baseline.without(alone, trials.size)
         jobs += [job for arm in chosen for job in baseline.jobs(arm)]
         batches = work.batches(baseline, jobs)
-        calls = [call for _, part in batches for call in part]
+        calls = ledger.missing([call for _, part in batches for call in part])
         for line in costs.lines(costs.of_calls(calls, baseline), len(calls), steps_per_s):
             say(line)
         if plan:
@@ -94,17 +94,17 @@ def run(
         outlook.check(chosen, baseline, request)
         done = work.all(batches, baseline)
         told = checks.trusted(done)  # before anything is chosen by what was decoded
-        change = findings.on_first_half(done, baseline)
+        change = verdicts.on_first_half(done, baseline)
         further = arms.second(request, change, count_V, request.settings.seed) if change else []
         if further:
             jobs = [job for arm in further for job in baseline.jobs(arm)]
             done += work.all(work.batches(baseline, jobs), baseline)
             told = checks.trusted(done)
-        result = findings.of(
+        result = verdicts.of(
             [*chosen, *further], done, baseline, found, request, model.tokenizer, mesh, say
         )
         result |= {"checks": told, "model": model.reference.name, "time": workdir.timestamp()}
-        findings.write(ledger, result)
+        verdicts.write(ledger, result)
     return result
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from opd_jax import command, processes
 from opd_jax.evaluate import command as evaluating
 from opd_jax.evaluate.benchmark import Settings
-from opd_jax.instrument.knockout import census, ledger, tables
+from opd_jax.instrument.knockout import census, console, ledger
 from opd_jax.instrument.knockout.request import FAMILIES, Request, families
 
 
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
         request, mesh=command.mesh(flags.mesh_fsdp, flags.mesh_model), plan=flags.plan
     )
     if result is not None:
-        for line in tables.lines(result):
+        for line in console.lines(result):
             processes.say(line)
         for name in (ledger.CENSUS, ledger.SUMMARY, ledger.LINES):
             processes.say(f"{name:<14} {request.out}/{name}")

@@ -57,6 +57,8 @@ def of_calls(calls: Sequence[Sequence[Job]], baseline: Baseline) -> Cost:
 
 def lines(cost: Cost, calls: int, steps_per_s: float | None) -> list[str]:
     """The cost for a reader."""
+    if not cost.answers:
+        return ["to decode: nothing, all answers are there"]
     parts = ", ".join(f"{name} {count:,}" for name, count in cost.families.items())
     told = [
         f"to decode: {cost.answers:,} answers ({parts}), about {cost.tokens:,} tokens in {calls:,} "

@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any, NotRequired, TypeVar
 
 import pydantic
 from typing_extensions import TypedDict
@@ -50,6 +50,7 @@ class Line(TypedDict):
     gold: NotRequired[str]
 
 
+T = TypeVar("T")
 Key = tuple[str, str, int, int]  # arm, task, index, sample
 
 
@@ -115,6 +116,14 @@ class Ledger:
                 files.cut(self.folder / LINES, self._taken)
             self._is_cut = True
         return None
+
+    def missing(self, calls: Sequence[Sequence[T]]) -> list[Sequence[T]]:
+        """Those calls, of the next ones, that are not there as a whole."""
+        left, place = len(self._lines) - self._taken, 0
+        while place < len(calls) and len(calls[place]) <= left:
+            left -= len(calls[place])
+            place += 1
+        return list(calls[place:])
 
     def put(self, lines: Sequence[Line]) -> None:
         """Write further answers."""

@@ -1,8 +1,9 @@
 """The published predictors of a type's effect that a table of types does not hold itself.
 
 A folder of ``opd-jax rocks`` with ``--with=context`` (or ``optimizer``) has its answers scored
-twice, token by token: by the student, and by the student before training. An occurrence is *recalcitrant* (arXiv 2605.09253, its first definition, here by reverse KL) if its KL
-before is among the top fifth of all and its improvement among the lowest fifth.
+twice, token by token: by the student, and by the student before training. An occurrence is
+*recalcitrant* (arXiv 2605.09253, its first definition, here by reverse KL) if its KL before is
+among the top fifth of all and its improvement among the lowest fifth.
 """
 
 from __future__ import annotations

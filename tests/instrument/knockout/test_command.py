@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import html
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 
 import jax
+import matplotlib
 import numpy as np
 import pytest
 import tiny_run
@@ -18,6 +20,8 @@ from opd_jax import cli
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.evaluate import results
 from opd_jax.instrument.knockout import ledger, trials
+from opd_jax.report import knockout_section, style
+from opd_jax.store.workdir import WorkdirError
 
 tiny, one_device = tiny_run.tiny, tiny_run.one_device
 NUM, NEW, TEMPERATURE = 24, 8, 0.6
@@ -216,6 +220,41 @@ def test_greedy_orders_are_chosen_on_other_problems_than_they_are_measured_on(ce
     assert greedy[0]["arm"] == "cornerstones first, first 1"
 
 
+def test_the_page_has_a_section_of_it(census, tmp_path):
+    with matplotlib.rc_context(style.STYLE):
+        told = str(knockout_section.section(census))
+        assert "whether the tokens matter" in str(knockout_section.section(None).absent)
+    found = summary_of(census)
+    single = found["families"]["single"]
+    assert f"Of {single['arms']} types that it may no longer say" in told
+    assert html.escape(single["rows"][0]["tokens"][0]) in told
+    for words in (
+        "Which types change the answers?",
+        "Does one place decide?",
+        "strong cornerstone",
+    ):
+        assert words in told
+    checked = found["checks"]["prefix"]["answers"]
+    assert f"{checks_of(found)} under a ban of types that they do not hold" in told
+    assert f"{checked:,} leave it at the first banned token" in told
+    damaged = tmp_path / "damaged"
+    shutil.copytree(census, damaged)
+    with matplotlib.rc_context(style.STYLE):
+        for family in ({}, {"single": {"rows": []}}, {"single": 3}):
+            content = json.dumps(found | {"families": family, "time": ""})
+            (damaged / ledger.SUMMARY).write_text(content)
+            if family:
+                with pytest.raises(WorkdirError, match=r"summary\.json"):
+                    knockout_section.section(damaged)
+        (damaged / ledger.SUMMARY).unlink()
+        with pytest.raises(WorkdirError, match="an opd-jax knockout that has ended"):
+            knockout_section.section(damaged)
+
+
+def checks_of(found):
+    return f"{found['checks']['absent']['answers']:,}"
+
+
 @pytest.mark.usefixtures("one_device")
 def test_the_baseline_is_what_eval_says(tiny, task, census, flags, tmp_path):
     given = {"tasks": task / "sums.jsonl", "out": tmp_path / "e", "max-new": NEW, "format": "raw"}
@@ -264,6 +303,7 @@ def test_a_killed_knockout_goes_on_to_the_same_bytes(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trials.Trials, "read", None)  # a finished one decodes nothing
         assert knockout(tiny, task, out, **flags) == 0
+    assert "to decode: nothing" in capsys.readouterr().out
 
 
 def test_on_eight_devices_the_answers_are_the_same(tiny, task, census, flags, tmp_path):
