@@ -29,6 +29,7 @@ COMMANDS = {
     "eval": Command("evaluate.command:main", "grade models on tasks, and compare two of them"),
     "lm-eval": Command("evaluate.harness:main", "lm-evaluation-harness with our models"),
     "rocks": Command("instrument.stages:main", "find the tokens that carry most of the KL"),
+    "knockout": Command("instrument.knockout.command:main", "ban tokens, see which answers flip"),
     "table": Command("store.table:main", "write a checkpoint's rock state, type by type"),
     "sweep": Command("run.sweep:main", "train arms x seeds and compare them"),
     "report": Command("report.command:report", "one page of runs, rocks and a sweep"),
@@ -94,7 +95,7 @@ def _help_on(named: str) -> int:
 
 def _run(name: str, argv: list[str]) -> int:
     try:
-        with _sigterm_unwinds():
+        with _passing_line_ends(), _sigterm_unwinds():
             rest = _prepare_jax(argv)
             module, _, function = COMMANDS[name].function.partition(":")
             return getattr(importlib.import_module(f"opd_jax.{module}"), function)(rest)
@@ -132,6 +133,17 @@ def _sigterm_unwinds() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, old)
+
+
+@contextlib.contextmanager
+def _passing_line_ends() -> Iterator[None]:
+    """Leave no line of progress behind a message on how a block ended."""
+    try:
+        yield
+    finally:
+        from opd_jax import processes
+
+        processes.say.wipe()
 
 
 def _message(error: Exception) -> str | None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -145,10 +147,52 @@ def _checked(
     return address, count, index
 
 
-def say(line: str) -> None:
-    """Print on the first process only."""
-    if jax.process_index() == 0:
-        print(line, flush=True)
+class Printer:
+    """Prints lines, on the first process only: ``say(line)``.
+
+    Args:
+      before: stands before each line.
+    """
+
+    def __init__(self, before: str = ""):
+        self._before = before
+
+    @property
+    def is_live(self) -> bool:
+        """Whether lines go to a terminal, where one can take the place of another."""
+        return sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+
+    def __call__(self, line: str) -> None:
+        """Print a line, in the place of a passing one."""
+        if jax.process_index() == 0:
+            print(f"{_WIPE * self.is_live}{self._before}{line}", flush=True)
+
+    def passing(self, line: str) -> None:
+        """Show a line until the next one; nothing without a terminal."""
+        if jax.process_index() == 0 and self.is_live:
+            # Wrapped, it would leave its first half behind; at its start, all who print wipe it.
+            text = f"{self._before}{line}"[: shutil.get_terminal_size().columns - 1]
+            print(f"{_WIPE}{text}", end="\r", flush=True)
+
+    def wipe(self) -> None:
+        """Remove the passing line where one is shown."""
+        if jax.process_index() == 0 and self.is_live:
+            print(_WIPE, end="", flush=True)
+
+    def indented(self, before: str) -> Printer:
+        """The same with more before each line."""
+        return Printer(self._before + before)
+
+
+_WIPE = "\x1b[K"  # ECMA-48: erase from here to the end of the line
+say = Printer()
+
+
+def indented(say: Callable[[str], None], before: str) -> Callable[[str], None]:
+    """Say lines with something before each."""
+    if isinstance(say, Printer):
+        return say.indented(before)
+    return lambda line: say(f"{before}{line}")
 
 
 def meet(what: str) -> None:

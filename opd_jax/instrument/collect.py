@@ -17,9 +17,10 @@ import numpy as np
 
 from opd_jax import files, objective, processes, records, rock, steps
 from opd_jax import mesh as meshlib
-from opd_jax.data import batches
+from opd_jax.data import batches, widths
 from opd_jax.data import prompts as prompt_files
 from opd_jax.data.prompts import Example
+from opd_jax.evaluate import growth
 from opd_jax.instrument import corpus as corpora
 from opd_jax.instrument.corpus import Corpus, CorpusError, Occurrences, TypeStats
 from opd_jax.models import memory
@@ -65,7 +66,7 @@ def write(
       samples: answers per prompt.
       seed: of the draws.
       batch: prompts at a time, rounded up to the mesh; may change when a collection goes on.
-      say: receives a line per piece.
+      say: receives progress.
 
     Raises:
       CorpusError: the folder holds another collection or something else; a writer whose
@@ -101,7 +102,7 @@ def write(
         for stale in sorted(folder.glob("answers-*.npz"))[pieces:]:
             stale.unlink()  # what follows a damaged piece would be out of order
     size = meshlib.batch_rows(min(batch, len(rows)), pair.mesh)
-    slots = corpora.padded(max(len(row.ids) for row in rows)) + max_new
+    slots = widths.padded(max(len(row.ids) for row in rows)) + max_new
     cells = memory.cache(cfg or pair.cfg.student, size * samples, slots, pair.mesh)
     lower = "lower --batch, --samples or --max-new"
     memory.check([memory.Need("keys and values", cells, lower)], pair.mesh)
@@ -119,14 +120,17 @@ def write(
         max_new=max_new,
         samples=samples,
     )
+    progress = growth.Progress("prompts", len(rows), done, say)
     for filled, real in drawing.batches(rows[done:], size):
         with jax.set_mesh(pair.mesh):
             answers = meshlib.to_host(_sample(draw, filled, pair))
         found = _rows(answers, filled[:real], samples, name)
         if jax.process_index() == 0:
             corpora.write_answers(folder, pieces, found)
-        pieces, done = pieces + 1, done + real
-        say(f"{done} of {len(rows)} prompts answered")
+        pieces += 1
+        progress.add(real, [{"tokens": len(row["answer"])} for row in found])
+    if progress.fresh:
+        progress.tell()
     if jax.process_index() == 0:
         corpora.write_manifest(folder, info | {"pieces": pieces})
         (folder / STARTED).unlink(missing_ok=True)
@@ -135,7 +139,12 @@ def write(
 
 
 def score(
-    corpus: Corpus, pair: Pair, *, student: Params | None = None, batch: int = 16
+    corpus: Corpus,
+    pair: Pair,
+    *,
+    student: Params | None = None,
+    batch: int = 16,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Occurrences:
     """Measure every position of a corpus: exact KL, log-ratio and entropies, teacher-forced.
 
@@ -144,15 +153,21 @@ def score(
       pair: student and teacher.
       student: other parameters in the student's place.
       batch: answers at a time, rounded up to the mesh; does not change the result.
+      say: receives progress.
 
     Raises:
       CorpusError: a corpus of another tokenizer, or one longer than the models allow.
     """
-    return score_types(corpus, pair, student=student, batch=batch)[0]
+    return score_types(corpus, pair, student=student, batch=batch, say=say)[0]
 
 
 def score_types(
-    corpus: Corpus, pair: Pair, *, student: Params | None = None, batch: int = 16
+    corpus: Corpus,
+    pair: Pair,
+    *,
+    student: Params | None = None,
+    batch: int = 16,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Occurrences, TypeStats]:
     """:func:`score`, with the sums per type that the devices added up in the same pass.
 
@@ -171,6 +186,7 @@ def score_types(
     size = meshlib.batch_rows(min(batch, len(corpus.answers)), pair.mesh)
     names = ("reverse_BT", "logp_BT", "teacher_logp_BT", "entropy_BT", "teacher_entropy_BT")
     flat = {name: np.zeros(corpus.num_positions, np.float32) for name in names}
+    progress = growth.Progress("answers", len(corpus.answers), 0, say)
     with jax.set_mesh(pair.mesh):
         state = meshlib.replicated(rock.init(pair.cfg.student.vocab_size, cfg=_PLAIN))
         for host, index_B in corpus.batches(size, pad_id=pair.sampler.pad_id):
@@ -184,6 +200,8 @@ def score_types(
             )
             for name, values_BT in meshlib.to_host({n: getattr(tokens, n) for n in names}).items():
                 corpus.place(flat[name], values_BT, host, index_B)
+            progress.add(int(np.sum(index_B >= 0)), [{"tokens": int(host.mask_BT.sum())}])
+    progress.tell()
     found = Occurrences(
         answer=corpus.answer,
         problem=corpus.problem_A[corpus.answer].astype(np.int32),
@@ -211,7 +229,7 @@ def _measure(
 def _sample(draw: Callable[..., Rollout], batch: Sequence[Example], pair: Pair) -> Rollout:
     """Sample a batch, each process its own share of the prompts."""
     own = batch[meshlib.own(len(batch))]
-    width = corpora.padded(max(len(row.ids) for row in batch))
+    width = widths.padded(max(len(row.ids) for row in batch))
     prompt = batches.pad([row.ids for row in own], width, pair.sampler.pad_id)
     # Drawn by line, so that --limit or a dropped prompt does not change anybody else's answer.
     lines = np.array([row.index for row in own], np.int32)

@@ -136,7 +136,13 @@ class Lab:
     def scored(self, path: Path, corpus: Corpus, student: Params | None = None) -> Occurrences:
         """A corpus scored against the teacher; read from ``path`` where that is there."""
         if not path.exists():
-            found = collect.score(corpus, self.pair, student=student, batch=self.flags.batch)
+            found = collect.score(
+                corpus,
+                self.pair,
+                student=student,
+                batch=self.flags.batch,
+                say=processes.indented(self.say, "  "),
+            )
             if jax.process_index() == 0:
                 found.save(path)
             processes.meet(f"{path.name} is written")

@@ -101,7 +101,7 @@ def _write_corpus(bench: Workbench) -> None:
     folder, given = bench.folder.path / "corpus", bench.subject.corpus
     if given is None:
         writer = bench.flags.writer or "student"
-        bench.lab.write(folder, writer, lambda line: bench.say(f"  {line}"))
+        bench.lab.write(folder, writer, processes.indented(bench.say, "  "))
         return
     if jax.process_index() == 0:
         part = folder.with_name(".corpus.part")
@@ -112,7 +112,12 @@ def _write_corpus(bench: Workbench) -> None:
 
 
 def _write_scores(bench: Workbench) -> None:
-    found, on_device = collect.score_types(bench.corpus, bench.pair, batch=bench.flags.batch)
+    found, on_device = collect.score_types(
+        bench.corpus,
+        bench.pair,
+        batch=bench.flags.batch,
+        say=processes.indented(bench.say, "  "),
+    )
     if not np.isfinite(found.kl).all():  # before the sums, which would differ by it too
         at = int(np.flatnonzero(~np.isfinite(found.kl))[0])
         raise RocksError(

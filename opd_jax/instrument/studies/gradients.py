@@ -35,7 +35,7 @@ import jax
 import numpy as np
 
 from opd_jax import mesh as meshlib
-from opd_jax import stats
+from opd_jax import processes, stats
 from opd_jax.instrument import controls
 from opd_jax.instrument.corpus import Corpus, Occurrences
 from opd_jax.instrument.studies import passes
@@ -68,7 +68,8 @@ def study(bench: Workbench) -> dict[str, Any]:
     gradient is most in line with all types': selection by the gradient itself.
     """
     flags, sums = bench.flags, bench.sums
-    ranked = rank_types(bench.corpus, bench.pair, bench.found, min_count=2, batch=flags.batch)
+    how: dict[str, Any] = {"batch": flags.batch, "say": processes.indented(bench.say, "  ")}
+    ranked = rank_types(bench.corpus, bench.pair, bench.found, min_count=2, **how)
     entries = bench.folder.read("lists/lists.json")
     for name in ("norm", "alignment"):
         value_V = np.where(sums.count >= 2, ranked[name], -np.inf)
@@ -82,7 +83,7 @@ def study(bench: Workbench) -> dict[str, Any]:
         bench.found,
         disjoint_groups(bench),
         token_text=bench.pair.text,
-        batch=flags.batch,
+        **how,
     )
 
 
@@ -109,6 +110,7 @@ def geometry(
     *,
     token_text: Callable[[int], str],
     batch: int = 16,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Report the gradients of some types, and of groups of them: what ``gradients.json`` holds.
 
@@ -117,6 +119,7 @@ def geometry(
       groups: ids by group name.
       token_text: printable text of an id.
       batch: answers at a time, rounded up to the mesh; does not change the result.
+      say: receives progress.
 
     Raises:
       ValueError: occurrences of another corpus, or ids that do not occur.
@@ -127,8 +130,8 @@ def geometry(
     ids = _checked(groups, count_V)
     with jax.set_mesh(pair.mesh):
         size = meshlib.batch_rows(min(batch, len(corpus.answers)), pair.mesh)
-        found = passes.logits(corpus, pair, ids, count_V, batch=size, has_head=True)
-        head = passes.heads(corpus, pair, ids, count_V, found.head_VD, batch=size)
+        found = passes.logits(corpus, pair, ids, count_V, batch=size, has_head=True, say=say)
+        head = passes.heads(corpus, pair, ids, count_V, found.head_VD, batch=size, say=say)
     rows = _types(ids, corpus.token_id, count_V, found, head)
     named = {
         group: [
@@ -161,6 +164,7 @@ def rank_types(
     *,
     min_count: int = 2,
     batch: int = 16,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, np.ndarray]:
     """Score every type by its mean gradient, for lists selected by the gradient itself.
 
@@ -177,7 +181,7 @@ def rank_types(
     ids = np.flatnonzero(count_V >= max(min_count, 1))
     with jax.set_mesh(pair.mesh):
         size = meshlib.batch_rows(min(batch, len(corpus.answers)), pair.mesh)
-        found = passes.logits(corpus, pair, ids, count_V, batch=size)
+        found = passes.logits(corpus, pair, ids, count_V, batch=size, say=say)
     norm_V, alignment_V = np.full((2, len(count_V)), -np.inf)
     own = found.beside["balanced"]
     norm_V[ids] = own["norm"]

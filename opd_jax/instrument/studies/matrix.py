@@ -95,6 +95,7 @@ def of_run(
         samples=samples,
         seed=seed,
         batch=batch,
+        say=processes.indented(say, "  "),
     )
     corpora = {}
     for name, ref in students.items():
@@ -133,7 +134,13 @@ def score(
         student = load() if missing else None
         for corpus in missing:
             say(f"persistence: {name} reads the answers of {corpus}")
-            found = collect.score(corpora[corpus], pair, student=student, batch=batch)
+            found = collect.score(
+                corpora[corpus],
+                pair,
+                student=student,
+                batch=batch,
+                say=processes.indented(say, "  "),
+            )
             if jax.process_index() == 0:
                 found.save(row[corpus])
         cells |= {(i, j): path for j, path in enumerate(row.values())}

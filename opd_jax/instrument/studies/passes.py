@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ import numpy as np
 
 from opd_jax import mesh as meshlib
 from opd_jax import objective
+from opd_jax.evaluate import growth
 from opd_jax.instrument.corpus import Corpus
 from opd_jax.instrument.studies import logit_sums
 from opd_jax.instrument.studies.logit_sums import DROPPED
@@ -52,7 +53,16 @@ class Logits:
     head_VD: jax.Array | None
 
 
-def logits(corpus, pair: Pair, ids, count_V, *, batch: int, has_head: bool = False) -> Logits:
+def logits(
+    corpus: Corpus,
+    pair: Pair,
+    ids,
+    count_V,
+    *,
+    batch: int,
+    has_head: bool = False,
+    say: Callable[[str], None],
+) -> Logits:
     """Sum over all positions and over those of each type, in as many passes as the budget takes."""
     row_bytes = 4 * len(count_V) // pair.mesh.shape["model"]
     slots = max(_TYPES_BYTES // row_bytes - 2, 1)
@@ -65,6 +75,7 @@ def logits(corpus, pair: Pair, ids, count_V, *, batch: int, has_head: bool = Fal
     sums: logit_sums.Sums = {}
     beside: dict[str, list] = {"global": [], "balanced": []}
     rest = 0.0
+    progress = growth.Progress("answers", len(pieces) * len(corpus.answers), 0, say)
     for number, piece in enumerate(pieces):
         is_first = number == 0
         if not is_first:
@@ -79,6 +90,8 @@ def logits(corpus, pair: Pair, ids, count_V, *, batch: int, has_head: bool = Fal
             )
             if is_first:
                 corpus.place(square, meshlib.to_host(square_BT), host, index_B)
+            progress.add(int(np.sum(index_B >= 0)), [{"tokens": int(np.sum(slot_BT != DROPPED))}])
+        progress.done = (number + 1) * len(corpus.answers)  # those without such a type included
         sums |= added
         scales = {"global": np.ones(len(count_V)), "balanced": inverse_V}
         for name, scale_V in scales.items():
@@ -89,6 +102,7 @@ def logits(corpus, pair: Pair, ids, count_V, *, batch: int, has_head: bool = Fal
             beside[name].append({key: x[: len(piece)] for key, x in part.items()})
             if is_first and name == "global":
                 rest = float(part["dot"][-1])
+    progress.tell()
     wholes = meshlib.to_host({n: sums[f"{n}_V"] for n in beside})
     norm = {n: float(np.linalg.norm(x.astype(np.float64))) for n, x in wholes.items()}
     return Logits(
@@ -113,10 +127,20 @@ def _batches(corpus: Corpus, pair: Pair, slot_V, inverse_V, batch: int):
             yield host, index_B, slot_BT, inverse_V[ids_BT].astype(np.float32)
 
 
-def heads(corpus: Corpus, pair: Pair, ids, count_V, whole_VD, *, batch: int) -> dict[str, Any]:
+def heads(
+    corpus: Corpus,
+    pair: Pair,
+    ids,
+    count_V,
+    whole_VD,
+    *,
+    batch: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
     """Norm of the summed head gradient of each type, and its inner product with the whole."""
     found: dict[str, Any] = {"norm": {}, "dot": {}}
     pieces = states(corpus, pair, ids, count_V, batch)
+    progress = growth.Progress("types", len(ids), 0, say)
     for token, parts in itertools.groupby(pieces, key=lambda piece: piece[0]):
         sums = logit_sums.zeros(("head_VD",), cfg=pair.cfg)
         for _, hs_ND, ht_NE in parts:
@@ -127,6 +151,8 @@ def heads(corpus: Corpus, pair: Pair, ids, count_V, whole_VD, *, batch: int) -> 
                 )
         norm, dot = meshlib.to_host(logit_sums.norm_and_dot(sums["head_VD"], whole_VD))
         found["norm"][token], found["dot"][token] = float(norm), float(dot)
+        progress.add(1, [])
+    progress.tell()
     found["norm_global"] = float(meshlib.to_host(logit_sums.norm_and_dot(whole_VD, whole_VD))[0])
     return found
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from opd_jax import stats
+from opd_jax import processes, stats
 from opd_jax.instrument import controls, shares
 from opd_jax.instrument.corpus import TypeStats
 from opd_jax.instrument.ranking import Rule
@@ -67,7 +67,7 @@ def study(bench: Workbench) -> dict[str, Any]:
         rows=lab.rows,
         steps=bench.flags.checkpoints or None,
         **lab.writing,
-        say=lambda line: bench.say(f"  {line}"),
+        say=processes.indented(bench.say, "  "),
     )
     return analyse(
         scores,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from opd_jax import processes
 from opd_jax.instrument import null, selection, shares
 from opd_jax.instrument.corpus import Occurrences, TypeStats
 from opd_jax.instrument.ranking import Rule
@@ -35,7 +36,7 @@ def study(bench: Workbench) -> dict[str, Any]:
             continue  # these are the answers that are there
         folder = bench.folder.path / "references" / name
         bench.say(f"  {name}: answering and scoring")
-        corpus = lab.write(folder / "corpus", ref, lambda line: bench.say(f"    {line}"))
+        corpus = lab.write(folder / "corpus", ref, processes.indented(bench.say, "    "))
         found[name] = lab.scored(folder / "scores.npz", corpus)
         notes.append(f"{name}: written by {ref}")
         if name == "undistilled":
