@@ -131,6 +131,41 @@ def test_cross_entropy_mix_and_no_teacher():
         jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5), got, want)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_mix_with_cross_entropy_is_that_of_float64(direction, temperature):
+    """Value, and slope along random directions by central differences, in float64 numpy."""
+    ce, step = 0.3, 1e-4
+    spec = KLSpec(direction, temperature, chunk=5, vocab_size=37, beta=0.3, skew=0.2, ce=ce)
+    hs, ws, ht, wt, weight = inputs()
+    labels = labels_of((B, T))
+
+    def dense(hs, ws):
+        found = reference(hs, ws, ht, wt, spec, labels)
+        return (np.asarray(weight, np.float64) * ((1 - ce) * found[0] - ce * found[4])).sum()
+
+    def ours(hs, ws):
+        return kl.weighted_kl(hs, ws, ht, wt, weight, spec=spec, labels_BT=labels)
+
+    (loss, tokens), grads = jax.value_and_grad(ours, (0, 1), has_aux=True)(hs, ws)
+    np.testing.assert_allclose(loss, dense(hs, ws), rtol=1e-5)
+    kept = np.asarray(weight) != 0
+    pure = reference(hs, ws, ht, wt, spec, labels)
+    np.testing.assert_allclose(tokens.kl_BT[kept], pure[0][kept], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(tokens.logp_BT[kept], pure[4][kept], rtol=1e-5)
+    rng = np.random.default_rng(9)
+    whole = [np.asarray(x, np.float64) for x in (hs, ws)]
+    for _ in range(3):
+        along = [rng.normal(size=x.shape) for x in whole]
+        ends = (
+            dense(*(x + sign * step * d for x, d in zip(whole, along, strict=True)))
+            for sign in (1, -1)
+        )
+        slope = (next(ends) - next(ends)) / (2 * step)
+        got = sum((np.asarray(g, np.float64) * d).sum() for g, d in zip(grads, along, strict=True))
+        np.testing.assert_allclose(got, slope, rtol=1e-4, atol=1e-4)
+
+
 def test_chunk_size_does_not_matter():
     hs, ws, ht, wt, weight = inputs()
     results = [

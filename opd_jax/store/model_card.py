@@ -18,7 +18,14 @@ from opd_jax import stats
 from opd_jax.files import EMBEDDED
 from opd_jax.store import run_files
 
-TAGS = ["opd_jax", "jax", "distillation", "knowledge-distillation", "on-policy-distillation"]
+# What was done, and what the student did, by ``train.stage``.
+_WAYS = {
+    "on_policy": ("on-policy", "samples answers"),
+    "off_policy": ("off-policy", "reads given completions"),
+    "mixed": ("on- and off-policy", "samples answers, by turns with given completions,"),
+}
+TAGS = ["opd_jax", "jax", "distillation", "knowledge-distillation"]
+_ON_POLICY = "on-policy-distillation"  # a tag where the student answered
 # An absolute path up to its last part; a slash inside a relative path or a URL begins none.
 _FOLDERS = re.compile(r"(?<![\w.\-/~])(?:~[\w.-]*)?/(?!/)(?:[^/:,'\"\[\]()]*/)*")
 _CACHED = re.compile(r"models--([^/]+)/snapshots/[^/]+/?$")  # in the hub's download cache
@@ -50,10 +57,11 @@ def text(workdir: Path, record: Record, step: int, name: str) -> str:
     again = record.get("resumed") or [{}]
     config = {**record["config"], **again[-1].get("changed", {})}
     student, teacher = (public_name(config[f"{who}.path"]) for who in ("student", "teacher"))
+    way, does = _WAYS[config.get("train.stage", "on_policy")]
     parts = [
         f"# {name}",
-        f"`{student}`, distilled on-policy from the teacher `{teacher}` with opd_jax: the student "
-        "samples answers and is trained on its divergence from the teacher's next-token "
+        f"`{student}`, distilled {way} from the teacher `{teacher}` with opd_jax: the student "
+        f"{does} and is trained on its divergence from the teacher's next-token "
         f"distribution over the whole vocabulary. Exported at step {step}.",
         _block(
             "python",
@@ -74,7 +82,7 @@ def text(workdir: Path, record: Record, step: int, name: str) -> str:
         base_model=student,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=TAGS,
+        tags=[*TAGS, *[_ON_POLICY] * (way != "off-policy")],
     )
     # It is not validated: the hub does that, over the network.
     return str(ModelCard("\n\n".join([f"---\n{data.to_yaml()}\n---", *parts]) + "\n"))
@@ -177,6 +185,8 @@ def _recipe(config: Record, step: int) -> Iterator[tuple[str, str]]:
         "{} with peak learning rate {:g}, warm-up {:.0%}, clipped at {:g}, weight decay {:g}",
         *(f"optim.{key}" for key in ("name", "lr", "warmup", "clip", "weight_decay")),
     )
+    if config.get("train.stage") == "mixed":
+        yield from told("on-policy", "{:g} of the steps", "train.on_policy_share")
     yield from told("steps", f"{step} of {{}}", "train.steps")
     yield from told("batch", "{} prompts x {} answers", "train.prompts", "rollout.samples")
     names = ("max_new", "temperature", "top_k", "top_p", "min_p")

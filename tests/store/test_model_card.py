@@ -89,6 +89,21 @@ def test_the_card_says(folder, part):
     assert part in card(folder)
 
 
+@pytest.mark.parametrize(
+    ("stage", "part", "is_tagged"),
+    [
+        ("off_policy", "distilled off-policy from the teacher `embedded:teacher`", False),
+        ("mixed", "distilled on- and off-policy from the teacher", True),
+        ("mixed", "| on-policy | 0.25 of the steps |", True),
+    ],
+)
+def test_the_card_says_whose_answers_were_trained_on(folder, stage, part, is_tagged):
+    record = recorded(train__stage=stage, train__on_policy_share=0.25, kl__ce=0.5)
+    text = card(folder, record)
+    assert part in text
+    assert ("on-policy-distillation" in ModelCard(text).data.tags) == is_tagged
+
+
 def test_the_card_names_divergence_gate_and_origin(folder):
     record = recorded(
         kl__direction="jsd",
