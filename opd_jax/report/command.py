@@ -17,9 +17,12 @@ def report(argv: Sequence[str]) -> int:
     add("runs", nargs="*", metavar="RUN", help="workdirs of opd-jax train")
     add("--rocks", help="folder that opd-jax rocks wrote")
     add("--sweep", help="workdir of opd-jax sweep")
+    add("--knockout", help="folder that opd-jax knockout wrote")
     add("--out", required=True, help="the .html file; replaces an older report")
     flags = parser.parse_args(argv)
-    build.report(flags.runs, flags.out, rocks=flags.rocks, sweep=flags.sweep)
+    build.report(
+        flags.runs, flags.out, rocks=flags.rocks, sweep=flags.sweep, knockout=flags.knockout
+    )
     print(f"wrote {flags.out}")
     return 0
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from opd_jax import files
 from opd_jax.data import tokenizer
+from opd_jax.report import style
 from opd_jax.store import run_files
 from opd_jax.store import workdir as workdirs
 
@@ -18,21 +19,22 @@ MAX_TYPES = 2000  # rows a browser sorts at once
 MAX_ANSWERS = 24
 HEAT = (0.01, 10.0)  # nats at the ends of the reader's colour scale
 
-# Of types.csv: name, heading, how it is shown, what it is.
+# Of types.csv: name, heading, how it is shown, what it is, and the place it gives up first in a
+# narrow window (third before second; "" stays).
 COLUMNS = (
-    ("rank", "rank", "number", "rocks first, then by the score that selects them"),
-    ("token", "token", "token", "spaces and line ends are made visible"),
-    ("token_id", "id", "number", "row of the vocabulary"),
-    ("group", "kind", "text", "kind of token"),
-    ("member", "rock", "flag", "among the top K"),
-    ("count", "count", "number", "occurrences in the corpus"),
-    ("token_share", "of tokens", "share", "share of all tokens"),
-    ("share", "of KL", "share", "share of all KL (Rock Score over its sum)"),
-    ("kl_mean", "mean KL", "number", "nats"),
-    ("kl_std", "std of KL", "number", "nats, over occurrences"),
-    ("log_ratio_mean", "log ratio", "number", "mean one-sample estimate of KL, nats"),
-    ("entropy_mean", "entropy", "number", "of the student, mean, nats"),
-    ("teacher_entropy_mean", "teacher's", "number", "entropy of the teacher, mean, nats"),
+    ("rank", "rank", "number", "rocks first, then by the score that selects them", ""),
+    ("token", "token", "token", "spaces and line ends are made visible", ""),
+    ("token_id", "id", "number", "row of the vocabulary", "second"),
+    ("group", "kind", "text", "kind of token", "second"),
+    ("member", "rock", "flag", "among the top K", "second"),
+    ("count", "count", "number", "occurrences in the corpus", ""),
+    ("token_share", "of tokens", "share", "share of all tokens", "second"),
+    ("share", "of KL", "share", "share of all KL (Rock Score over its sum)", ""),
+    ("kl_mean", "mean KL", "number", "nats", ""),
+    ("kl_std", "std of KL", "number", "nats, over occurrences", "third"),
+    ("log_ratio_mean", "log ratio", "number", "mean one-sample estimate of KL, nats", "third"),
+    ("entropy_mean", "entropy", "number", "of the student, mean, nats", "third"),
+    ("teacher_entropy_mean", "teacher's", "number", "entropy of the teacher, mean, nats", "third"),
 )
 _FIELDS = ("kl", "entropy", "teacher_entropy", "logp", "teacher_logp", "score", "rank", "rock")
 _FIELDS += ("weight",)
@@ -49,14 +51,16 @@ def types(path: Path) -> tuple[dict[str, Any], int]:
     try:
         with path.open(newline="", encoding="utf-8") as stream:
             table = list(csv.DictReader(stream))
-        rows = [[_cell(row[name], kind) for name, _, kind, _ in COLUMNS] for row in table]
+        rows = [[_cell(row[name], kind) for name, _, kind, *_ in COLUMNS] for row in table]
     except (OSError, KeyError, ValueError) as error:
         raise workdirs.WorkdirError(
             f"{path} cannot be read ({type(error).__name__}: {error}); expected the columns "
             f"{', '.join(column[0] for column in COLUMNS)}; run opd-jax rocks again"
         ) from error
     rows.sort(key=lambda row: row[0])
-    columns = [dict(zip(("name", "label", "kind", "title"), c, strict=True)) for c in COLUMNS]
+    columns = [
+        dict(zip(("name", "label", "kind", "title", "place"), c, strict=True)) for c in COLUMNS
+    ]
     return {"columns": columns, "rows": rows[:MAX_TYPES]}, len(rows)
 
 
@@ -132,7 +136,7 @@ def _answer(
     name: str, prompt: str, tokens: Mapping[str, Any], *, truncated: bool | None, more: str
 ) -> dict[str, Any]:
     kl = [value for value in tokens["kl"] if value is not None]
-    mean = f", mean KL {math.fsum(kl) / len(kl):.3g} nats" if kl else ""
+    mean = f", mean KL {style.measured(math.fsum(kl) / len(kl))} nats" if kl else ""
     ending = ", cut by length" if truncated else ""
     values = {field: [short(v) for v in tokens.get(field, [])] for field in _FIELDS}
     return {

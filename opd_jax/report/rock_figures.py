@@ -21,7 +21,18 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
 from opd_jax.report import study_figures, style
-from opd_jax.report.style import ACCENT, AMBER, INK, MAIN, MUTED, PAPER, TOKEN_FONT, Plate
+from opd_jax.report.style import (
+    ACCENT,
+    AMBER,
+    INK,
+    MAIN,
+    MUTED,
+    PAPER,
+    TOKEN_FONT,
+    WIDE,
+    Layout,
+    Plate,
+)
 from opd_jax.store import run_files
 from opd_jax.store import workdir as workdirs
 
@@ -71,24 +82,24 @@ def draw_all(out_dir: str | os.PathLike, *, format: str = "png") -> list[Path]:
     return drawn
 
 
-def plates(out_dir: str | os.PathLike) -> list[Plate]:
+def plates(out_dir: str | os.PathLike, layout: Layout = WIDE) -> list[Plate]:
     """The figures whose data is in OUT, in reading order. Call inside STYLE's context."""
     folder = Path(out_dir)
     made: list[Plate] = []
     if selection := read(folder, "selection.json"):
         steps: list[tuple[str, Callable[[], Plate]]] = [
-            ("funnel", lambda: funnel(selection["funnel"])),
-            ("coverage", lambda: stability(selection)),
-            ("density", lambda: density(selection["density"], answer_shares(folder))),
-            ("controls", lambda: controls(selection["controls"])),
-            ("groups", lambda: groups(selection["groups"])),
+            ("funnel", lambda: funnel(selection["funnel"], layout)),
+            ("coverage", lambda: stability(selection, layout)),
+            ("density", lambda: density(selection["density"], answer_shares(folder), layout)),
+            ("controls", lambda: controls(selection["controls"], layout)),
+            ("groups", lambda: groups(selection["groups"], layout)),
         ]
         with run_files.used(folder / "selection.json"):
             made += [draw() for key, draw in steps if selection.get(key)]
     for name in studies(folder) or study_figures.PLATES:
         if told := read(folder, f"{name}.json"):
             with run_files.used(folder / f"{name}.json"):
-                drawn = _plate(folder / f"{name}.json", told.get("plate", name))(told)
+                drawn = _plate(folder / f"{name}.json", told.get("plate", name))(told, layout)
                 made += drawn if isinstance(drawn, list) else [drawn]
     return made
 
@@ -99,7 +110,7 @@ def studies(folder: Path) -> dict[str, str]:
         return dict((read(folder, "rocks.json") or {}).get("studies", {}))
 
 
-def _plate(path: Path, name: str) -> Callable[[Mapping[str, Any]], Plate | list[Plate]]:
+def _plate(path: Path, name: str) -> study_figures.Drawing:
     if name not in study_figures.PLATES:
         raise workdirs.WorkdirError(
             f"{path} asks for the plate {name!r}: expected one of "
@@ -124,10 +135,9 @@ def answer_shares(folder: Path) -> np.ndarray | None:
     return np.array(shares) if shares else None
 
 
-def funnel(data: Mapping[str, Any]) -> Plate:
+def funnel(data: Mapping[str, Any], layout: Layout = WIDE) -> Plate:
     """Mean KL of types by how often they occur: rare types scatter, frequent ones do not."""
-    figure = style.figure(7.5, 4.4)
-    axes = figure.add_subplot()
+    figure, (axes,) = layout.panels(1, 7.5, 4.4)
     bins, rocks = data["bins"], data["rocks"]
     counts = [10.0 ** b["log10_count"] for b in bins]
     axes.fill_between(
@@ -160,10 +170,10 @@ def funnel(data: Mapping[str, Any]) -> Plate:
     axes.set_xlabel("occurrences of the type in the corpus")
     axes.set_ylabel("mean KL, nats")
     axes.set_title("Mean KL by frequency")
-    axes.legend(**style.LEGEND | {"ncols": 3})
+    layout.legend(axes, ncols=3)
     axes.margins(x=0.04, y=0.08)
     mean = axes.annotate(
-        f"corpus mean {data['kl_mean']:.3g}",
+        f"corpus mean {style.measured(data['kl_mean'])}",
         (0.005, data["kl_mean"]),
         xycoords=("axes fraction", "data"),
         xytext=(0, 4),
@@ -179,10 +189,12 @@ def funnel(data: Mapping[str, Any]) -> Plate:
         "funnel",
         "Are the rocks hard, or frequent?",
         f"{sum(b['types'] for b in bins):,} types in {len(bins)} bins. The dashed line is what "
-        f"every type would have if KL did not depend on the token: {data['kl_mean']:.3g} nats. "
+        "every type would have if KL did not depend on the token: "
+        f"{style.measured(data['kl_mean'])} nats. "
         f"The median rock occurs {middle:,.0f} times; {above} of {len(rocks)} rocks lie above the "
         "line.",
         figure,
+        "Points to the right are frequent, points far up are hard: look which the orange ones are.",
     )
 
 
@@ -217,10 +229,9 @@ def _name_points(axes: Axes, rocks: Sequence[Mapping[str, Any]], mean: Annotatio
             name.remove()
 
 
-def stability(selection: Mapping[str, Any]) -> Plate:
+def stability(selection: Mapping[str, Any], layout: Layout = WIDE) -> Plate:
     """Coverage and split-half stability by K, each beside its permutation null."""
-    figure = style.figure(10.0, 3.9)
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = layout.panels(2, 5.0, 3.9)
     _against_null(left, selection["coverage"], "Share of all KL in the top K types", "measured")
     _against_null(right, selection["split_half"], "Jaccard of two halves' top K", "two halves")
     if nested := selection.get("nested_mean"):
@@ -235,7 +246,7 @@ def stability(selection: Mapping[str, Any]) -> Plate:
     for axes in (left, right):
         axes.axvline(selection["k"], color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
         axes.set_ylim(0, 1)
-        axes.yaxis.set_major_formatter(FuncFormatter(style.percent))
+        axes.yaxis.set_major_formatter(style.Percent())
         style.log_ticks(axes, "x")
         axes.set_xlabel(f"K (dotted: {selection['k']})")
         axes.legend(loc="best", fontsize=8.5)
@@ -252,6 +263,7 @@ def stability(selection: Mapping[str, Any]) -> Plate:
         f"{_sentence(selection.get('coverage_note', ''))}"
         f"{_sentence(selection.get('null_note', 'null: KL shuffled among positions'))}".rstrip(),
         figure,
+        "Only what blue has above grey is more than token frequencies alone would give.",
     )
 
 
@@ -293,10 +305,11 @@ def _at(rows: Sequence[Mapping[str, Any]], k: int) -> Mapping[str, Any]:
     return min(rows, key=lambda row: abs(row["k"] - k))
 
 
-def density(rows: Sequence[Mapping[str, Any]], shares: np.ndarray | None) -> Plate:
+def density(
+    rows: Sequence[Mapping[str, Any]], shares: np.ndarray | None, layout: Layout = WIDE
+) -> Plate:
     """The share of an answer's tokens that are rocks: its spread, and what one choice changes."""
-    figure = style.figure(10.0 if shares is not None else 6.0, 3.4)
-    panels = figure.subplots(1, 1 + (shares is not None), squeeze=False)[0]
+    figure, panels = layout.panels(1 + (shares is not None), 5.0, 3.4)
     ranges = panels[-1]
     if shares is not None:
         panels[0].hist(shares, bins=np.linspace(0, 1, 41).tolist(), color=MAIN, edgecolor=PAPER)
@@ -305,7 +318,7 @@ def density(rows: Sequence[Mapping[str, Any]], shares: np.ndarray | None) -> Pla
         panels[0].set_title("Rock tokens in an answer")
         panels[0].set_xlabel(f"share of tokens; line: median {median:.1%}")
         panels[0].set_ylabel("answers")
-        panels[0].xaxis.set_major_formatter(FuncFormatter(style.percent))
+        panels[0].xaxis.set_major_formatter(style.Percent())
         panels[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     for place, row in enumerate(rows):
         ranges.plot([row["p25"], row["p75"]], [place, place], color=MAIN, linewidth=5, alpha=0.35)
@@ -318,10 +331,10 @@ def density(rows: Sequence[Mapping[str, Any]], shares: np.ndarray | None) -> Pla
     ranges.set_yticks(range(len(rows)), names)
     ranges.set_ylim(len(rows) - 0.4, -0.6)
     ranges.grid(visible=False, axis="y")
-    ranges.xaxis.set_major_formatter(FuncFormatter(style.percent))
+    ranges.xaxis.set_major_formatter(style.Percent())
     ranges.set_xlabel("share of tokens; bar: middle half of answers")
     handles, labels = ranges.get_legend_handles_labels()
-    ranges.legend(handles[:2], labels[:2], **style.LEGEND)
+    layout.legend(ranges, handles=handles[:2], labels=labels[:2])
     first, last = rows[0], rows[-1]
     note = (
         f"In the median answer {first['median']:.1%} of the tokens are among the top {first['k']} "
@@ -333,10 +346,14 @@ def density(rows: Sequence[Mapping[str, Any]], shares: np.ndarray | None) -> Pla
             f" Control: leaving out the {last['skip_top']} most frequent types before choosing "
             f"gives {last['median']:.1%}."
         )
-    return Plate("density", "How many tokens of an answer are rocks?", note, figure)
+    see = (
+        "The further right the bars, the more of an answer a gate on the rocks would leave without "
+        "training."
+    )
+    return Plate("density", "How many tokens of an answer are rocks?", note, figure, see)
 
 
-def controls(rows: Sequence[Mapping[str, Any]]) -> Plate:
+def controls(rows: Sequence[Mapping[str, Any]], layout: Layout = WIDE) -> Plate:
     """What each list of types holds of the tokens and of the KL."""
     named = [dict(row) | {"label": NAMES.get(row["name"], row["name"])} for row in rows]
     worst = max((r for r in rows if r["name"] != "rock"), key=lambda r: r["kl_share"], default=None)
@@ -355,11 +372,13 @@ def controls(rows: Sequence[Mapping[str, Any]]) -> Plate:
         "controls",
         "Do other lists of types carry as much?",
         note,
-        _pairs(named, "Tokens and KL by list", lambda row: f"{row['types']:,} types"),
+        _pairs(named, "Tokens and KL by list", lambda row: f"{row['types']:,} types", layout),
+        "A list whose orange point lies right of its grey one has more of the KL than its number "
+        "of tokens explains.",
     )
 
 
-def groups(rows: Sequence[Mapping[str, Any]]) -> Plate:
+def groups(rows: Sequence[Mapping[str, Any]], layout: Layout = WIDE) -> Plate:
     """Which kinds of token the KL is in."""
     most = max(rows, key=lambda row: row["kl_share"])
     named = [dict(row) | {"label": row["group"].replace("_", " ")} for row in rows]
@@ -370,22 +389,28 @@ def groups(rows: Sequence[Mapping[str, Any]]) -> Plate:
         f"with {most['token_share']:.1%} of the tokens. Reference: where KL does not depend on the "
         "kind, both points lie in one place.",
         _pairs(
-            named, "Tokens and KL by kind", lambda row: f"{row['rocks']} of {row['types']:,} types"
+            named,
+            "Tokens and KL by kind",
+            lambda row: f"{row['rocks']} of {row['types']:,} types",
+            layout,
         ),
+        "Where orange lies right of grey the student is further from its teacher in tokens of this "
+        "kind than on average.",
     )
 
 
-def _pairs(rows: Sequence[Mapping[str, Any]], title: str, label: Callable[[Any], str]) -> Any:
+def _pairs(
+    rows: Sequence[Mapping[str, Any]], title: str, label: Callable[[Any], str], layout: Layout
+) -> Any:
     """Rows of two points, share of tokens and share of KL; most KL on top."""
     rows = sorted(rows, key=lambda row: -row["kl_share"])
-    figure = style.figure(7.5, 1.3 + 0.34 * len(rows))
-    axes = figure.add_subplot()
+    figure, (axes,) = layout.panels(1, 7.5, 1.3 + 0.34 * len(rows))
     places = list(range(len(rows)))
     tokens, kl = ([row[key] for row in rows] for key in ("token_share", "kl_share"))
     axes.hlines(places, tokens, kl, color=MUTED, linewidth=1.4, zorder=1)
     axes.scatter(tokens, places, s=38, color=MUTED, zorder=2, label="share of tokens")
     axes.scatter(kl, places, s=38, color=ACCENT, zorder=3, label="share of KL")
-    axes.set_yticks(places, [row["label"] for row in rows])
+    axes.set_yticks(places, layout.names([row["label"] for row in rows]))
     for place, row in zip(places, rows, strict=True):
         axes.annotate(
             label(row),
@@ -397,11 +422,12 @@ def _pairs(rows: Sequence[Mapping[str, Any]], title: str, label: Callable[[Any],
             color=INK,
         )
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlim(0, max([*tokens, *kl]) * 1.25 or 1.0)
+    room = 1.9 if layout.is_narrow else 1.25  # for the words beside the points
+    axes.set_xlim(0, max([*tokens, *kl]) * room or 1.0)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_formatter(FuncFormatter(style.percent))
+    axes.xaxis.set_major_formatter(style.Percent())
     axes.set_title(title)
-    axes.legend(**style.LEGEND)
+    layout.legend(axes)
     return figure

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
-from opd_jax.report import accuracy, style
-from opd_jax.report.accuracy import Ends
+from opd_jax.report import accuracy, curve_figures, style
+from opd_jax.report.accuracy import Ends, Measured
 from opd_jax.report.style import ACCENT, LEGEND, LOG_SPAN, MAIN, MUTED
 from opd_jax.store import run_files
 from opd_jax.store.run_files import RunFiles, Series
@@ -37,15 +38,23 @@ def training(workdir: str | os.PathLike, out: str | os.PathLike) -> None:
     style.check_format(out)
     run, ends = run_files.read(workdir), accuracy.intervals(workdir)
     with matplotlib.rc_context(style.STYLE):
-        style.save(draw(run, ends), out)
+        span = run_files.summary(Path(workdir)).get("rocks_steps")
+        style.save(draw(run, ends, accuracy.ceiling(workdir), span), out)
 
 
-def draw(run: RunFiles, ends: Mapping[int, Ends] | None = None) -> Figure:
+def draw(
+    run: RunFiles,
+    ends: Mapping[int, Ends] | None = None,
+    ceiling: Measured | None = None,
+    span: float | None = None,
+) -> Figure:
     """Draw a run: KL above accuracy, beside them the rock tokens; what is missing has no panel.
 
     Args:
       run: what its files say.
       ends: of the interval of accuracy, by step.
+      ceiling: the teacher's accuracy.
+      span: steps that the shares of the rock tokens are of; None: not known, or of all.
     """
     figure = style.figure(10.5 if run.rocks else 6.5, 5.4)
     figure.suptitle(
@@ -65,15 +74,15 @@ def draw(run: RunFiles, ends: Mapping[int, Ends] | None = None) -> Figure:
     )
     bottom = figure.add_subplot(grid[-1, 0])
     if has_accuracy:
-        _draw_accuracy(bottom, run.accuracy, ends or {})
+        _draw_accuracy(bottom, run.accuracy, ends or {}, ceiling)
     if has_kl:
         top = figure.add_subplot(grid[0, 0], sharex=bottom) if has_accuracy else bottom
         _draw_kl(top, run)
         top.tick_params(labelbottom=top is bottom)
     bottom.set_xlabel("step")
-    bottom.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
+    style.step_ticks(bottom, run.heldout_kl.steps + run.accuracy.steps)
     if run.rocks:
-        _draw_rocks(figure.add_subplot(grid[:, 1]), run.rocks)
+        _draw_rocks(figure.add_subplot(grid[:, 1]), run.rocks, span)
     return figure
 
 
@@ -82,7 +91,8 @@ def _draw_kl(axes: Axes, run: RunFiles) -> None:
     axes.set_title("KL(student ‖ teacher)")
     axes.set_ylabel("nats per token")
     axes.plot(train.steps, train.values, color=MUTED, linewidth=1.0, label="training")
-    _draw_points(axes, heldout, "{:.3g}", line="none", label="held-out")
+    texts = [style.measured(value) for value in heldout.values]
+    _draw_points(axes, heldout, texts, line="none", label="held-out")
     axes.margins(x=0.06, y=0.14)
     values = train.values + heldout.values
     if min(values) > 0 and max(values) > LOG_SPAN * min(values):
@@ -93,24 +103,32 @@ def _draw_kl(axes: Axes, run: RunFiles) -> None:
     axes.legend(**LEGEND)
 
 
-def _draw_accuracy(axes: Axes, series: Series, ends: Mapping[int, Ends]) -> None:
+def _draw_accuracy(
+    axes: Axes, series: Series, ends: Mapping[int, Ends], ceiling: Measured | None
+) -> None:
     axes.set_title("Accuracy on held-out prompts" + ("; bars: intervals" if ends else ""))
     steps = [step for step in series.steps if step in ends]
     low, high = ([ends[step][i] for step in steps] for i in (0, 1))
     axes.vlines(steps, low, high, color=MAIN, linewidth=1.4, alpha=0.5, label="interval")
     tops = {step: ends[step][1] for step in steps}
-    _draw_points(axes, series, "{:.1%}", line="-", label="accuracy", tops=tops)
+    texts = [
+        accuracy.told(value, ends.get(step)).replace(" ", "\n", 1)
+        for step, value in zip(series.steps, series.values, strict=True)
+    ]
+    _draw_points(axes, series, texts, line="-", label="accuracy", tops=tops)
+    if ceiling:
+        curve_figures.draw_ceiling(axes, ceiling)
     axes.margins(x=0.06, y=0.3)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, 0.0), min(high, 1.2))  # above 1 there is only the label
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(style.percent))
+    axes.yaxis.set_major_formatter(style.Percent())
 
 
 def _draw_points(
     axes: Axes,
     series: Series,
-    text: str,
+    texts: Sequence[str],
     *,
     line: str,
     label: str,
@@ -130,20 +148,22 @@ def _draw_points(
         zorder=4,  # and lies above the axis line
         label=label,
     )
-    for i in sorted({0, len(series.steps) - 1} if series.steps else ()):
+    last = len(series.steps) - 1
+    for i in sorted({0, last} if series.steps else ()):
+        side = "center" if not last else "right" if i else "left"  # into the panel
         axes.annotate(
-            text.format(series.values[i]),
+            texts[i],
             (series.steps[i], (tops or {}).get(series.steps[i], series.values[i])),
-            xytext=(0, 6),
+            xytext=({"left": -6, "right": 6}.get(side, 0), 6),
             textcoords="offset points",
-            ha="center",
+            ha=side,
             va="bottom",
             color=MAIN,
             fontweight="bold",
         )
 
 
-def _draw_rocks(axes: Axes, rocks: Sequence[Mapping[str, Any]]) -> None:
+def _draw_rocks(axes: Axes, rocks: Sequence[Mapping[str, Any]], span: float | None = None) -> None:
     axes.set_title("Rock tokens")
     rows = range(len(rocks))
     half = 0.36
@@ -167,7 +187,8 @@ def _draw_rocks(axes: Axes, rocks: Sequence[Mapping[str, Any]]) -> None:
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(style.percent))
+    axes.xaxis.set_major_formatter(style.Percent())
     is_gated = any(row["member"] for row in rocks)
-    axes.set_xlabel("of recent steps" + ("; bold tokens are gated" if is_gated else ""))
+    when = f"of about the last {span:g} steps" if span else "of recent steps"
+    axes.set_xlabel(when + ("; bold tokens are gated" if is_gated else ""))
     axes.legend(**LEGEND)

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from opd_jax.report import style
-from opd_jax.report.style import ACCENT, AMBER, GREEN, INK, MAIN, MUTED, PURPLE, Plate
+from opd_jax.report.style import ACCENT, AMBER, GREEN, INK, MAIN, MUTED, PURPLE, WIDE, Layout, Plate
 
 COLORS = {"rock": ACCENT, "high_kl": MAIN, "control": GREEN, "random": MUTED, "all": INK}
 COLORS |= {"rest": AMBER, "unseen": PURPLE}
@@ -37,14 +37,15 @@ _COSINES = (
     ("cos_global", "positions weigh alike"),
     ("cos_global_loo", "  own part left out"),
 )
+# Draws what a study's file holds.
+Drawing = Callable[[Mapping[str, Any], Layout], Plate | list[Plate]]
 _MAX_TESTS = 30  # rows that can be read in one figure
 
 
-def geometry(data: Mapping[str, Any]) -> Plate:
+def geometry(data: Mapping[str, Any], layout: Layout = WIDE) -> Plate:
     """Norms and cosines of the types' logit gradients by group, n-matched beside raw."""
     groups = data["groups"]
-    figure = style.figure(10.0, 3.9)
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = layout.panels(2, 5.0, 3.9)
     for axes, rows, title in (
         (left, _NORMS, "Gradient norm of the type"),
         (right, _COSINES, "Cosine with the whole gradient"),
@@ -52,15 +53,14 @@ def geometry(data: Mapping[str, Any]) -> Plate:
         for place, group in enumerate(groups):
             shift = 0.16 * (place - (len(groups) - 1) / 2)
             _ranges(axes, rows, group, shift)
-        axes.set_yticks(range(len(rows)), [label for _, label in rows])
+        axes.set_yticks(range(len(rows)), layout.names([label for _, label in rows]))
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
         axes.set_title(title)
     left.set_xlabel("norm in logit space; like n is compared with like")
     right.set_xlabel("cosine; left out: without the type's own part")
     right.axvline(0, color=MUTED, linewidth=0.8)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(groups))
+    layout.shared_legend(figure, left, len(groups))
     rock = next((g for g in groups if g["group"] == "rock"), groups[0])
     one, all_n, matched = (
         style.measured(value(rock, name)) for name in ("mean_norm", "norm_of_mean", "norm_at.8")
@@ -73,6 +73,8 @@ def geometry(data: Mapping[str, Any]) -> Plate:
         f"type occurs that often, it is {matched} (root mean square, which rare large gradients "
         f"raise above the mean). Control: types matched by count.",
         figure,
+        "Points further right pull harder (left panel) or more in the common direction (right); "
+        "compare colours within a row.",
     )
 
 
@@ -96,24 +98,22 @@ def _ranges(axes: Axes, rows: Sequence[tuple[str, str]], group: Mapping[str, Any
     axes.plot(middle, places, "o", color=color, markersize=5.5, label=label)
 
 
-def persistence(data: Mapping[str, Any]) -> list[Plate]:
+def persistence(data: Mapping[str, Any], layout: Layout = WIDE) -> list[Plate]:
     """Mean KL of every model on every corpus by group, and the changes with intervals."""
     # A group none of whose types occurs in the half that is measured has no numbers.
     seen = [g for g in data["groups"] if np.isfinite(np.array(g["matrix"], float)).any()]
-    plates = [_matrix({**data, "groups": seen})] if seen else []
-    return plates + ([_changes(data)] if data["tests"] else [])
+    plates = [_matrix({**data, "groups": seen}, layout)] if seen else []
+    return plates + ([_changes(data, layout)] if data["tests"] else [])
 
 
-def _matrix(data: Mapping[str, Any]) -> Plate:
+def _matrix(data: Mapping[str, Any], layout: Layout) -> Plate:
     groups, models, corpora = data["groups"], data["models"], data["corpora"]
-    wide = 1.2 + 0.72 * len(corpora)
-    figure = style.figure(0.9 + wide * len(groups), 1.8 + 0.42 * len(models))
-    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    figure, panels = layout.panels(len(groups), 1.5 + 0.72 * len(corpora), 1.8 + 0.42 * len(models))
     for axes, group in zip(panels, groups, strict=True):
         _cells(axes, group["matrix"], models, corpora)
-        axes.set_title(NAMES.get(group["group"], group["group"].replace("_", " ")))
+        axes.set_title(str(NAMES.get(group["group"], group["group"].replace("_", " "))))
         axes.set_xlabel("text written by")
-    panels[0].set_ylabel("scored by")
+        axes.set_ylabel("scored by")
     return Plate(
         "persistence",
         "Does their KL stay?",
@@ -121,6 +121,7 @@ def _matrix(data: Mapping[str, Any]) -> Plate:
         "model changes, along a row only the text; the diagonal changes both. Each panel has its "
         "own colour scale.",
         figure,
+        "Numbers that fall down a column are what the model has learned, on one and the same text.",
     )
 
 
@@ -133,13 +134,15 @@ def _cells(
 ) -> None:
     """Draw a table as shaded cells with their numbers, the first row on top."""
     cells = np.ma.masked_invalid(np.array(table, float))
+    is_share = top == 1.0  # all with two decimals
     top = top or float(cells.max() or 1.0)
     axes.pcolormesh(cells, cmap="Blues", vmin=0, vmax=top, edgecolor="#F7FBFE", linewidth=1.5)
     for (i, j), cell in np.ndenumerate(cells.filled(np.nan)):
         color = "#FDFDFD" if cell > 0.55 * top else "#101418"  # of the cell, not of the theme
         color = INK if np.isnan(cell) else color
         place = (j + 0.5, i + 0.5)
-        axes.text(*place, style.measured(cell, 2), ha="center", va="center", color=color)
+        shown = f"{cell:.2f}" if is_share and math.isfinite(cell) else style.measured(cell, 2)
+        axes.text(*place, shown, ha="center", va="center", color=color)
     axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=30, ha="right")
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
     axes.set_ylim(len(rows), 0)
@@ -149,13 +152,13 @@ def _cells(
         spine.set_visible(False)
 
 
-def _changes(data: Mapping[str, Any]) -> Plate:
+def _changes(data: Mapping[str, Any], layout: Layout) -> Plate:
     tests = [t for t in data["tests"] if t["effect"] in EFFECTS]
     if len(tests) > _MAX_TESTS:  # the whole way only: from the first model to the last
         ends = (data["models"][0], data["models"][-1])
         tests = [t for t in tests if (str(t["from"]), str(t["to"])) == ends] or tests[:_MAX_TESTS]
-    figure = style.figure(8.0, 1.5 + 0.3 * len(tests))
-    axes = figure.add_subplot()
+    each = 0.55 if layout.is_narrow else 0.3  # names take more lines there
+    figure, (axes,) = layout.panels(1, 8.0, 1.5 + each * len(tests))
     colors = dict(zip(EFFECTS, (MAIN, GREEN, ACCENT), strict=True))
     for effect, color in colors.items():
         rows = [(i, t) for i, t in enumerate(tests) if t["effect"] == effect]
@@ -163,13 +166,13 @@ def _changes(data: Mapping[str, Any]) -> Plate:
             continue
         style.intervals(axes, [t for _, t in rows], [i for i, _ in rows], color, EFFECTS[effect])
     axes.axvline(0, color=INK, linewidth=0.9)
-    axes.set_yticks(range(len(tests)), [_test_name(test) for test in tests])
+    axes.set_yticks(range(len(tests)), layout.names([_test_name(test) for test in tests]))
     axes.set_ylim(len(tests) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("change of mean KL, nats; bar: interval")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    layout.shared_legend(figure, axes, 3)
     adjusted = [test.get("p_bootstrap_adjusted") for test in tests]
     sure = sum(p is not None and p < 0.05 for p in adjusted)
     note = (
@@ -188,7 +191,8 @@ def _changes(data: Mapping[str, Any]) -> Plate:
             f"{apart} differ from 0 and {alike} are told to differ by less than "
             f"{math.expm1(data['margin']):.0%}."
         )
-    return Plate("changes", "What moved, the model or the text?", note, figure)
+    see = "A bar left of 0 is KL that went away; one that crosses 0 may be chance."
+    return Plate("changes", "What moved, the model or the text?", note, figure, see)
 
 
 def _test_name(test: Mapping[str, Any]) -> str:
@@ -196,12 +200,11 @@ def _test_name(test: Mapping[str, Any]) -> str:
     return f"{group}, {test['from']} → {test['to']}"
 
 
-def references(data: Mapping[str, Any]) -> Plate:
+def references(data: Mapping[str, Any], layout: Layout = WIDE) -> Plate:
     """Rocks of other writers' texts: how much they carry, and whether they are the same types."""
     rows = data["corpora"]
     names = [row["name"] for row in rows]
-    figure = style.figure(9.0, 1.9 + 0.5 * len(rows))
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = layout.panels(2, 4.5, 1.9 + 0.5 * len(rows))
     places = list(range(len(rows)))
     for row, place in zip(rows, places, strict=True):
         if row.get("coverage_low") is not None:
@@ -210,13 +213,13 @@ def references(data: Mapping[str, Any]) -> Plate:
     left.plot([row["coverage_null"] for row in rows], places, "D", color=MUTED, label="null")
     if within := [row.get("coverage_null_within") for row in rows if "coverage_null_within" in row]:
         left.plot(within, places, "s", color=AMBER, markersize=4, label="null within problems")
-    left.set_yticks(places, names)
+    left.set_yticks(places, layout.names(names))
     left.set_ylim(len(rows) - 0.4, -0.6)
     left.set_xlim(0, 1)
-    left.xaxis.set_major_formatter(FuncFormatter(style.percent))
+    left.xaxis.set_major_formatter(style.Percent())
     left.set_xlabel("share of the text's KL in its own rocks")
     left.grid(visible=False, axis="y")
-    left.legend(**style.LEGEND)
+    layout.legend(left, ncols=3 if within else 2, fontsize=8.5)
     _cells(right, data["jaccard"], names, names, 1.0)
     right.set_title("Jaccard of their rocks")
     first, *others = rows
@@ -233,13 +236,16 @@ def references(data: Mapping[str, Any]) -> Plate:
         for other, overlap, chance in zip(others, overlaps, by_chance, strict=True)
     ]
     note += f" Control: {'; '.join(controls)}." if controls else ""
-    return Plate("references", "Do other writers' texts have the same rocks?", note, figure)
+    see = (
+        "Near 1 in the right panel: the same types are rocks in both texts; near what chance gives "
+        "(null): they are not."
+    )
+    return Plate("references", "Do other writers' texts have the same rocks?", note, figure, see)
 
 
-def optimizer(data: Mapping[str, Any]) -> Plate:
+def optimizer(data: Mapping[str, Any], layout: Layout = WIDE) -> Plate:
     """Adam's second moment and effective step of the rows of each group, by checkpoint."""
-    figure = style.figure(10.0, 3.9)
-    panels = figure.subplots(1, 2)
+    figure, panels = layout.panels(2, 5.0, 3.9)
     for axes, (key, title) in zip(
         panels,
         (("second_moment", "Second moment of the rows"), ("effective_step", "Effective step")),
@@ -262,9 +268,8 @@ def optimizer(data: Mapping[str, Any]) -> Plate:
             style.log_ticks(axes, "y")
         axes.set_title(title)
         axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        style.step_ticks(axes, data["steps"], 6 if layout.is_narrow else 9)
+    layout.shared_legend(figure, panels[0], len(data["groups"]))
     sure = sum(test["p_adjusted"] < 0.05 for test in data["tests"])
     return Plate(
         "optimizer",
@@ -272,18 +277,18 @@ def optimizer(data: Mapping[str, Any]) -> Plate:
         f"Medians over the types of a group. {sure} of {len(data['tests'])} rank correlations are "
         "told from 0 at 5% after Benjamini and Hochberg. Control: types matched by count.",
         figure,
+        "A higher second moment means smaller steps of the optimizer for these types.",
     )
 
 
-def context(data: Mapping[str, Any]) -> Plate:
+def context(data: Mapping[str, Any], layout: Layout = WIDE) -> Plate:
     """Rocks that stay in like contexts at every setting tried, beside occurrences drawn blindly."""
     default, k = data["default"], data["k"]
     kept, by_chance = (
         [row["rocks_kept"] for row in rows]
         for rows in (data["grid"], [row["control"] for row in data["grid"]])
     )
-    figure = style.figure(5.2, 4.2)
-    axes = figure.add_subplot()
+    figure, (axes,) = layout.panels(1, 5.2, 3.8 if layout.is_narrow else 4.2)
     axes.plot([0, k], [0, k], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
     axes.plot(by_chance, kept, "o", color=MAIN, alpha=0.45, markersize=6, label="settings tried")
     at = (default["control"]["rocks_kept"], default["rocks_kept"])
@@ -306,10 +311,11 @@ def context(data: Mapping[str, Any]) -> Plate:
         f"settings tried, {min(kept)} to {max(kept)} stay, of the control {min(by_chance)} to "
         f"{max(by_chance)}.",
         figure,
+        "Points on the dashed line say that choosing occurrences by their loss changes nothing.",
     )
 
 
-PLATES: dict[str, Callable[[Mapping[str, Any]], Plate | list[Plate]]] = {
+PLATES: dict[str, Drawing] = {
     "references": references,
     "gradients": geometry,
     "context": context,

@@ -12,6 +12,7 @@ import io
 import math
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from matplotlib.ft2font import FT2Font
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import offset_copy
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -47,6 +49,8 @@ VARIABLES = {
 }
 
 TOKEN_FONT = "DejaVu Sans Mono"  # comes with matplotlib and has the glyphs of visible whitespace
+_MIDDLE = 8.0  # inches; a wider figure needs a wider page to be read, see page.css
+_MOST = 330  # points that a narrow drawing is stretched to
 LOG_SPAN = 10.0  # values that span more than this factor are drawn on a log axis
 MAX_LABEL = 14  # characters of a token
 
@@ -98,12 +102,68 @@ class Plate:
       title: the question it answers.
       note: what it shows and what to compare it with, one or two sentences of measured numbers.
       figure: drawn inside STYLE's context.
+      see: one plain sentence, for a reader who knows no statistics: what to look at.
+      narrow: the same drawn in ``NARROW``, for a telephone; None: there is only the one.
     """
 
     name: str
     title: str
     note: str
     figure: Figure
+    see: str = ""
+    narrow: Figure | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the panels of a figure go: beside each other, or for a telephone one below the other.
+
+    Attributes:
+      width: most inches of a figure.
+      label: characters of a name beside an axis, before its line breaks.
+      is_narrow: every panel has the whole width.
+    """
+
+    width: float = 10.5
+    label: int = 40
+    is_narrow: bool = False
+
+    def panels(
+        self, count: int, width: float, height: float, *, sharey: bool = False
+    ) -> tuple[Figure, list[Axes]]:
+        """A figure of so many panels, each of this size in inches, in as many rows as it takes."""
+        columns = 1 if self.is_narrow else max(1, min(count, int(self.width / width)))
+        rows = -(-count // columns)
+        wide = self.width if self.is_narrow else columns * width
+        made = figure(wide, rows * height)
+        grid = made.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
+        for spare in grid[count:]:
+            spare.remove()
+        return made, list(grid[:count])
+
+    def names(self, labels: Sequence[str]) -> list[str]:
+        """Names beside an axis, in lines that leave room for the axis."""
+        return ["\n".join(textwrap.wrap(name, self.label)) or name for name in labels]
+
+    def legend(self, axes: Axes, **other: Any) -> None:
+        """A legend that covers nothing: in the title's row, or below the panel."""
+        if not self.is_narrow:
+            axes.legend(**LEGEND | other)
+            return
+        drop = -36 if axes.get_xlabel() else -22  # points, past the ticks and the label
+        below = offset_copy(axes.transAxes, axes.figure, y=drop, units="points")  # pyright: ignore
+        place = {"loc": "upper left", "bbox_to_anchor": (0.0, 0.0), "bbox_transform": below}
+        axes.legend(**LEGEND | {"ncols": 2} | place)
+
+    def shared_legend(self, drawn: Figure, axes: Axes, columns: int) -> None:
+        """One legend for all panels, below them."""
+        handles, labels = axes.get_legend_handles_labels()
+        columns = min(columns, 2) if self.is_narrow else columns
+        drawn.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+WIDE = Layout()
+NARROW = Layout(width=3.8, label=15, is_narrow=True)
 
 
 def figure(width: float, height: float) -> Figure:
@@ -111,6 +171,14 @@ def figure(width: float, height: float) -> Figure:
     made = Figure(figsize=(width, height), layout="constrained")
     made.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.03)  # pyright: ignore
     return made
+
+
+def with_narrow(wide: Sequence[Plate], narrow: Sequence[Plate]) -> list[Plate]:
+    """Plates that hold both drawings of each figure."""
+    return [
+        dataclasses.replace(plate, narrow=other.figure)
+        for plate, other in zip(wide, narrow, strict=True)
+    ]
 
 
 def check_format(out: str | os.PathLike) -> Path:
@@ -142,7 +210,17 @@ def save(drawn: Figure, out: str | os.PathLike) -> None:
     drawn.savefig(out, dpi=180, metadata=metadata)
 
 
-def page_svg(drawn: Figure, name: str, label: str) -> str:
+def page_svgs(plate: Plate) -> str:
+    """The figure of a plate for an HTML page, whose style sheet shows the drawing that fits."""
+    wide = page_svg(plate.figure, plate.name, plate.title, "wide" if plate.narrow else "")
+    if plate.narrow is None:
+        return f'<div class="fig">{wide}</div>'
+    kind = "broad" if plate.figure.get_size_inches()[0] > _MIDDLE else "middle"
+    narrow = page_svg(plate.narrow, f"{plate.name}-narrow", plate.title, "narrow")
+    return f'<div class="fig {kind}">{wide}{narrow}</div>'
+
+
+def page_svg(drawn: Figure, name: str, label: str, kind: str = "") -> str:
     """A figure as an ``<svg>`` element for an HTML page.
 
     Text stays text in the page's fonts, colours become ``var(--ink)`` and so on, and ids start with
@@ -152,6 +230,7 @@ def page_svg(drawn: Figure, name: str, label: str) -> str:
       drawn: the figure. Call inside STYLE's context.
       name: unique in the page.
       label: what a screen reader says.
+      kind: class of the element.
     """
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):
@@ -163,9 +242,8 @@ def page_svg(drawn: Figure, name: str, label: str) -> str:
     text = re.sub(r"<[^>]+>", lambda tag: _page_tag(tag.group(), name), text)
     width, height = drawn.get_size_inches() * 72
     opening = (
-        f'<svg viewBox="0 0 {width:g} {height:g}" '
-        # Narrower than that a figure cannot be read and scrolls.
-        f'style="min-width: {0.7 * width:g}pt; max-width: {width:g}pt" role="img" '
+        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" '
+        f'style="max-width: {_MOST if kind == "narrow" else width:g}pt" role="img" '
         f'aria-label="{_attribute(label)}" xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
     return re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1)
@@ -198,14 +276,49 @@ def plain(value: float, _: int = 0) -> str:
     return f"{value:g}"
 
 
-def percent(value: float, _: int = 0) -> str:
-    """A tick of a share, as per cent; above 1 there is only room for labels."""
-    return f"{100 * value:g}%" if value < 1.0 + 1e-9 else ""
+class Percent(Formatter):
+    """Ticks of a share as per cent, all with as many digits as the finest of them needs.
+
+    Above 1 there is only room for labels of points, no tick is written there.
+    """
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return self.format_ticks([x])[0]
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        """All ticks of an axis."""
+        ticks = [100 * value for value in values]
+        fits = (n for n in range(4) if all(abs(round(t, n) - t) < 1e-6 for t in ticks))
+        digits = next(fits, 4)
+        return [f"{tick:z.{digits}f}%" if tick < 100 + 1e-6 else "" for tick in ticks]
 
 
 def measured(number: float | None, digits: int = 3) -> str:
-    """A number for a text; a dash where nothing was measured."""
-    return "–" if number is None or math.isnan(number) else f"{number:.{digits}g}"
+    """A number for a text, its zeros kept (0.200); a dash where nothing was measured."""
+    if number is None or not math.isfinite(number):
+        return "–"
+    if abs(number) >= 10**digits - 0.5:
+        return f"{number:,.0f}"
+    return f"{number:z#.{digits}g}".rstrip(".")
+
+
+def p_value(p: float) -> str:
+    """``p 0.034``, of which a very small one is only said to be that."""
+    return f"p {measured(p, 2)}" if p >= 1e-4 else "p < 0.0001"
+
+
+def step_ticks(axes: Axes, steps: Sequence[int], most: int = 9) -> None:
+    """Put the ticks of an axis of steps where something was evaluated, the ends always."""
+    steps = sorted(set(steps))
+    if len(steps) < 2:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
+        return
+    least = (steps[-1] - steps[0]) / most
+    kept = [steps[0]]
+    for step in steps[1:-1]:
+        if step - kept[-1] >= least and steps[-1] - step >= least:
+            kept.append(step)
+    axes.set_xticks([*kept, steps[-1]])
 
 
 def intervals(

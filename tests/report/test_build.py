@@ -84,9 +84,12 @@ def test_the_page_is_whole_and_needs_no_network(made, name):
 def test_every_figure_has_a_note_and_a_name(made):
     outline = parse(made / "all.html")
     svgs = [attrs for tag, attrs in outline.tags if tag == "svg"]
-    assert len(svgs) == 3 + 11  # of runs and arms, of rocks
+    assert len(svgs) == 2 * (3 + 11)  # of runs and arms, of rocks; each wide and narrow
     assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in svgs)
-    assert sum(tag == "figcaption" for tag, _ in outline.tags) == len(svgs)
+    assert sum(attrs["class"] == "narrow" for attrs in svgs) == len(svgs) / 2
+    assert sum(tag == "figcaption" for tag, _ in outline.tags) == len(svgs) / 2
+    seen = [attrs for tag, attrs in outline.tags if tag == "p" and attrs.get("class") == "see"]
+    assert len(seen) == len(svgs) / 2
 
 
 def test_the_sweep_table_holds_intervals_and_differences(made):
@@ -94,16 +97,18 @@ def test_the_sweep_table_holds_intervals_and_differences(made):
     row = re.search(r'<tr><th scope="row">rock</th>.*?</tr>', text)[0]
     assert "25.0%" in row
     assert "65.0% [58.5%, 71.5%]" in row
-    assert "Δ -5.0 points [-9.0, -1.0], p 0.06: undecided" in row
-    assert "accuracy 30.0% [19.0%, 44.0%]" in text
-    assert "Δ 0.2 [0.16, 0.24], p 0.06" in row
+    assert "Δ -5.0 points [-9.0, -1.0], p 0.060: undecided" in row
+    assert "Δ 0.200 [0.160, 0.240], p 0.060" in row
+    start = re.search(r'<tr><th scope="row">step 0</th>.*?</tr>', text)[0]
+    assert "30.0% [19.0%, 44.0%]" in start
+    assert "8.30" in start
     full = re.search(r'<tr><th scope="row">full</th>.*?</tr>', text)[0]
     assert "Δ" not in full
 
 
 def test_the_first_numbers_are_of_the_last_run_and_the_rocks(made):
     text = (made / "all.html").read_text()
-    tiles = re.search(r'<dl class="tiles">.*?</dl>', text)[0]
+    tiles = "".join(re.findall(r'<dl class="tiles">.*?</dl>', text))
     for wanted in (
         "70.0%",
         "[56.2%, 80.9%]; before 30.0% [19.1%, 43.8%]; two",
@@ -131,8 +136,10 @@ def test_the_reader_speaks_of_a_gate_only_where_weights_are_shown(made):
 
 def test_missing_pieces_name_the_command_that_makes_them(made, tmp_path):
     text = (made / "one.html").read_text()
+    listed = re.search(r'<section id="more".*', text, re.DOTALL)[0]
     for command in ("opd-jax sweep --config=FILE", "opd-jax rocks --run=RUN --out=DIR"):
-        assert f"<code>{command}" in text
+        assert f"can be added with <code>{command}" in listed
+    assert not re.search(r'<section id="(sweep|rocks|types)"', text)
     assert "types" not in data_of(made / "one.html")
     out = rocks_out.make_out(tmp_path / "out")
     requested = rocks_out.STUDIES
@@ -141,8 +148,9 @@ def test_missing_pieces_name_the_command_that_makes_them(made, tmp_path):
     build.report([made / "one"], tmp_path / "r.html", rocks=out)
     text = (tmp_path / "r.html").read_text()
     assert all(f"--with={name}" in text for name in requested)
-    assert "The selection is not there" in text
-    assert "The table of types is not there" in text
+    assert "<li>the selection of the rocks: can be added with" in text
+    assert "<li>the table of all types: can be added with" in text
+    assert '<section id="types"' not in text
 
 
 def test_what_no_run_measured_has_no_column(tmp_path):
@@ -302,14 +310,14 @@ def test_a_moved_sweep_with_arguments_in_its_arms(made, tmp_path):
     build.report([], tmp_path / "r.html", sweep=folder)
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "ema:k=2" in page
-    assert "<td>–</td>" in page
+    assert '<td data-label="masked"><span>–</span></td>' in page
     assert "seconds a step" in page
 
 
 def test_a_sweep_alone_is_enough(made, tmp_path):
     build.report([], tmp_path / "new" / "r.html", sweep=made / "sweep")
     outline = parse(tmp_path / "new" / "r.html")
-    assert sum(tag == "svg" for tag, _ in outline.tags) == 2
+    assert sum(tag == "svg" for tag, _ in outline.tags) == 2 * 2
 
 
 def test_runs_of_one_name_are_told_apart(made, tmp_path):

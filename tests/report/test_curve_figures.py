@@ -39,7 +39,7 @@ def test_every_run_is_one_line_in_both_panels():
     assert line(accuracy, "two") == ([0, 10], [0.2, 0.7])
     assert list(kl.get_lines()[0].get_ydata()) == [9, 8.5]
     assert kl.get_yscale() == "log"
-    assert "8 to 8.2 nats, after it is 0.4 to 1." in plate.note
+    assert "8.00 to 8.20 nats, after it is 0.400 to 1.00." in plate.note
     colours = {ax: [li.get_color() for li in ax.get_lines() if li.get_label() in ("one", "two")]
                for ax in (kl, accuracy)}  # fmt: skip
     assert colours[kl] == colours[accuracy]

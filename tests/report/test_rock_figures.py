@@ -205,7 +205,7 @@ def test_matrices_are_written_out(out):
     data = json.loads((out / "persistence.json").read_text())
     matrix, _ = study_figures.persistence(data)
     for axes, group in zip(matrix.figure.axes, data["groups"], strict=True):
-        wanted = [f"{cell:.2g}" for row in group["matrix"] for cell in row]
+        wanted = [f"{cell:#.2g}" for row in group["matrix"] for cell in row]  # 0.60, not 0.6
         assert [text.get_text() for text in axes.texts] == wanted
         assert axes.get_ylim() == (3, 0)  # the first model on top
 
@@ -250,8 +250,8 @@ def test_other_writers_stand_beside_the_first(out):
     left, right = plate.figure.axes
     assert xy(labelled(left, "measured"))[0] == [0.62, 0.7]
     assert xy(labelled(left, "null"))[0] == [row["coverage_null"] for row in data["corpora"]]
-    assert [text.get_text() for text in right.texts] == ["1", "0.25", "0.25", "1"]
-    assert "teacher 70.0% (null 60.0%; 1,000 tokens), Jaccard 0.25 (null 0.1)" in plate.note
+    assert [text.get_text() for text in right.texts] == ["1.00", "0.25", "0.25", "1.00"]
+    assert "teacher 70.0% (null 60.0%; 1,000 tokens), Jaccard 0.25 (null 0.10)" in plate.note
     assert xy(labelled(left, "null within problems"))[0] == pytest.approx([0.54, 0.62])
     del data["jaccard_null"]  # of a folder that an earlier version wrote
     assert "Jaccard 0.25 (null –)" in study_figures.references(data).note
@@ -270,7 +270,7 @@ def test_moments_are_drawn_where_they_were_measured(out):
 def test_a_page_figure_takes_its_colours_from_the_page(selection):
     plate = rock_figures.controls(selection["controls"])
     text = style.page_svg(plate.figure, "one", 'Shares of <all> & "more"')
-    assert text.startswith("<svg viewBox=")
+    assert text.startswith('<svg class="" viewBox="0 0 540 216"')
     assert 'aria-label="Shares of &lt;all&gt; &amp; &quot;more&quot;"' in text
     assert "var(--ink)" in text
     assert "var(--orange)" in text

@@ -10,12 +10,13 @@ function make(tag, text = "", attributes = {}) {
   return element;
 }
 
-/** A number in at most `digits` significant ones; a dash where nothing was measured. */
+/** A number in `digits` significant ones, zeros kept; a dash where nothing was measured. */
 function number(value, digits = 3) {
   if (value === null || value === undefined) return "–";
   if (Number.isInteger(value)) return value.toLocaleString("en");
   if (value !== 0 && Math.abs(value) < 1e-4) return value.toExponential(1);
-  return String(Number(value.toPrecision(digits)));
+  if (Math.abs(value) >= 10 ** digits - 0.5) return Math.round(value).toLocaleString("en");
+  return value.toPrecision(digits);
 }
 
 {

@@ -17,6 +17,7 @@ if (page.types) {
     columns.forEach((column, i) => {
       const cell = make("td", kinds[column.kind](values[i]));
       if (isText(column)) cell.className = column.kind;
+      if (column.place) cell.classList.add(column.place);
       line.append(cell);
     });
     const token = values[at.token].toLowerCase();
@@ -27,6 +28,7 @@ if (page.types) {
   const headings = columns.map((column, i) => {
     const heading = make("th", "", { scope: "col", title: column.title });
     if (isText(column)) heading.className = "text";
+    if (column.place) heading.classList.add(column.place);
     const button = make("button", column.label, { type: "button" });
     button.addEventListener("click", () => sortBy(i));
     heading.append(button);
