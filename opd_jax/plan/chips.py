@@ -19,7 +19,7 @@ import dataclasses
 import importlib.util
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -64,7 +64,8 @@ _TPUS = {
     "v6e": Chip("v6e", 918e12, 31.25 * _GIB, 1640e9, 3200 * _GBIT * 2 / 4, 918e12 / 524_288),
 }
 _H100 = Chip("h100", 989e12, 80e9 - 1.5 * _GIB, 3350e9, 450e9)
-_NO_TPU = {  # libtpu compiles, and is to look for no TPU around this machine
+_NO_TPU = {  # libtpu compiles: it is to look for no TPU around this machine, and to lock none
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -80,11 +81,13 @@ class Machine:
       name: as users write it, ``CHIP:SHAPE``.
       chip: what each can do.
       devices: described or virtual, to make a mesh of.
+      options: of the compiler.
     """
 
     name: str
     chip: Chip
     devices: tuple[Any, ...]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def machine(name: str) -> Machine:
@@ -113,7 +116,8 @@ def machine(name: str) -> Machine:
     if kind == "cpu":
         devices = _cpus(int(shape))
         return Machine(name, _this_machine(devices), devices)
-    return Machine(name, _H100, _gpus(int(shape)))
+    # Tiles of Triton's products are chosen by running them: without a GPU, cuBLAS computes them.
+    return Machine(name, _H100, _gpus(int(shape)), {"xla_gpu_enable_triton_gemm": False})
 
 
 def _tpus(name: str) -> tuple[Any, ...]:
@@ -131,7 +135,7 @@ def _tpus(name: str) -> tuple[Any, ...]:
     except Exception as error:  # the runtime raises what it likes
         short = " ".join(str(error).split())[:200]
         raise TopologyError(
-            f"topology {name!r}: libtpu has no such shape ({short}); expected one such as "
+            f"topology {name!r}: libtpu describes no such machine ({short}); expected one such as "
             f"{', '.join(TOPOLOGIES[:3])}; set --topology"
         ) from error
     return tuple(found.devices)
@@ -146,6 +150,7 @@ def _gpus(count: int) -> tuple[Any, ...]:
             "installed: expected the extra cuda; pip install 'opd-jax[cuda]', or take another "
             "--topology"
         )
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of libraries that run things
     try:
         found = topologies.get_topology_desc(
             platform="cuda",

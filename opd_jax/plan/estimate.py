@@ -181,9 +181,7 @@ def plan(
     with jax.set_mesh(parts.mesh), afresh():
         for traced in programs.of_run(parts):
             if not only or traced.name in only:
-                found |= {
-                    each.name: each for each in compiled(traced, machine.chip, parts.mesh, say)
-                }
+                found |= {each.name: each for each in compiled(traced, machine, parts.mesh, say)}
     run, spec = parts.run, parts.plan
     every = run.eval.every
     return Plan(
@@ -205,10 +203,11 @@ def plan(
 
 
 def compiled(
-    traced: Traced, chip: Chip, mesh: Any, say: Callable[[str], None] = print
+    traced: Traced, machine: Machine, mesh: Any, say: Callable[[str], None] = print
 ) -> list[ProgramPlan]:
     """Compile one program; two plans where it has a loop over tokens."""
     say(f"compiling {traced.name} ...")
+    chip = machine.chip
     names = PARTS.get(traced.name, (traced.name,))
     flops = products.flops(traced.traced.jaxpr, traced.scored_share)
     if len(names) == 2:
@@ -218,7 +217,7 @@ def compiled(
         flops_of = {names[0]: flops}
     begun = time.perf_counter()
     try:
-        program = traced.traced.lower().compile()
+        program = traced.traced.lower().compile(compiler_options=dict(machine.options) or None)
     except jax.errors.JaxRuntimeError as error:
         if not memory.is_exhausted(error):
             raise

@@ -1,7 +1,8 @@
 """Shapes of published models, for plans of runs whose models are not here yet.
 
 They are the fields of the ``config.json`` files at huggingface.co/Qwen that decide shapes. A folder
-that is there always comes first.
+that is there always comes first; ``hub:`` before a name fetches its ``config.json`` instead, which
+is also done for names that are not known here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from opd_jax.files import path_of
 from opd_jax.models import hf_config
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.spec import ConfigError
+from opd_jax.store import hub
 
 _QWEN3: dict[str, Any] = {
     "model_type": "qwen3",
@@ -77,21 +79,26 @@ def shapes(name: str, dtype: Any, change: str) -> Shapes:
     """The shapes of a model folder, of which ``config.json`` is enough, or of a published model.
 
     Args:
-      name: a folder, ``embedded:NAME``, or a path that ends in the name of a known model.
+      name: a folder, ``embedded:NAME``, a path that ends in the name of a known model, or a name
+        on the Hub, of which the config alone is fetched.
       dtype: that it computes in.
       change: the flag that says otherwise.
 
     Raises:
-      ConfigError: it is neither.
+      ConfigError: it is none of them.
+      HubError: a name on the Hub that cannot be fetched.
       ValueError: the config is damaged, or of a model that is not implemented here.
     """
     folder = Path(path_of(name))
+    if hub.parse(name) and (name.startswith(hub.PREFIX) or folder.name not in MODELS):
+        folder = Path(hub.folder(name, "config"))
     if (folder / "config.json").exists():
         eos = hf_config.generation_eos(folder)
         return Shapes(hf_config.read_config(folder, dtype=dtype), eos, f"{name}/config.json")
     if folder.name not in MODELS:
         raise ConfigError(
-            f"{name!r} has no config.json and is not known by name: expected a folder with one, or "
+            f"{name!r} has no config.json and is not known by name: expected a folder with one, "
+            "owner/name on the Hub, or "
             f"a path that ends in one of {', '.join(MODELS)}; set {change}"
         )
     raw = MODELS[folder.name]

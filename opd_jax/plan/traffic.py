@@ -191,10 +191,12 @@ def collectives(
 
 def _payload(op: Operation, kind: str, size: int) -> float:
     """Bytes of the larger side: what a gather makes, and what the others take."""
-    sizes = [array.num_bytes for array in op.arrays if array.dims or len(op.arrays) == 1]
-    if op.kind.endswith("-start") and kind in ("all-gather", "collective-permute"):
-        return max(sizes, default=0.0)  # operand and result
-    return sum(sizes) * (size if kind == "reduce-scatter" else 1)
+    total = sum(array.num_bytes for array in op.arrays if array.dims or len(op.arrays) == 1)
+    if op.kind == "all-gather-start":  # its operands, which are a part of the size, stand before
+        return total * size / (size + 1)
+    if op.kind == "collective-permute-start":
+        return total / 2
+    return total * (size if kind == "reduce-scatter" else 1)
 
 
 def _sent(kind: str, size: int) -> float:

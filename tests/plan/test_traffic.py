@@ -122,6 +122,30 @@ def test_groups_of_devices_are_axes_in_every_spelling(groups, axes, size):
     assert traffic.axes_of(f"channel_id=1, {groups}, dimensions={{0}}", AXES) == (axes, size)
 
 
+COMBINED = """
+ENTRY %main (a: f32[4,8], b: f32[2,8]) -> f32[8,8] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[2,8]{1,0} parameter(1)
+  %g = ((f32[4,8]{1,0}, f32[2,8]{1,0}), (f32[8,8]{1,0}, f32[4,8]{1,0})) all-gather-start(%a, %b), channel_id=1, replica_groups=[4,2]<=[8], dimensions={0}
+  %d = (f32[8,8]{1,0}, f32[4,8]{1,0}) all-gather-done(%g)
+  %r = f32[2,8]{1,0} reduce-scatter(%a), channel_id=2, replica_groups=[4,2]<=[8], dimensions={0}
+  %p = (f32[4,8]{1,0}, f32[4,8]{1,0}, u32[], u32[]) collective-permute-start(%a), channel_id=3, source_target_pairs={{0,1},{1,0},{2,3},{3,2},{4,5},{5,4},{6,7},{7,6}}
+  ROOT %o = f32[8,8]{1,0} get-tuple-element(%d), index=0
+}
+"""  # noqa: E501
+
+
+def test_a_payload_is_the_larger_side_also_of_several_arrays_at_once():
+    read = hlo.read(COMBINED)
+    found = traffic.collectives(read.runs(), read, mesh.make(**AXES))
+    assert {each.kind: each.num_bytes for each in found} == {
+        "all-gather": 4 * (8 + 4) * 8,
+        "reduce-scatter": 4 * 4 * 8,
+        "collective-permute": 4 * 4 * 8,
+    }
+    assert {each.axes for each in found} == {"model"}
+
+
 def test_what_stays_inside_a_chip_is_no_traffic_of_its_memory():
     inside, outside = hlo.arrays("(bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[4]{0:T(128)})")
     assert (inside.num_bytes, inside.in_memory) == (2 * 8 * 128, False)
