@@ -61,6 +61,10 @@ GENERATE = [
     "--out=answers.jsonl",
     "--max-new=6",
 ]
+KNOCKOUT = [
+    *("knockout", "--model=student", "--tasks=prompts.jsonl", "--types=types.json", "--out=out"),
+    *("--max-new=6", "--batch=4", "--arms=single", "--effect=1"),
+]
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
@@ -115,6 +119,7 @@ def cases() -> Iterator[tuple[str, list[str], Damage]]:
     yield from _of_flags(nothing)
     yield from _of_run_files()
     yield from _of_models()
+    yield from _of_knockout(nothing)
     for name, body in {
         "prompts: not JSON": "x\n",
         "prompts: a number": "3\n",
@@ -132,6 +137,7 @@ def cases() -> Iterator[tuple[str, list[str], Damage]]:
     }.items():
         for command in (TRAIN, GENERATE):
             yield f"{command[0]} {name}", command, text("prompts.jsonl", body)
+    yield from _of_completions()
     for target in ("/dev/zero", "pipe", "folder"):
         yield f"prompts: {target}", TRAIN, special("prompts.jsonl", target)
         yield f"config: {target}", TRAIN, special("config.py", target)
@@ -157,6 +163,45 @@ def cases() -> Iterator[tuple[str, list[str], Damage]]:
     yield "config file: syntax", TRAIN, text("config.py", "(((")
     yield "config file: empty", TRAIN, text("config.py", "")
     yield "config file: binary", TRAIN, text("config.py", b"\x00\xff" * 100)
+
+
+def _of_completions() -> Iterator[tuple[str, list[str], Damage]]:
+    whole = {"prompt": "1 + 1 = ?", "completion": "2"}
+    for stage in ("off_policy", "mixed"):
+        command = [*TRAIN, f"--config.train.stage={stage}", "--config.kl.direction=forward"]
+        for what, row in {
+            "none": {"prompt": "1"},
+            "empty": whole | {"completion": ""},
+            "a number": whole | {"completion": 2},
+            "without a prompt": {"completion": "2"},
+            "surrogate": whole | {"completion": "\ud800"},
+            "huge": whole | {"completion": "1 " * 3_000_000},
+            "long": whole | {"completion": "1 " * 20_000},
+            "ids empty": whole | {"completion_ids": []},
+            "ids of text": {"prompt": "1", "completion_ids": "12"},
+            "ids outside": {"prompt": "1", "completion_ids": [10**6]},
+            "ids below 0": {"prompt": "1", "completion_ids": [-1]},
+            "ids too large": {"prompt": "1", "completion_ids": [10**30]},
+            "ids of floats": {"prompt": "1", "completion_ids": [1.5]},
+            "ids nested": {"prompt": "1", "completion_ids": [[1]]},
+            "ids of another text": whole | {"completion_ids": [5, 6, 7]},
+            "prompt ids outside": {"prompt_ids": [10**6], "completion": "2"},
+            "prompt ids of another text": whole | {"prompt_ids": [5, 6]},
+            "stop inside": {"prompt": "1", "completion_ids": [2, 2, 2]},
+        }.items():
+            lines = (json.dumps(row) + "\n") * 12
+            yield f"{stage} completion {what}", command, text("prompts.jsonl", lines)
+    for name in ("command.json", "answers.jsonl"):
+        for what, body in {"empty": "", "text": "x\n", "number": "3\n", "object": "{}\n"}.items():
+
+            def half(folder: Path, name=name, body=body) -> None:
+                (folder / "answers.jsonl.partial").mkdir()
+                _put(folder / "answers.jsonl.partial" / name, body.encode())
+
+            yield f"generate, {name} {what}", GENERATE, half
+    for flag in ("columns", "template"):
+        for bad in ("x", "[]", "3", '{"prompt": 3}', '{"prompt": {}}', '{"a": [1]}', DEEP[:5000]):
+            yield f"generate --{flag}={bad[:20]}", [*GENERATE, f"--{flag}={bad}"], lambda f: None
 
 
 def _of_flags(nothing: Damage) -> Iterator[tuple[str, list[str], Damage]]:
@@ -235,6 +280,60 @@ def _of_run_files() -> Iterator[tuple[str, list[str], Damage]]:
         for reader in ("resume", "report"):
             damage = field("run/metrics.jsonl", "step", value=value)
             yield f"{reader}, metrics step {value}", COMMANDS[reader], damage
+
+
+def _of_knockout(nothing: Damage) -> Iterator[tuple[str, list[str], Damage]]:
+    for flag in (
+        *("top", "local", "window", "pairs", "orders", "samples", "max-new", "batch", "limit"),
+        *("seed", "temperature", "margin", "effect", "power"),
+    ):
+        for bad in ("-1", str(10**12)):
+            yield f"knockout --{flag}={bad}", [*KNOCKOUT, f"--{flag}={bad}"], nothing
+    for extra in (
+        *("--types=19,640", "--types=-1", "--types=no.csv", "--types=", "--types=1,,2"),
+        *("--groups=no.json", "--arms=no", "--arms=", "--teacher=no", "--model=no", "--tasks="),
+        *(
+            "--out=run",
+            "--margin=nan",
+            "--top=x",
+            "--grader=no",
+            "--template=x",
+            "--arms=group",
+            "--mesh-model=7",
+        ),
+    ):
+        yield f"knockout {extra}", [*KNOCKOUT, extra], nothing
+    for what, body in {
+        "empty": "",
+        "not utf-8": b"\xff\xfe\x00",
+        "deep": DEEP,
+        "a number": "3",
+        "nothing": "{}",
+        "empty list": '{"a": []}',
+        "lists of lists": '{"a": [[1]]}',
+        "another place": '{"../run": {"types": 3}}',
+        "huge id": f"[{10**30}]",
+        "text": '{"a": "19"}',
+        "surrogate": '["\\ud800"]',
+    }.items():
+        yield f"knockout types {what}", KNOCKOUT, text("types.json", body)
+    table = [*KNOCKOUT, "--types=types.csv"]
+    for what, body in {
+        "empty": "",
+        "not utf-8": b"token_id\n\xff\xfe\n",
+        "no column": "id,token\n3,x\n",
+        "no number": "token_id\nx\n",
+        "huge": f"token_id\n{10**30}\n",
+        "other token": "token_id,token\n19,zebra\n",
+        "cut row": "token,token_id\nx\n",
+        "NUL": "token_id\n\0\n",
+        "huge field": f"token_id\n{'1' * 200_000}\n",
+    }.items():
+        yield f"knockout table {what}", table, text("types.csv", body)
+    for target in ("/dev/zero", "pipe", "folder"):
+        yield f"knockout types {target}", KNOCKOUT, special("types.json", target)
+    for what, body in {"not JSON": "x\n", "no answer": '{"prompt": "1"}\n', "deep": DEEP}.items():
+        yield f"knockout tasks {what}", KNOCKOUT, text("prompts.jsonl", body)
 
 
 def _of_models() -> Iterator[tuple[str, list[str], Damage]]:
@@ -386,6 +485,7 @@ def make_good(folder: Path, command: Callable[[list[str]], int]) -> None:
     rows = [{"prompt": f"{i} + {i + 2} = ?", "answer": str(2 * i + 2)} for i in range(12)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "config.py").write_text(CONFIG)
+    (folder / "types.json").write_text(json.dumps([*range(600)]))
     os.chdir(folder)
     argv = [*TRAIN[:2], "--workdir=run", "--config.log.samples_every=1"]
     kind, said = run_case(argv, command)
