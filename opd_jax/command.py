@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 begun = time.monotonic()  # when the command that is running was
-MODEL = "Hugging Face folder, embedded:NAME, or RUN[@STEP] (the workdir of a run)"
+MODEL = (
+    "Hugging Face folder, owner/name[@REVISION] on the Hub, embedded:NAME, or RUN[@STEP] (the "
+    "workdir of a run)"
+)
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,6 +11,7 @@ from opd_jax import config as settings
 from opd_jax.files import path_of
 from opd_jax.instrument import corpus as corpora
 from opd_jax.instrument.flags import Flags, RocksError
+from opd_jax.store import hub
 from opd_jax.store import pair as pairs
 from opd_jax.store import workdir as workdirs
 from opd_jax.store.pair import Reference
@@ -60,7 +61,7 @@ class Subject:
             started = record.get("time")
             student = f"{flags.run}@{pairs.LAST if flags.step is None else flags.step}"
             teacher = config["teacher.path"]
-            workdirs.check_model(workdir, record, "teacher", path_of(teacher))
+            workdirs.check_model(workdir, record, "teacher", hub.folder(teacher))
         assert student is not None  # Flags has seen to it
         assert teacher is not None
         models = {"student": pairs.resolve(student), "teacher": pairs.resolve(teacher)}

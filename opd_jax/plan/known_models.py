@@ -91,7 +91,7 @@ def shapes(name: str, dtype: Any, change: str) -> Shapes:
     """
     folder = Path(path_of(name))
     if hub.parse(name) and (name.startswith(hub.PREFIX) or folder.name not in MODELS):
-        folder = Path(hub.folder(name, "config"))
+        folder = Path(hub.folder(hub.pin(name), "config"))
     if (folder / "config.json").exists():
         eos = hf_config.generation_eos(folder)
         return Shapes(hf_config.read_config(folder, dtype=dtype), eos, f"{name}/config.json")

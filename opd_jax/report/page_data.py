@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_jax import files
 from opd_jax.data import tokenizer
 from opd_jax.report import style
-from opd_jax.store import run_files
+from opd_jax.store import hub, run_files
 from opd_jax.store import workdir as workdirs
 
 MAX_TYPES = 2000  # rows a browser sorts at once
@@ -125,7 +124,7 @@ def from_samples(run: Path, name: str, rocks: Sequence[Mapping[str, Any]]) -> li
 def _text_of(settings: Mapping[str, Any]) -> Callable[[int], str]:
     for key in ("student.path", "teacher.path"):
         try:
-            loaded = tokenizer.load(files.path_of(settings.get(key, "")))
+            loaded = tokenizer.load(hub.folder(settings.get(key, ""), "tokenizer"))
         except (OSError, ValueError):  # moved since: the report is about the run, not the model
             continue
         return lambda i: tokenizer.token_text(loaded, i)

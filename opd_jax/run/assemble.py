@@ -24,7 +24,6 @@ from opd_jax.data import tokenizer as tokenizers
 from opd_jax.data import widths
 from opd_jax.data.prompts import Example
 from opd_jax.evaluate.heldout import EvalPlan
-from opd_jax.files import path_of
 from opd_jax.models import hf, hf_config, memory, params, transformer
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
@@ -33,7 +32,7 @@ from opd_jax.rollout import decode, sampling
 from opd_jax.rollout.sampling import Sampler
 from opd_jax.run import precision, reading
 from opd_jax.spec import ConfigError, ModelSpec, RunConfig
-from opd_jax.store import checkpoint
+from opd_jax.store import checkpoint, hub
 from opd_jax.store import pair as pairs
 from opd_jax.store.pair import Reference
 
@@ -84,7 +83,7 @@ def assemble(
     """
     mesh = meshlib.make(run.mesh.data, run.mesh.fsdp, run.mesh.model)
     check_batches(run, meshlib.batch_shards(mesh))
-    student_path, teacher_path = path_of(run.student.path), path_of(run.teacher.path)
+    student_path, teacher_path = hub.folder(run.student.path), hub.folder(run.teacher.path)
     student = model_config(run.student, student_path)
     teacher = model_config(run.teacher, teacher_path)
     params.shardings(transformer.specs(student), mesh)
@@ -247,7 +246,7 @@ def teacher_params(parts: Assembly) -> Params:
     spec, cfg = parts.run.teacher, parts.cfg.teacher
     assert cfg is not None
     dtype = spec.stored_dtype(cfg.dtype)
-    tree = _load(parts, "teacher", path_of(spec.path), jnp.dtype(dtype))
+    tree = _load(parts, "teacher", hub.folder(spec.path), jnp.dtype(dtype))
     with jax.set_mesh(parts.mesh):
         return transformer.with_vocab_rows(tree, cfg.vocab_size)
 
@@ -273,7 +272,7 @@ def state(parts: Assembly) -> TrainState:
     dtype = jnp.dtype(parts.run.student.stored_dtype("float32"))
     kept: dict[str, Any] = {}
     if origin is None or origin.run is None:
-        folder = path_of(parts.run.student.path) if origin is None else origin.folder
+        folder = hub.folder(parts.run.student.path) if origin is None else origin.folder
         tree = _load(parts, "student", folder, dtype)
     else:
         kept = _taken_over(parts, origin, template)
@@ -304,6 +303,8 @@ def origin_of(run: RunConfig) -> Reference | None:
     if not run.init_from:
         return None
     try:
+        if hub.parse(run.init_from):
+            raise pairs.ModelError(f"{run.init_from!r} is no run here: expected RUN or RUN@STEP")
         found = pairs.resolve(run.init_from)
     except pairs.ModelError as error:
         raise ConfigError(f"init_from: {error}; set --config.init_from") from error

@@ -7,7 +7,7 @@ would see what the first has written.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ import pydantic
 
 from opd_jax import config, processes
 from opd_jax.data import prompts as prompt_files
-from opd_jax.files import path_of
 from opd_jax.run import assemble
 from opd_jax.run.assemble import Assembly
-from opd_jax.store import fingerprint
+from opd_jax.store import fingerprint, hub
 from opd_jax.store import pair as pairs
 from opd_jax.store import workdir as workdirs
 from opd_jax.store.checkpoint import CheckpointError, Checkpoints
@@ -66,9 +65,12 @@ def enter(
     *,
     command: Sequence[str] = (),
     now: str,
+    pins: Mapping[str, str] | None = None,
     say: Callable[[str], None],
 ) -> None:
     """Take ``workdir`` for the run: start in it, or go on with the same run.
+
+    ``pins`` are the Hub names that its models were asked for by, see :func:`hub.pins`.
 
     Raises:
       WorkdirError: it holds another run, was started on other files, or cannot be used.
@@ -79,7 +81,7 @@ def enter(
     processes.check_same(described, "start the same command on all of them")
     record = workdirs.describe(described, seed=parts.run.seed, command=command, now=now)
     record |= {"data": prompt_files.digest(parts.rows, has_completions=False)}
-    record |= {"stop_ids": list(parts.stop_ids)}
+    record |= {"stop_ids": list(parts.stop_ids)} | ({"pinned": dict(pins)} if pins else {})
     processes.on_first(lambda: _enter(workdir, parts, saves, record, say))
 
 
@@ -122,7 +124,7 @@ def inputs(parts: Assembly) -> dict[str, Any]:
     run = parts.run
     found: dict[str, Any] = {}
     for name, spec in (("student", run.student), ("teacher", run.teacher)):
-        files = fingerprint.of_model(Path(path_of(spec.path)))
+        files = fingerprint.of_model(Path(hub.folder(spec.path)))
         found[name] = {"path": spec.path, "files": files}
     for name, path, rows in (
         ("prompts", run.data.prompts, parts.rows),

@@ -23,7 +23,7 @@ from opd_jax.run import arms as comparison
 from opd_jax.run import budget, train
 from opd_jax.run.arms import Job, Margins
 from opd_jax.spec import ConfigError, RunConfig
-from opd_jax.store import run_files
+from opd_jax.store import hub, run_files
 from opd_jax.store import workdir as workdirs
 
 _MOST_SEEDS = 10_000
@@ -141,10 +141,13 @@ def sweep(
         say(f"arm {arm} weighs positions: {control}, its control of equal budget, is run too")
     for arm in arms:
         check_comparable(baseline, runs[baseline], arm, runs[arm])
+    folders = [Path(workdir) / folder_name(arm) / f"seed-{seed}" for seed in seeds for arm in arms]
+    models = {model.path for run in runs.values() for model in (run.student, run.teacher)}
+    pins = hub.pins(sorted(models), folders)  # once: all runs are of the same models
     jobs = [
         Job(
             arm,
-            dataclasses.replace(runs[arm], seed=seed),
+            hub.pinned_run(dataclasses.replace(runs[arm], seed=seed), pins),
             Path(workdir) / folder_name(arm) / f"seed-{seed}",
         )
         for seed in seeds
@@ -157,7 +160,7 @@ def sweep(
     with stop or processes.Stop() as stop:
         for number, job in enumerate(todo):
             say(f"== {number + 1}/{len(todo)}: arm {job.arm}, seed {job.run.seed}")
-            done = train.train(job.run, str(job.folder), command=command, stop=stop)
+            done = train.train(job.run, str(job.folder), command=command, stop=stop, pins=pins)
             left = len(todo) - number - done["is_finished"]
             if left and stop.everywhere():
                 say(f"stopped by {stop.signal}, {left} runs left; the same command goes on")

@@ -40,7 +40,7 @@ from opd_jax.run import (
 )
 from opd_jax.run.assemble import Assembly
 from opd_jax.spec import RunConfig
-from opd_jax.store import checkpoint, run_files
+from opd_jax.store import checkpoint, hub, run_files
 
 _BEST = {"accuracy": "max", "kl_nats": "min"}
 
@@ -53,6 +53,7 @@ def train(
     started: float | None = None,
     stop: processes.Stop | None = None,
     on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+    pins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run (or resume) a distillation and return what ``summary.json`` holds.
 
@@ -63,6 +64,8 @@ def train(
       started: ``time.monotonic()`` at which the process began, for ``first_step_s``; default: now.
       stop: the wish to stop, where the caller wants to know of it; default: one of this run's own.
       on_step: called with the number of finished steps and their metrics, on every process.
+      pins: Hub names of models with their commits, see ``hub.pins``; default: those that the run
+        was started on, else the newest.
 
     Raises:
       ConfigError, ValueError, FileNotFoundError: something does not fit; nothing has been written.
@@ -74,6 +77,11 @@ def train(
     started = time.monotonic() if started is None else started
     folder = Path(path_of(workdir))
     now = entry.start_time(folder)
+    if pins is None:
+        pins = hub.pins([run.student.path, run.teacher.path], [folder])
+    run = hub.pinned_run(run, pins)
+    for name, pinned in pins.items():
+        say(f"{name}: commit {pinned.rpartition('@')[2]} of the Hugging Face Hub")
     parts = assemble.assemble(run, now=now, say=say)
     best = (run.checkpoint.best, _BEST[run.checkpoint.best]) if run.checkpoint.best else None
     with (
@@ -81,7 +89,7 @@ def train(
         jax.set_mesh(parts.mesh),
         stop or processes.Stop() as stop,
     ):
-        entry.enter(folder, parts, saves, command=command, now=now, say=say)
+        entry.enter(folder, parts, saves, command=command, now=now, pins=pins, say=say)
         loop = _Loop(parts, folder, saves, stop, started, on_step)
         try:
             return loop.run()

@@ -18,7 +18,7 @@ from opd_jax.models import hf, hf_config, transformer
 from opd_jax.models.params import ParamSpec, Specs
 from opd_jax.pytrees import Params
 from opd_jax.spec import ModelSpec
-from opd_jax.store import checkpoint, model_card
+from opd_jax.store import checkpoint, hub, model_card
 from opd_jax.store import workdir as workdirs
 
 
@@ -72,7 +72,7 @@ def export(workdir: str, out: str, *, step: int | None = None, dtype: str | None
         raise ValueError(
             f"dtype {dtype!r}: expected float32, bfloat16 or float16; set --dtype"
         ) from error
-    source = path_of(record["config"]["student.path"])
+    source = hub.folder(record["config"]["student.path"], "tokenizer")
     workdirs.check_model(folder, record, "student", source, weights=False)
     cfg = hf_config.read_config(source)
     spec = ModelSpec(param_dtype=record["config"]["student.param_dtype"])

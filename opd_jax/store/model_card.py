@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from opd_jax import stats
 from opd_jax.files import EMBEDDED
-from opd_jax.store import run_files
+from opd_jax.store import hub, run_files
 
 # What was done, and what the student did, by ``train.stage``.
 _WAYS = {
@@ -79,7 +79,7 @@ def text(workdir: Path, record: Record, step: int, name: str) -> str:
     if versions := again[-1].get("versions") or record.get("versions"):
         parts.append("Made with " + ", ".join(f"{k} {v}" for k, v in sorted(versions.items())))
     data = ModelCardData(
-        base_model=student,
+        base_model=hub_name(config["student.path"]),  # a name of another place would be no link
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[*TAGS, *[_ON_POLICY] * (way != "off-policy")],
@@ -89,12 +89,16 @@ def text(workdir: Path, record: Record, step: int, name: str) -> str:
 
 
 def public_name(path: str) -> str:
-    """A model or a file by the last part of its path; one of the hub's cache by its name there."""
+    """A model or a file by the last part of its path; a model of the Hub by its name there."""
     if path.startswith(EMBEDDED):
         return path
-    if cached := _CACHED.search(path):
-        return cached[1].replace("--", "/")
-    return path.rstrip("/").rpartition("/")[2] or path
+    return hub_name(path) or path.rstrip("/").rpartition("/")[2] or path
+
+
+def hub_name(path: str) -> str | None:
+    """``owner/name`` of a model that was fetched from the Hub; None of any other."""
+    cached = _CACHED.search(path)
+    return cached[1].replace("--", "/") if cached else hub.public_name(path)
 
 
 def public_command(command: Sequence[str]) -> str:
@@ -167,6 +171,10 @@ def _recipe(config: Record, step: int) -> Iterator[tuple[str, str]]:
         if all(config.get(key) is not None for key in keys):
             yield title, words.format(*(config[key] for key in keys))
 
+    for who in ("student", "teacher"):
+        path = config[f"{who}.path"]
+        if hub.public_name(path):
+            yield f"revision of the {who}", f"`{path.rpartition('@')[2]}`"
     if config.get("init_from"):
         yield "starts from", f"`{public_name(config['init_from'])}`"
     direction = config.get("kl.direction")

@@ -3,6 +3,7 @@
 A *model reference* is one of
 
 * a Hugging Face folder,
+* ``owner/name`` or ``hub:owner/name@REVISION``: a model of the Hub, see :mod:`hub`,
 * ``embedded:student`` or ``embedded:teacher``, the package's own pair,
 * ``RUN@STEP``: the student of a training workdir at a checkpoint; ``RUN@last``, or ``RUN`` alone,
   is the newest one, ``RUN@0`` the student before training.
@@ -30,7 +31,7 @@ from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Params
 from opd_jax.rollout.sampling import Sampler
 from opd_jax.spec import DTYPES, ModelSpec
-from opd_jax.store import checkpoint, checkpoint_record, fingerprint
+from opd_jax.store import checkpoint, checkpoint_record, fingerprint, hub
 from opd_jax.store import workdir as workdirs
 
 LAST = "last"
@@ -45,7 +46,7 @@ class Reference:
     """What a model reference means.
 
     Attributes:
-      name: the reference with its step as a number, for tables.
+      name: the reference with its step as a number, and a Hub name with its commit, for tables.
       folder: Hugging Face folder with config and tokenizer (and the weights where ``run`` is None).
       run: workdir whose checkpoint holds the weights.
       step: of that checkpoint.
@@ -104,21 +105,27 @@ class Pair:
 def resolve(ref: str) -> Reference:
     """Find what a model reference means, without reading weights.
 
+    Every process must call it, where it may be a Hub name.
+
     Raises:
       ModelError: neither a model folder nor a step of a run.
+      HubError: a name of the Hub that cannot be fetched.
       WorkdirError: a damaged ``run.json``, or a run whose student's files have changed since.
     """
     folder = Path(path_of(ref))
     if ref.startswith(EMBEDDED) or (folder / "config.json").is_file():
         return Reference(ref, str(folder))
+    if hub.parse(ref):
+        name = hub.pin(ref)
+        return Reference(name, hub.folder(name))
     run, at, step = ref.rpartition("@")
     if (folder / "run.json").is_file():
         run, at, step = ref, "@", LAST
     if not at:
         raise ModelError(
             f"{ref!r} is no model: expected a Hugging Face folder (with config.json), "
-            "embedded:student, embedded:teacher, or RUN[@STEP] with the workdir of a run; correct "
-            "it"
+            "owner/name on the Hub, embedded:student, embedded:teacher, or RUN[@STEP] with the "
+            "workdir of a run; correct it"
         )
     workdir = Path(path_of(run))
     record = workdirs.read_run(workdir)
@@ -130,7 +137,8 @@ def resolve(ref: str) -> Reference:
     stored = ModelSpec(param_dtype=workdirs.setting(record, "student.param_dtype")).stored_dtype(
         "float32"
     )
-    folder = path_of(workdirs.setting(record, "student.path"))
+    part = "model" if step == "0" else "tokenizer"
+    folder = hub.folder(workdirs.setting(record, "student.path"), part)
     # The weights come from the checkpoint; of the folder only the rest is used.
     workdirs.check_model(workdir, record, "student", folder, weights=step == "0")
     of_run = {"stop_ids": tuple(record["stop_ids"]), "started": record.get("time")}

@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 
 from opd_jax import records
 from opd_jax.files import path_of
+from opd_jax.store import hub
 from opd_jax.store import workdir as workdirs
 
 T = TypeVar("T")
@@ -313,4 +314,5 @@ def series(lines: Sequence[Mapping[str, Any]], name: str) -> Series:
 
 def model_name(path: str) -> str:
     """The last part of a folder's path, of a repository's name or of ``embedded:teacher``."""
+    path = hub.public_name(path) or path
     return re.split(r"[/\\:]", path.rstrip("/\\"))[-1] or path

@@ -15,7 +15,7 @@ from opd_jax.data import tokenizer as tokenizers
 from opd_jax.files import path_of
 from opd_jax.models import hf_config
 from opd_jax.pytrees import RockState
-from opd_jax.store import checkpoint
+from opd_jax.store import checkpoint, hub
 from opd_jax.store import workdir as workdirs
 
 COLUMNS = (
@@ -75,7 +75,7 @@ def table(workdir: str, out: str, *, step: int | None = None) -> int:
             f"{path} exists: expected a file name that is free; move it away or give another --out"
         )
     record = workdirs.require_run(folder)
-    source = path_of(workdirs.setting(record, "student.path"))
+    source = hub.folder(workdirs.setting(record, "student.path"), "tokenizer")
     tokenizer = tokenizers.load(source)
     template = jax.eval_shape(lambda: rock.init(hf_config.read_config(source).vocab_size))
     with checkpoint.open(folder) as saves:

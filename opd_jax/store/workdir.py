@@ -79,6 +79,7 @@ class RunRecord(TypedDict):
     data: NotRequired[str]  # digest of the training prompts
     stop_ids: NotRequired[list[int]]
     inputs: NotRequired[dict[str, FilesOfModel]]
+    pinned: NotRequired[dict[str, str]]  # Hub names as they were asked for -> with their commit
     resumed: NotRequired[list[Resumed]]
 
 

@@ -69,7 +69,7 @@ def test_the_folder_has_the_students_tokenizer_and_the_stop_ids(tiny, workdir, t
 def test_the_folder_has_a_model_card(workdir, tmp_path):
     assert cli.main(["export", f"--workdir={workdir}", f"--out={tmp_path / 'my-model'}"]) == 0
     card = ModelCard.load(tmp_path / "my-model" / "README.md")
-    assert (card.data.base_model, card.data.library_name) == ("student", "transformers")
+    assert (card.data.base_model, card.data.library_name) == (None, "transformers")
     text = str(card)
     assert "# my-model" in text
     assert "Exported at step 4." in text

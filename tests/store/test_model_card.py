@@ -57,7 +57,7 @@ def card(folder, record=None, step=20):
 def test_the_front_matter_is_the_hubs(folder):
     text = card(folder)
     data = ModelCard(text).data
-    assert (data.base_model, data.library_name) == ("small", "transformers")
+    assert (data.base_model, data.library_name) == (None, "transformers")
     assert data.pipeline_tag == "text-generation"
     assert {"opd_jax", "on-policy-distillation"} <= set(data.tags)
     assert yaml.safe_load(text.split("---")[1]) == data.to_dict()

@@ -20,7 +20,6 @@ import numpy as np
 
 from opd_jax import config as settings
 from opd_jax import optim, stats
-from opd_jax.files import path_of
 from opd_jax.instrument import controls, correlation
 from opd_jax.instrument.corpus import Occurrences, TypeStats
 from opd_jax.instrument.correlation import Correlation
@@ -30,7 +29,7 @@ from opd_jax.instrument.workbench import Workbench
 from opd_jax.models import hf_config, params, transformer
 from opd_jax.optim import OptimSpec
 from opd_jax.spec import ModelSpec
-from opd_jax.store import checkpoint
+from opd_jax.store import checkpoint, hub
 from opd_jax.store import workdir as workdirs
 
 GROUPS = ("rock", "control", "high_kl", "rest", "unseen")
@@ -228,7 +227,7 @@ def _adam(run_dir: str | Path):
             "second moment: expected 'adamw'; give another run, or leave the optimizer stage out"
         )
     spec = OptimSpec(**{f.name: record[f"optim.{f.name}"] for f in dataclasses.fields(OptimSpec)})
-    return hf_config.read_config(path_of(record["student.path"])), spec, record
+    return hf_config.read_config(hub.folder(record["student.path"], "config")), spec, record
 
 
 def _groups(
