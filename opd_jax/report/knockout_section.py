@@ -97,8 +97,10 @@ def _lead(found: Summary) -> str:
     rises = sum(count for name, count in counts.items() if "stumbling" in name)
     return (
         f"{start} Of {single['arms']} types that it may no longer say, one at a time, {falls} cost "
-        f"it right answers, {rises} gain it some, {counts['neutral']} change accuracy by less than "
-        f"{100 * found['settings']['margin']:g} points, and {counts['undecided']} are undecided."
+        f"it right answers, {rises} gain it some, {counts['neutral']} change less than "
+        f"{100 * found['settings']['margin']:g} points of the problems that hold them, and "
+        f"{counts['undecided']} are undecided there; over all problems, of which a rare type "
+        f"cannot change many, {single['category_all']['neutral']} change less than that."
     )
 
 
@@ -129,7 +131,7 @@ def _by_type(
 ) -> Plate:
     figure, (axes,) = layout.panels(1, 7.5, 1.4 + 0.24 * len(rows))
     for kind, color in _HUES.items():
-        some = [(i, row) for i, (_, row) in enumerate(rows) if row["category"].endswith(kind)]
+        some = [(i, row) for i, (_, row) in enumerate(rows) if row["category_all"].endswith(kind)]
         if some:
             scaled = [_points(row) for _, row in some]
             style.intervals(axes, scaled, [i for i, _ in some], color, kind)
@@ -214,12 +216,10 @@ def _categories(found: Summary) -> str:
     for name, family in found["families"].items():
         row: list[Any] = [_TITLES.get(name, name), str(family["arms"])]
         for kind in names:
-            row.append(
-                (
-                    str(family["category"][kind]),
-                    f"published rule {family['category_published'][kind]}",
-                )
+            over_all, published = (
+                family[key][kind] for key in ("category_all", "category_published")
             )
+            row.append((str(family["category"][kind]), f"{over_all}, {published}"))
         rejected = (
             f"{family['rejected']} at p 0.05 ({family['expected_by_chance']:.1f} by chance)",
             f"{family['rejected_bonferroni']} after Bonferroni, "
@@ -227,8 +227,9 @@ def _categories(found: Summary) -> str:
         )
         rows.append([*row, rejected])
     caption = (
-        "How many arms of each kind; below, what the published rule would call them: no correction "
-        "for many tests, and neutral is whatever is not told from 0."
+        "How many arms of each kind, where a type is held; below, what they are over all problems, "
+        "and what the published rule would call them: no correction for many tests, and neutral is "
+        "whatever is not told from 0."
     )
     return markup.table(caption, ["banned", "arms", *names, "told from 0"], rows)
 

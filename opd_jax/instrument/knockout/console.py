@@ -73,15 +73,14 @@ def _family(name: str, family: Mapping[str, Any]) -> Iterator[str]:
         )
     if len(rows) > _MOST:
         yield f"... and {len(rows) - _MOST} more in summary.json"
-    counts = ", ".join(f"{family['category'][c]} {c}" for c in CATEGORIES if family["category"][c])
-    published = ", ".join(
-        f"{family['category_published'][c]} {c}"
-        for c in CATEGORIES
-        if family["category_published"][c]
+    counts, over_all, published = (
+        ", ".join(f"{family[key][c]} {c}" for c in CATEGORIES if family[key][c])
+        for key in ("category", "category_all", "category_published")
     )
     signs, rates = family["signs"], family["rejected_benjamini_hochberg"]
     yield from textwrap.wrap(
-        f"{name}: {counts} (the published rule: {published}); {family['rejected']} of "
+        f"{name}: {counts}, where held; over all problems {over_all} (the published rule: "
+        f"{published}); {family['rejected']} of "
         f"{family['arms']} at p 0.05 where {family['expected_by_chance']:.1f} are expected by "
         f"chance, {family['rejected_bonferroni']} after Bonferroni, "
         f"{', '.join(f'{n} at false discovery rate {r}' for r, n in rates.items())}; signs "

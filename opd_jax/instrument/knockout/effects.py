@@ -7,8 +7,9 @@ problems that hold the type, times their share.
 Names: with a test that rejects after Benjamini and Hochberg, a type whose ban lowers accuracy is a
 *cornerstone* and one whose ban raises it a *stumbling block*, ``strong`` from the margin on (the
 published eps, 0.01), else ``weak``. A type is ``neutral`` only if the whole interval lies inside
-the margin; else it is ``undecided``. (Published: neutral is whatever an uncorrected test does not
-reject.)
+the margin; else it is ``undecided``. A name is of what happens where a type is held; that of
+accuracy over all problems, of which a rare type cannot change much, stands beside it. (Published:
+over all problems, and neutral is whatever an uncorrected test does not reject.)
 """
 
 from __future__ import annotations
@@ -134,8 +135,8 @@ def judged(found: Sequence[Effect], margin: float) -> list[dict[str, Any]]:
             | {
                 "p_adjusted": q,
                 "bonferroni": bool(is_rejected),
-                "category": category(each.delta, each.low, each.high, q, margin),
-                "category_held": category(*held, q, margin),
+                "category": category(*held, q, margin),
+                "category_all": category(each.delta, each.low, each.high, q, margin),
                 "category_published": published(each.delta, each.p_bootstrap, margin),
             }
         )
@@ -155,7 +156,7 @@ def family(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         signs[name] = {"down": down, "up": up, "p": stats.sign_test(down, down + up)}
     counts = {
         key: {name: sum(row[key] == name for row in rows) for name in CATEGORIES}
-        for key in ("category", "category_held", "category_published")
+        for key in ("category", "category_all", "category_published")
     }
     return {
         "arms": len(rows),

@@ -35,7 +35,7 @@ _COLUMNS = (
         "changed",
         "unparsed",
     ),
-    *("p", "p_bootstrap", "p_adjusted", "bonferroni", "category", "category_held"),
+    *("p", "p_bootstrap", "p_adjusted", "bonferroni", "category", "category_all"),
     *("category_published", "substitute", "substitute_share"),
 )
 _DIGITS = 6

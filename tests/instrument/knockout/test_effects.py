@@ -48,7 +48,7 @@ def test_names_of_a_planted_effect_and_of_planted_nulls():
         "undecided",
         "undecided",
     ]
-    assert rows[2]["category_held"] == "neutral"
+    assert rows[2]["category_all"] == "neutral"
     assert rows[3]["category_published"] == "neutral"  # whatever is not rejected
     p = [each.p for each in some]
     np.testing.assert_allclose(
