@@ -79,6 +79,9 @@ ARMS = {
     "entropy": {"position": {"mode": "entropy", "keep": 0.2}},
     "tip": {"position": {"mode": "tip", "keep": 0.5}},
     "lowest_logp": {"position": {"mode": "lowest_logp", "keep": 0.2}},
+    "fire": {"position": {"mode": "fire"}},
+    "selectkd": {"position": {"mode": "selectkd", "floor": 0.01}},
+    "ta": {"position": {"mode": "ta", "keep": 0.05}},
     "iw": {"position": {"mode": "iw", "boost": 0.5}},
     "rock_window": {
         "mode": "static",

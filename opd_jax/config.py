@@ -31,7 +31,7 @@ _MAX_CONFIG = 1 << 20  # bytes of a config file
 _Ids = list[pydantic.StrictInt]
 _TOP = ("profile", "prediction", "init_from", "init_keep")  # text that belongs to no group
 # Fields that follow from others and are therefore not set by hand.
-_DERIVED = {("kl", "vocab_size"), ("kl", "stop_ids"), ("rock", "never")}
+_DERIVED = {("kl", "vocab_size"), ("kl", "stop_ids"), ("kl", "beside"), ("rock", "never")}
 _DERIVED |= {("optim", "steps")}
 # Fields of (name, value) pairs; on the command line each name may be set as a key of its own.
 _PAIRS = ("data.template", "data.columns")

@@ -76,6 +76,7 @@ class KLSpec:
       merge_stops: whether the stop ids of both models count as one event: ``auto``, where they
         differ; ``on``; or ``off``. A run derives ``stop_ids`` from it.
       stop_ids: the ids that count as one event; empty: none.
+      beside: what else is measured, of ``agreement.MEASURES``; a run derives it.
     """
 
     direction: str = "reverse"
@@ -87,6 +88,7 @@ class KLSpec:
     ce: float = 0.0
     merge_stops: str = "auto"
     stop_ids: tuple[int, ...] = ()
+    beside: tuple[str, ...] = ()
 
     def __post_init__(self):
         rules.check(

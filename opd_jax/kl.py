@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax import mesh, rounds
+from opd_jax import agreement, mesh, rounds
 from opd_jax.divergence import KLSpec, VocabSweep, project
 from opd_jax.pytrees import TokenKL
 
@@ -172,10 +172,11 @@ def _local(spec, has_grad, is_sharded, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, 
     chunk = min(spec.chunk or auto_chunk(num_ids), num_rows)
     first_id = lax.axis_index("model") * num_ids if is_sharded else 0
     over_vocab = ("model",) if is_sharded else ()
+    beside = spec.beside if ht_RE is not None else ()
     order_R, num_kept = kept_first(keep_R, chunk)
 
     def body(i, carry):
-        stats_R6, dhs_RD, dws_VD = carry
+        stats_RN, dhs_RD, dws_VD = carry
         index_C = lax.dynamic_slice(order_R, (i * chunk,), (chunk,))
         pick = functools.partial(jnp.take, indices=index_C, axis=0, mode="fill", fill_value=0)
         hs_CD = pick(hs_RD)
@@ -183,29 +184,44 @@ def _local(spec, has_grad, is_sharded, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, 
         zt_CV = None if ht_RE is None else project(pick(ht_RE), wt_VE)
         label_C = None if labels_R is None else pick(labels_R)
         rows = VocabSweep(spec, zs_CV, zt_CV, label_C, first_id, over_vocab)
-        stats_R6 = stats_R6.at[index_C].set(rows.stats_C6, mode="drop")
+        stats_CN = rows.stats_C6
+        if beside:
+            top_C, log_sum_C = rows.norms[-1]
+            more_CN = agreement.measured(
+                beside,
+                zs_CV,
+                rows.logits[-1],
+                top_C + log_sum_C,
+                first_id=first_id,
+                vocab_size=spec.vocab_size,
+                over_vocab=over_vocab,
+            )
+            stats_CN = jnp.concatenate([stats_CN, more_CN], axis=1)
+        stats_RN = stats_RN.at[index_C].set(stats_CN, mode="drop")
         if has_grad:
             dz_CV, dws_VD = rows.gradient(pick(weight_R), hs_CD, dws_VD)
             dh_CD = jnp.matmul(dz_CV.astype(hs_CD.dtype), ws_VD, preferred_element_type=jnp.float32)
             dh_CD = lax.psum(dh_CD, over_vocab) if over_vocab else dh_CD
             dhs_RD = dhs_RD.at[index_C].set(dh_CD.astype(dhs_RD.dtype), mode="drop")
-        return stats_R6, dhs_RD, dws_VD
+        return stats_RN, dhs_RD, dws_VD
 
     carry = (
-        jnp.zeros((num_rows, 6), jnp.float32),
+        jnp.zeros((num_rows, 6 + len(beside)), jnp.float32),
         jnp.zeros_like(hs_RD) if has_grad else None,
         jnp.zeros(ws_VD.shape, jnp.float32) if has_grad else None,
     )
     with rounds.expected(-(-num_rows // chunk), scored=True):
-        stats_R6, dhs_RD, dws_VD = lax.fori_loop(0, -(-num_kept // chunk), body, carry)
+        stats_RN, dhs_RD, dws_VD = lax.fori_loop(0, -(-num_kept // chunk), body, carry)
 
-    loss_R = stats_R6[:, 0]
+    loss_R = stats_RN[:, 0]
     if spec.ce > 0:
-        loss_R = (1 - spec.ce) * loss_R - spec.ce * stats_R6[:, 4]
+        loss_R = (1 - spec.ce) * loss_R - spec.ce * stats_RN[:, 4]
     loss = jnp.sum(weight_R * loss_R)
     if is_sharded:
         loss = lax.psum(loss, mesh.BATCH)
-    tokens = TokenKL(*(stats_R6[:, i].reshape(shape) for i in range(6)))
+    own, more = stats_RN[:, :6].T, stats_RN[:, 6:].T
+    further = {f"{name}_BT": x_R.reshape(shape) for name, x_R in zip(beside, more, strict=True)}
+    tokens = TokenKL(*(x_R.reshape(shape) for x_R in own), **further)
     if not has_grad:
         return loss, tokens
     if is_sharded:

@@ -16,6 +16,11 @@ tip              of largest h + d - h d; h, d: min-max of H(p) and KL(p‖q)    
 lowest_logp      of lowest log p(y)                                              arXiv 2608.31046
 iw               1 + ``boost`` (1 - sum_{s<t} a_s / sum_s a_s),                  arXiv 2606.22600
                  a = \|log q(y) - log p(y)\|
+fire             (1 - H(q)/max) (H(p)/max), of mean 1; 0 in the fifth of         arXiv 2606.02684
+                 the answers whose mean log q(y) is lowest
+selectkd         argmax p is among the ``top`` likeliest of q                    arXiv 2510.24021
+ta               of largest d c; d, c: KL(p‖q) and q of the 16 likeliest of p,    arXiv 2605.26844
+                 each from its 5 % to its 95 % quantile, clipped to 0 and 1
 rock_window      all but within ``window`` positions of a gated type             arXiv 2605.09253
 ===============  ==============================================================  ================
 
@@ -34,7 +39,9 @@ from jaxtyping import Array, Bool, Float
 from opd_jax import mesh, rules
 from opd_jax.pytrees import TokenKL
 
-MEASURED = ("entropy", "tip", "lowest_logp", "iw")  # need a sweep over the batch before
+# Need a sweep over the batch before.
+MEASURED = ("entropy", "tip", "lowest_logp", "iw", "fire", "selectkd", "ta")
+_BESIDE = {"selectkd": ("rank",), "ta": ("overlap",)}  # what that sweep measures for them alone
 MODES = ("off", "random", "random_window", "first", "last", *MEASURED, "rock_window")
 
 
@@ -47,6 +54,7 @@ class PositionSpec:
     window: int = 100  # positions: of first, last and random_window; to each side in rock_window
     floor: float = 0.0  # weight of what is not kept; 0: not trained on, and not projected
     boost: float = 0.5  # of iw
+    top: int = 5  # of selectkd: ids
     shuffled: bool = False  # the control: the same weights, dealt out at random
 
     def __post_init__(self):
@@ -58,6 +66,7 @@ class PositionSpec:
             ("window", self.window >= 1, "at least 1"),
             ("floor", 0 <= self.floor <= 1, "a weight from 0 to 1"),
             ("boost", self.boost >= 0, "at least 0"),
+            ("top", self.top >= 1, "at least 1"),
             (
                 "shuffled",
                 not self.shuffled or self.mode != "off",
@@ -69,6 +78,11 @@ class PositionSpec:
     def is_measured(self) -> bool:
         """Whether the weights follow from measurements of the batch."""
         return self.mode in MEASURED
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """What has to be measured beside the divergence, of ``agreement.MEASURES``."""
+        return _BESIDE.get(self.mode, ())
 
 
 def weights(
@@ -94,9 +108,9 @@ def weights(
     draw_key, deal_key = jax.random.split(key)
     mask_BT, gated_BT = mesh.replicated((mask_BT, gated_BT))
     tokens = mesh.replicated(tokens)
-    if spec.mode == "iw":
+    if spec.mode in _GRADED:
         assert tokens is not None
-        weight_BT = _importance(spec, mask_BT, tokens)
+        weight_BT = _GRADED[spec.mode](spec, mask_BT, tokens)
     else:
         kept_BT = _kept(spec, mask_BT, gated_BT, draw_key, tokens)
         weight_BT = jnp.where(kept_BT, 1.0, spec.floor)
@@ -122,7 +136,13 @@ def _kept(spec: PositionSpec, mask_BT, gated_BT, key, tokens: TokenKL | None):
     if spec.mode == "random":
         return jax.random.uniform(key, mask_BT.shape) < spec.keep
     assert tokens is not None
-    if spec.mode == "entropy":
+    if spec.mode == "selectkd":
+        assert tokens.rank_BT is not None
+        return tokens.rank_BT < spec.top
+    if spec.mode == "ta":
+        assert tokens.overlap_BT is not None
+        score_BT = _clipped(tokens.reverse_BT, mask_BT) * _clipped(tokens.overlap_BT, mask_BT)
+    elif spec.mode == "entropy":
         score_BT = tokens.entropy_BT
     elif spec.mode == "lowest_logp":
         score_BT = -tokens.logp_BT
@@ -138,6 +158,30 @@ def _importance(spec: PositionSpec, mask_BT, tokens: TokenKL):
     before_BT = jnp.cumsum(gap_BT, axis=1) - gap_BT
     whole_B1 = jnp.sum(gap_BT, axis=1, keepdims=True)
     return 1.0 + spec.boost * (1.0 - before_BT / jnp.where(whole_B1 > 0, whole_B1, 1.0))
+
+
+def _fire(spec: PositionSpec, mask_BT, tokens: TokenKL):
+    def largest(x_BT):
+        return jnp.max(jnp.where(mask_BT, x_BT, 0.0))
+
+    left_BT = largest(tokens.teacher_entropy_BT) - tokens.teacher_entropy_BT
+    weight_BT = left_BT * tokens.entropy_BT  # but for a factor, which the mean takes out
+    length_B = jnp.sum(mask_BT, axis=1)
+    mean_B = jnp.sum(tokens.teacher_logp_BT * mask_BT, axis=1) / jnp.maximum(length_B, 1)
+    fifth = jnp.floor(jnp.sum(length_B > 0) / 5).astype(jnp.int32)
+    is_kept_B = _ranks(jnp.where(length_B > 0, mean_B, jnp.inf)) >= fifth
+    weight_BT *= is_kept_B[:, None] & mask_BT
+    mean = jnp.sum(weight_BT) / jnp.maximum(jnp.sum(mask_BT), 1)
+    return weight_BT / jnp.where(mean > 0, mean, 1.0)
+
+
+_GRADED = {"iw": _importance, "fire": _fire}  # weights of every size, and not kept or floor
+
+
+def _clipped(x_BT, mask_BT):
+    """From 0 at the 5 % quantile of the scored positions to 1 at the 95 % one."""
+    low, high = jnp.nanquantile(jnp.where(mask_BT, x_BT, jnp.nan), jnp.array([0.05, 0.95]))
+    return jnp.clip((x_BT - low) / jnp.where(high > low, high - low, 1.0), 0.0, 1.0)
 
 
 def _near(x_BT, window: int):

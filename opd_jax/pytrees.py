@@ -104,6 +104,8 @@ class TokenKL(struct.PyTreeNode):
     teacher_entropy_BT: jax.Array  # [B, T] at temperature 1
     logp_BT: jax.Array  # [B, T] log-probability of the predicted id, student, temperature 1
     teacher_logp_BT: jax.Array  # [B, T] of the same id under the teacher
+    rank_BT: jax.Array | None = None  # [B, T] where KLSpec.beside asks, see opd_jax.agreement
+    overlap_BT: jax.Array | None = None  # [B, T] the same
 
 
 class RockState(struct.PyTreeNode):

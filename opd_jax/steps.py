@@ -203,6 +203,7 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
 
 def _measured(params, teacher, rollout, states_BTE, goal: Targets, cfg: ObjectiveConfig) -> TokenKL:
     """Measure all scored positions, without gradient."""
+    cfg = dataclasses.replace(cfg, kl=dataclasses.replace(cfg.kl, beside=cfg.position.beside))
     goal = goal.replace(importance_BT=goal.mask_BT.astype(jnp.float32))
 
     def piece_of(piece):

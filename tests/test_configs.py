@@ -43,7 +43,10 @@ GATED = {
     "soft_0.7": LISTS["rock"],
     "ramp": LISTS["rock"],
 }
-POSITIONS = ("half_random", "random_window", "first", "last", "entropy", "tip", "lowest_logp", "iw")
+POSITIONS = (
+    *("half_random", "random_window", "first", "last", "entropy", "tip", "lowest_logp"),
+    *("fire", "selectkd", "ta", "iw"),
+)
 # What each of these sets: whose answers are trained on, by which divergence.
 ANSWERS = {
     "forward_on": {"kl.direction": "forward"},

@@ -33,6 +33,7 @@ ORDER: list[str | tuple[str, list]] = [
             "params",
             "linear",
             "rope",
+            "kernels",
             "attention",
             "kv_cache",
             "families",

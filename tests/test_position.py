@@ -27,7 +27,11 @@ def batch(seed=0):
     numbers = rng.exponential(size=(6, ROWS, WIDTH)).astype(np.float32)
     numbers[4:] *= -1
     gated = mask & (rng.uniform(size=mask.shape) < 0.1)
-    return mask, gated, TokenKL(*(x * mask for x in numbers))
+    further = {
+        "rank_BT": rng.integers(0, 12, mask.shape).astype(np.float32) * mask,
+        "overlap_BT": rng.uniform(size=mask.shape).astype(np.float32) * mask,
+    }
+    return mask, gated, TokenKL(*(x * mask for x in numbers), **further)
 
 
 def weights(spec, mask, gated, tokens, sizes=None, seed=3):
@@ -50,11 +54,24 @@ def by_hand(spec, mask, gated, tokens):
     for name, x in (("h", tokens.entropy_BT), ("d", tokens.reverse_BT)):
         x = np.asarray(x)
         scores[name] = (x - x[scored].min()) / (x[scored].max() - x[scored].min())
+
+    def clipped(x):
+        low, high = np.quantile(np.asarray(x)[scored], [0.05, 0.95])
+        return np.clip((x - low) / (high - low), 0, 1)
+
     score = {
+        "ta": clipped(tokens.reverse_BT) * clipped(tokens.overlap_BT),
         "entropy": tokens.entropy_BT,
         "lowest_logp": -tokens.logp_BT,
         "tip": scores["h"] + scores["d"] - scores["h"] * scores["d"],
     }.get(spec.mode)
+    if spec.mode == "fire":
+        means = [tokens.teacher_logp_BT[b][mask[b]].mean() for b in range(ROWS)]
+        dropped = np.argsort(means)[: ROWS // 5]
+        teacher, student = tokens.teacher_entropy_BT, tokens.entropy_BT
+        raw = (1 - teacher / teacher[mask].max()) * student / student[mask].max()
+        raw[dropped] = 0
+        return np.where(mask, raw / raw[mask].mean(), 1.0)
     kept = set()
     if score is not None:
         order = sorted(map(tuple, where), key=lambda i: -score[i])
@@ -71,6 +88,8 @@ def by_hand(spec, mask, gated, tokens):
             a = np.abs(tokens.teacher_logp_BT[b] - tokens.logp_BT[b])
             out[b, t] = 1 + spec.boost * (1 - a[places[0] : t].sum() / a[places].sum())
             continue
+        elif spec.mode == "selectkd":
+            is_kept = tokens.rank_BT[b, t] < spec.top
         else:
             is_kept = (b, t) in kept
         out[b, t] = 1.0 if is_kept else spec.floor
@@ -78,9 +97,7 @@ def by_hand(spec, mask, gated, tokens):
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.25])
-@pytest.mark.parametrize(
-    "mode", ["first", "last", "rock_window", "entropy", "lowest_logp", "tip", "iw"]
-)
+@pytest.mark.parametrize("mode", sorted({*MODES} - {"off", "random", "random_window"}))
 def test_weights_are_those_of_the_formula(mode, floor):
     spec = PositionSpec(mode, keep=0.3, window=2, floor=floor)
     for seed in range(4):
