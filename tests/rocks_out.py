@@ -7,11 +7,18 @@ from pathlib import Path
 import numpy as np
 import tiny_run
 
+from opd_jax import stats
 from opd_jax.instrument import corpus
 
 TOKENS = ["␣the", "⏎", ",", "␣$", "=", "1", "2", "␣so", "Wait", "␣a", "</script>", "␣x_1$", "中"]
 ARMS = ("full", "rock", "share_matched")
 STUDIES = ("references", "gradients", "context", "persistence", "optimizer")
+HOSTILE = "</pre><script>alert(1)</script><img src=x onerror='a'>&amp;"
+BEFORE, AFTER, TAUGHT = (  # of 60 problems: 20, 38 and 57 right
+    [i < 20 for i in range(60)],
+    [4 <= i < 42 for i in range(60)],
+    [i >= 3 for i in range(60)],
+)
 TEXT = {10: "</script><b>&amp;", 11: "␣$x_1$"}  # what a page must show as it is
 
 
@@ -398,6 +405,40 @@ def make_run(folder: Path, *, seed: int = 0, steps: int = 40, floor: float = 0.3
     sample["kl_nats"] = [float(v) for v in rng.lognormal(-1, 1, 12)]
     (folder / "samples.jsonl").write_text(json.dumps({"step": 0, "samples": [sample]}) + "\n")
     return folder
+
+
+def make_answers(folder, *, before=BEFORE, after=AFTER, teacher=TAUGHT, text=HOSTILE):
+    """Write the files of a run that has questions, answers as text and a teacher."""
+    make_run(folder)
+    index = [*range(len(before))]
+
+    def line(right, who):
+        return {
+            "index": index,
+            "correct": [[r] for r in right],
+            "reason": [["same text" if r else f"another number {HOSTILE}"] for r in right],
+            "text": [[f"{who} answers {i} {text}"] for i in index],
+        }
+
+    lines = [{"step": s, **line(r, w)} for s, r, w in ((0, before, "old"), (40, after, "new"))]
+    (folder / "graded.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    gold = [{"index": i, "prompt": f"What is {i}? {text}", "gold": [f"{i}<b>"]} for i in index]
+    write(folder / "questions.json", gold)
+    result = evaluation(teacher)
+    write(folder / "teacher.json", {"how": {}, "result": result} | line(teacher, "top"))
+    sides = {"before": evaluation(before, 8.3), "after": evaluation(after, 0.2), "teacher": result}
+    change(folder / "summary.json", **sides, padding_share=0.318, seconds=193.0)
+    return folder
+
+
+def evaluation(right, kl=None):
+    low, high = stats.share_interval([float(r) for r in right])
+    share = float(np.mean(right))
+    return {"accuracy": share, "accuracy_low": low, "accuracy_high": high, "kl_nats": kl}
+
+
+def change(path, **values):
+    write(path, json.loads(path.read_text()) | values)
 
 
 def make_sweep(folder: Path, *, seeds: int = 3) -> Path:

@@ -161,6 +161,7 @@ def _page(
     knockout: Path | None,
 ) -> str:
     outcomes = {name: outcome.read(path) for name, path in found.items()}
+    types = rock_section.types(folder)  # before any figure: a damaged table is said at once
     # The story first, then the instrument. A further section is one more line here.
     made = [
         story.better(outcomes, found),
@@ -170,7 +171,7 @@ def _page(
         run_section.section(found, files, outcomes),
         sweep_section.section(swept),
         rock_section.rocks(folder),
-        rock_section.types(folder),
+        types,
         knockout_section.section(knockout),
         rock_section.reader(folder, found, files),
     ]

@@ -12,6 +12,7 @@ from typing import Any
 from opd_jax.report import style
 
 Row = tuple[str, str]  # a name and what it is
+_NOTE = 160  # characters of a note that are read at once, about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def plates(plates: Sequence[style.Plate]) -> str:
     """Figures with their titles, what to see in them, and notes."""
     return "".join(
         f'<div class="plate"><figure><figcaption><h3>{html.escape(plate.title)}</h3>'
-        f"{text(plate.see, 'see')}{text(plate.note)}</figcaption>"
+        f"{text(plate.see, 'see')}{note(plate.note)}</figcaption>"
         f"{style.page_svgs(plate)}</figure></div>"
         for plate in plates
     )
@@ -65,6 +66,18 @@ def plates(plates: Sequence[style.Plate]) -> str:
 def text(words: str, kind: str = "note") -> str:
     """A paragraph; nothing where there are no words."""
     return f'<p class="{kind}">{html.escape(words)}</p>' if words else ""
+
+
+def note(words: str) -> str:
+    """A note, of which a long one shows its first sentences and opens on request."""
+    ends = [match.end() for match in re.finditer(r"[.] ", words) if match.end() > _NOTE]
+    if len(words) < 2 * _NOTE or not ends:
+        return text(words)
+    first, rest = words[: ends[0]].rstrip(), words[ends[0] :]
+    return (
+        f"{text(first)}<details><summary>More</summary>{text(rest[:1].upper() + rest[1:])}"
+        "</details>"
+    )
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -44,8 +44,8 @@ def better(outcomes: Mapping[str, Outcome], runs: Mapping[str, Path]) -> Section
         heading = f"<h3>{html.escape(name)}</h3>" if len(outcomes) > 1 else ""
         summary = run_files.summary(runs[name])
         words = [*verdict(outcome), *_kl(summary), *_prediction(runs[name])]
-        lines = [markup.text(words[0], "lead"), *(markup.text(line, "") for line in words[1:])]
-        parts.append(f"{heading}{''.join(lines)}{_scale(outcome)}" if words else "")
+        told = "".join(markup.text(line, "" if i else "lead") for i, line in enumerate(words))
+        parts.append(f"{heading}{told}{_scale(outcome)}" if words else "")
         absent += [] if outcome.after else [_GRADE]
         absent += [] if outcome.teacher or not outcome.after else [_TEACHER]
     return Section("better", "Is it better?", "".join(parts), tuple(absent))
@@ -277,7 +277,8 @@ def made(runs: Mapping[str, Path]) -> Section:
     for name, path in runs.items():
         record = run_files.record(path)
         heading = f"<h3>{html.escape(name)}</h3>" if len(runs) > 1 else ""
-        command = shlex.join(record.get("command") or [])
+        command = " \\\n  ".join(shlex.quote(word) for word in record.get("command") or [])
+        command = command.replace(" \\\n  ", " ", 1)  # the program and its command in one line
         told = f'<pre class="command">{html.escape(command)}</pre>' if command else ""
         parts.append(heading + told + markup.facts(_recipe(record)) + _settings(record))
     return Section("made", "How was it made?", "".join(parts))

@@ -152,14 +152,16 @@ class Layout:
             return
         drop = -36 if axes.get_xlabel() else -22  # points, past the ticks and the label
         below = offset_copy(axes.transAxes, axes.figure, y=drop, units="points")  # pyright: ignore
-        place = {"loc": "upper left", "bbox_to_anchor": (0.0, 0.0), "bbox_transform": below}
-        axes.legend(**LEGEND | {"ncols": 2} | place)
+        place = {"loc": "upper right", "bbox_to_anchor": (1.0, 0.0), "bbox_transform": below}
+        axes.legend(**LEGEND | {"fontsize": 8.5} | other | {"ncols": 2} | place)
 
     def shared_legend(self, drawn: Figure, axes: Axes, columns: int) -> None:
         """One legend for all panels, below them."""
         handles, labels = axes.get_legend_handles_labels()
-        columns = min(columns, 2) if self.is_narrow else columns
-        drawn.legend(handles, labels, loc="outside lower center", ncols=columns)
+        look: dict[str, Any] = {"ncols": columns}
+        if self.is_narrow:
+            look = {"ncols": min(columns, 2), "fontsize": 8.5, "columnspacing": 1.2}
+        drawn.legend(handles, labels, loc="outside lower center", **look)
 
 
 WIDE = Layout()
@@ -174,11 +176,22 @@ def figure(width: float, height: float) -> Figure:
 
 
 def with_narrow(wide: Sequence[Plate], narrow: Sequence[Plate]) -> list[Plate]:
-    """Plates that hold both drawings of each figure."""
+    """Plates that hold both drawings of each figure. Call inside STYLE's context."""
+    for plate in narrow:
+        _break_lines(plate.figure)
     return [
         dataclasses.replace(plate, narrow=other.figure)
         for plate, other in zip(wide, narrow, strict=True)
     ]
+
+
+def _break_lines(drawn: Figure) -> None:
+    """Break titles and labels of a narrow drawing that would leave it at the right."""
+    for axes in drawn.axes:
+        if title := axes.get_title("left"):
+            axes.set_title("\n".join(textwrap.wrap(title, 28)), loc="left")
+        if label := axes.get_xlabel():  # it may reach to the left, below the names of rows
+            axes.set_xlabel("\n".join(textwrap.wrap(label, 42)), loc="right")
 
 
 def check_format(out: str | os.PathLike) -> Path:
@@ -310,6 +323,9 @@ def p_value(p: float) -> str:
 def step_ticks(axes: Axes, steps: Sequence[int], most: int = 9) -> None:
     """Put the ticks of an axis of steps where something was evaluated, the ends always."""
     steps = sorted(set(steps))
+    if len(steps) == 1 and not axes.dataLim.width:
+        axes.set_xticks(steps)
+        return
     if len(steps) < 2:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import rocks_out
 
-from opd_jax.report import build, page_data
+from opd_jax.report import build, page_data, rock_section
 from opd_jax.store import workdir as workdirs
 
 VOID = {"meta", "br", "input", "path", "use", "rect", "link"}
@@ -184,12 +184,11 @@ def test_names_and_notes_are_escaped(made, tmp_path):
     parse(tmp_path / "r.html")
 
 
-def test_types_are_cut_with_a_word(made, tmp_path, monkeypatch):
+def test_types_are_cut_with_a_word(made, monkeypatch):
     monkeypatch.setattr(page_data, "MAX_TYPES", 5)
-    build.report([made / "one"], tmp_path / "r.html", rocks=made / "out")
-    rows = data_of(tmp_path / "r.html")["types"]["rows"]
-    assert [row[0] for row in rows] == [1, 2, 3, 4, 5]
-    assert "The first 5 of 300 types by rank" in (tmp_path / "r.html").read_text()
+    section = rock_section.types(made / "out")
+    assert [row[0] for row in section.data["types"]["rows"]] == [1, 2, 3, 4, 5]
+    assert "The first 5 of 300 types by rank" in section.body
 
 
 def test_types_hold_what_the_table_holds(made):

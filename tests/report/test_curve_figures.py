@@ -1,5 +1,6 @@
 """Curves of runs and of a sweep's arms hold what the runs measured."""
 
+import itertools
 import json
 import warnings
 
@@ -8,6 +9,7 @@ import pytest
 import rocks_out
 
 from opd_jax.report import curve_figures, style
+from opd_jax.report.accuracy import Measured
 from opd_jax.store import run_files
 from opd_jax.store.run_files import RunFiles, Series
 
@@ -91,3 +93,78 @@ def test_runs_on_disk_are_read(tmp_path):
     read = run_files.read(rocks_out.make_run(tmp_path / "run"))
     assert read.heldout_kl.steps == [0, 10, 20, 30, 40]
     assert len(curve_figures.runs({"run": read}).figure.axes) == 2
+
+
+def test_the_teacher_is_a_labelled_line_in_its_band():
+    curve = a_run(Series([0, 10], [8.0, 1.0]), Series([0, 10], [0.2, 0.6]))
+    ceiling = Measured(0.98, (0.95, 0.99))
+    ends = {"one": {0: (0.1, 0.3), 10: (0.5, 0.7)}}
+    plates = [
+        curve_figures.runs({"one": curve}, ceiling, ends),
+        curve_figures.arms({"full": [curve, curve]}, "full", ceiling),
+    ]
+    for plate in plates:
+        kl, accuracy = plate.figure.axes
+        assert [text.get_text() for text in accuracy.texts] == ["teacher 98.0% [95.0%, 99.0%]"]
+        assert any(list(one.get_ydata()) == [0.98, 0.98] for one in accuracy.get_lines())
+        (band,) = accuracy.patches
+        assert band.get_extents().transformed(accuracy.transData.inverted()).y0 == pytest.approx(
+            0.95
+        )
+        assert list(kl.texts) == []
+        assert accuracy.get_ylim()[1] > 0.99
+    bars = plates[0].figure.axes[1].collections[0].get_segments()
+    assert [tuple(bar[:, 1]) for bar in bars] == [(0.1, 0.3), (0.5, 0.7)]
+
+
+def test_ticks_stand_on_evaluated_steps():
+    steps = [0, 40, 80, 120]
+    curve = a_run(Series(steps, [8.0, 2.0, 1.5, 1.0]), Series([0, 120], [0.2, 0.6]))
+    kl, accuracy = curve_figures.runs({"one": curve}).figure.axes
+    assert list(kl.get_xticks()) == steps
+    assert list(accuracy.get_xticks()) == [0, 120]
+    many = [*range(0, 1001, 20), 1007]
+    kl = curve_figures.runs({"one": a_run(Series(many, [1.0] * 52))}).figure.axes[0]
+    ticks = list(kl.get_xticks())
+    assert {0, 1007} <= set(ticks) <= set(many)
+    assert len(ticks) <= 10
+
+
+def test_curves_that_lie_on_one_another_are_all_seen():
+    same = {f"arm-{i}": [a_run(Series([0, 1], [1.0, 0.5]))] for i in range(4)}
+    (axes,) = curve_figures.arms(same, "arm-0").figure.axes
+    lines = [one for one in axes.get_lines() if one.get_label() in same]
+    for key in ("linewidth", "markersize"):
+        sizes = [getattr(one, f"get_{key}")() for one in lines]
+        assert all(a > b for a, b in itertools.pairwise(sizes))  # the one below stands out
+    assert len({str(one.get_color()) for one in lines}) == 4
+
+
+@pytest.mark.parametrize(
+    ("ticks", "told"),
+    [
+        ([0, 0.2, 1.0, 1.2], ["0%", "20%", "100%", ""]),
+        ([0.025, 0.05], ["2.5%", "5.0%"]),
+        ([0.1234], ["12.34%"]),
+    ],
+)
+def test_ticks_of_a_share_have_as_many_digits_as_one_another(ticks, told):
+    assert style.Percent().format_ticks(ticks) == told
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (0.2, "0.200"),
+        (13.562, "13.6"),
+        (100.0, "100"),
+        (999.7, "1,000"),
+        (1234.5, "1,234"),
+        (-0.0, "0.00"),
+        (2.5e-6, "2.50e-06"),
+        (None, "–"),
+        (float("nan"), "–"),
+    ],
+)
+def test_numbers_keep_their_zeros(value, told):
+    assert style.measured(value) == told

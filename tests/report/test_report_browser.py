@@ -1,4 +1,8 @@
-"""The page of a report in a real browser: headless Chromium, opened from a file."""
+"""The page of a report in a real browser: headless Chromium, opened from a file.
+
+Pictures of the page at every width, light and dark, are left in the folder that the environment
+variable ``OPD_JAX_SCREENSHOTS`` names.
+"""
 
 import base64
 import itertools
@@ -20,7 +24,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("page")
-    runs = [rocks_out.make_run(folder / name, seed=i) for i, name in enumerate(("one", "two"))]
+    runs = [rocks_out.make_run(folder / "one"), rocks_out.make_answers(folder / "two")]
     out = folder / "report.html"
     rocks = rocks_out.make_out(folder / "out")
     build.report(runs, out, rocks=rocks, sweep=rocks_out.make_sweep(folder / "sweep"))
@@ -179,7 +183,7 @@ def test_hover_shows_the_numbers_of_a_token(open_page, page):
     token = driver.find_elements("css selector", "#tokens .t")[7]
     ActionChains(driver).move_to_element(token).perform()
     said = find(driver, "#inspector").text
-    assert f"KL {float(format(reader['kl'][7], '.3g')):g} nats" in said
+    assert f"KL {reader['kl'][7]:#.3g} nats" in said
     assert "-0.5" in said
     assert "60.7%" in said  # exp(-0.5)
     assert f"id {reader['id'][7]}, 8 of 90" in said
@@ -232,6 +236,8 @@ def test_text_stands_out_in_both_schemes(open_page, scheme):
         assert contrast(variable(driver, name), paper) >= 4.5, name
     assert contrast(variable(driver, "soft"), wash) >= 4.5
     assert contrast(variable(driver, "ink"), heat) >= 4.5  # a token with the highest KL
+    for name in ("green", "orange"):  # verdicts on answers
+        assert contrast(variable(driver, name), wash) >= 4.5, name
     text = driver.execute_script(
         "return getComputedStyle(document.querySelector('.plate svg text')).fill"
     )
@@ -249,17 +255,70 @@ def test_the_switch_turns_the_theme(open_page):
     assert luminance(variable(driver, "paper")) > 0.9 > luminance(dark)
 
 
-@pytest.mark.parametrize("width", [320, 768, 1440])
-def test_the_page_never_scrolls_sideways(open_page, width):
-    driver = open_page(width=width)
+WIDTHS = (360, 768, 1280)
+# What is wider than its place: the page itself, boxes that scroll, and texts outside of figures.
+OVERFLOW = """
+  const name = (e) => `${e.tagName} ${e.getAttribute("class")} ${e.textContent.slice(0, 40)}`;
+  const wide = [...document.querySelectorAll("body *")].filter((e) =>
+    e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX !== "visible");
+  const shown = [...document.querySelectorAll(".fig svg")].filter((e) => e.clientWidth);
+  const cut = shown.flatMap((svg) => {
+    const room = svg.getBoundingClientRect();
+    return [...svg.querySelectorAll("text")].filter((e) => {
+      const box = e.getBoundingClientRect();
+      return box.left < room.left - 2 || box.right > room.right + 2;
+    });
+  });
+  return [...wide, ...cut].map(name);
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_scrolls_sideways_and_no_figure_is_cropped(open_page, page, width, scheme):
+    driver = open_page(width=width, scheme=scheme)
+    driver.execute_script("document.querySelectorAll('details').forEach((e) => (e.open = true))")
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
-    # What is wider than the page scrolls in its own box, which can be reached by key.
-    boxes = driver.execute_script(
-        "return [...document.querySelectorAll('.scroll, .types')]"
-        ".filter(e => e.scrollWidth > e.clientWidth).map(e => e.tabIndex)"
-    )
-    assert set(boxes) <= {0}
-    assert boxes or width > 320
+    assert driver.execute_script(OVERFLOW) == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_figure_is_shown_in_the_drawing_that_fits(open_page, width):
+    driver = open_page(width=width)
+    shown = driver.execute_script("""
+      return [...document.querySelectorAll(".fig")].map((e) => [
+        [...e.querySelectorAll("svg")].filter((s) => s.clientWidth).map((s) => s.className.baseVal),
+        e.className,
+        Math.min(...[...e.querySelectorAll("svg text")]
+          .filter((t) => t.getBoundingClientRect().width)
+          .map((t) => parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a)),
+      ]);
+    """)
+    assert len(shown) == 14
+    wanted = {360: {"middle": "narrow", "broad": "narrow"}, 768: {"middle": "wide"}}
+    for kinds, figure, size in shown:
+        (kind,) = kinds  # one of the two
+        assert kind == wanted.get(width, {}).get(figure.split()[-1], kind), figure
+        assert size > 7, (figure, size)  # pixels of its smallest text
+    if width == 1280:
+        assert {kind for kinds, *_ in shown for kind in kinds} == {"wide"}
+
+
+def test_the_scale_shows_the_accuracies(open_page, page):
+    """Before, after and teacher stand where their numbers say, from 0 to 100% of the track."""
+    driver = open_page()
+    summary = json.loads((page.parent / "two" / "summary.json").read_text())
+    places = driver.execute_script("""
+      return [...document.querySelectorAll("#better .scale:last-of-type i")].map((e) => {
+        const [band, at] = ["::before", "::after"].map((p) => getComputedStyle(e, p));
+        return [at.left, band.left, band.width].map((v) => parseFloat(v) / e.clientWidth);
+      });
+    """)
+    assert len(places) == 3
+    for place, side in zip(places, ("before", "after", "teacher"), strict=True):
+        told = summary[side]
+        low, high = told["accuracy_low"], told["accuracy_high"]
+        assert place == pytest.approx([told["accuracy"], low, high - low], abs=0.01)
 
 
 def test_motion_is_reduced_on_request(open_page):
@@ -291,12 +350,15 @@ def test_headings_labels_and_ids_are_in_order(open_page):
     assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
 
 
-def test_a_picture_of_the_page_is_kept(open_page, page, tmp_path):
-    driver = open_page(scheme="dark")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_picture_of_the_page_is_kept(open_page, tmp_path, width, scheme):
+    driver = open_page(width=width, scheme=scheme)
     height = driver.execute_script("return document.documentElement.scrollHeight")
-    driver = open_page(scheme="dark", height=height)
+    driver = open_page(width=width, scheme=scheme, height=height)
     shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})["data"]
     kept = Path(os.environ.get("OPD_JAX_SCREENSHOTS", tmp_path))
     kept.mkdir(parents=True, exist_ok=True)
-    (kept / "report-dark.png").write_bytes(base64.b64decode(shot))
-    assert (kept / "report-dark.png").stat().st_size > 50_000
+    picture = kept / f"report-{width}-{scheme}.png"
+    picture.write_bytes(base64.b64decode(shot))
+    assert picture.stat().st_size > 50_000

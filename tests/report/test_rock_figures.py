@@ -9,8 +9,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import rocks_out
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from opd_jax.report import rock_figures, study_figures, style
+from opd_jax.report import curve_figures, rock_figures, study_figures, style, sweep_section
+from opd_jax.report.accuracy import Measured
+from opd_jax.store import run_files
 from opd_jax.store import workdir as workdirs
 
 NAMES = ["funnel", "stability", "density", "controls", "groups"]
@@ -287,3 +290,32 @@ def test_a_token_that_looks_like_an_attribute_is_left_alone(selection):
     plate = rock_figures.groups(selection["groups"])
     text = style.page_svg(plate.figure, "g", "kinds")
     assert '>#FFFFFF id="x" url(#y)<' in text
+
+
+def plates_of_all(out, tmp_path, layout):
+    """Every figure of the page, those of a sweep and of runs too."""
+    sweep = sweep_section.read(rocks_out.make_sweep(tmp_path / "sweep"))
+    arms = {a: [run_files.read(p) for p in ps] for a, ps in sweep["runs"].items()}
+    ceiling = Measured(0.98, (0.95, 0.99))
+    return [
+        *rock_figures.plates(out, layout),
+        *sweep_section._plates(sweep, arms, ceiling, layout),
+        curve_figures.runs({"one": arms["full"][0]}, ceiling, layout=layout),
+    ]
+
+
+def test_no_figure_is_cropped_at_either_width(out, tmp_path):
+    """Every title, label, tick and legend stands inside its figure."""
+    wide, narrow = (
+        plates_of_all(out, tmp_path / kind, layout)
+        for kind, layout in (("wide", style.WIDE), ("narrow", style.NARROW))
+    )
+    for plate in style.with_narrow(wide, narrow):
+        assert plate.see
+        assert plate.narrow.get_figwidth() == style.NARROW.width
+        for figure in (plate.figure, plate.narrow):
+            FigureCanvasAgg(figure).draw()
+            drawn = [axes.get_tightbbox() for axes in figure.axes]  # ticks and legends too
+            for box in (*drawn, *(legend.get_window_extent() for legend in figure.legends)):
+                assert box.x0 >= figure.bbox.x0 - 1, plate.name
+                assert box.x1 <= figure.bbox.x1 + 1, plate.name
