@@ -15,6 +15,7 @@ Arguments:
   first    the run of stage 1, RUN or RUN@STEP, for stage 2
   base     whose models, prompts and sizes: demo, smollm2, or the path of another config file
   steps    optimizer steps of the stage; 0: half of the base's
+  lr       its peak learning rate; 0: the base's
 """
 
 import runpy
@@ -27,13 +28,20 @@ from opd_jax.spec import ConfigError
 def get_config(arg: str = ""):
     """Return the config of one stage."""
     args = config.parse_arg(
-        arg, stage=1, answers="runs/answers.jsonl", first="runs/stage1", base="demo", steps=0
+        arg,
+        stage=1,
+        answers="runs/answers.jsonl",
+        first="runs/stage1",
+        base="demo",
+        steps=0,
+        lr=0.0,
     )
     if args.stage not in (1, 2):
         raise ConfigError(f"stage is {args.stage}: expected 1 or 2; set :stage=1")
     beside = Path(__file__).parent / f"{args.base}.py"
     c = runpy.run_path(str(beside if beside.is_file() else args.base))["get_config"]()
     c.train.steps = args.steps or max(c.train.steps // 2, 1)
+    c.optim.lr = args.lr or c.optim.lr
     if args.stage == 1:
         c.data.prompts = args.answers
         c.train.stage = "off_policy"

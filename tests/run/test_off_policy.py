@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_run
 
+import opd_jax
 from opd_jax import cli
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.models import hf, transformer
@@ -125,6 +126,27 @@ def test_a_mix_goes_by_step_number_also_after_a_resume(tiny, answers, tmp_path):
     again, resumed, _ = tiny_run.saved(tiny, folder, **keys)
     jax.tree.map(np.testing.assert_array_equal, leaves, again)
     assert rest["data"] == resumed["data"]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_from_python_with_texts_in_a_list(tiny, tmp_path):
+    rows = [{"prompt": f"{i} + 1 = ?", "completion": str(i + 1)} for i in range(8)]
+    settings = {"train.steps": 1, "train.stage": "off_policy", "kl.direction": "forward"}
+    settings |= {"data.max_prompt": 16, "rollout.max_new": 6, "rollout.samples": 1}
+    settings |= {"train.prompts": 8, "kl.ce": 0.3, "checkpoint.every": 0}
+    seen = []
+    opd_jax.distill(
+        student=str(tiny / "student"),
+        teacher=str(tiny / "teacher"),
+        prompts=rows,
+        workdir=tmp_path / "run",
+        settings=settings,
+        on_step=lambda step, values: seen.append(values),
+    )
+    tokenizer = tokenizers.load(tiny / "student")
+    lengths = [len(tokenizer.encode(row["completion"])) + 1 for row in rows]  # and a stop id
+    assert seen[0]["mean_length"] == np.mean(lengths)
+    assert seen[0]["truncated_share"] == 0
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.29, 1 / 3, 0.5, 0.7, 0.999])
