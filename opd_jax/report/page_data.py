@@ -18,22 +18,22 @@ MAX_TYPES = 2000  # rows a browser sorts at once
 MAX_ANSWERS = 24
 HEAT = (0.01, 10.0)  # nats at the ends of the reader's colour scale
 
-# Of types.csv: name, heading, how it is shown, what it is, and the place it gives up first in a
-# narrow window (third before second; "" stays).
+# Of types.csv: name, heading, how it is shown, what it is, and how wide a window shows it
+# (a class of page.css; "": every one).
 COLUMNS = (
     ("rank", "rank", "number", "rocks first, then by the score that selects them", ""),
     ("token", "token", "token", "spaces and line ends are made visible", ""),
-    ("token_id", "id", "number", "row of the vocabulary", "second"),
-    ("group", "kind", "text", "kind of token", "second"),
-    ("member", "rock", "flag", "among the top K", "second"),
-    ("count", "count", "number", "occurrences in the corpus", ""),
-    ("token_share", "of tokens", "share", "share of all tokens", "second"),
+    ("token_id", "id", "number", "row of the vocabulary", "from-middle"),
+    ("group", "kind", "text", "kind of token", "from-middle"),
+    ("member", "rock", "flag", "among the top K", "from-middle"),
+    ("count", "count", "number", "occurrences in the corpus", "from-small"),
+    ("token_share", "of tokens", "share", "share of all tokens", "from-middle"),
     ("share", "of KL", "share", "share of all KL (Rock Score over its sum)", ""),
     ("kl_mean", "mean KL", "number", "nats", ""),
-    ("kl_std", "std of KL", "number", "nats, over occurrences", "third"),
-    ("log_ratio_mean", "log ratio", "number", "mean one-sample estimate of KL, nats", "third"),
-    ("entropy_mean", "entropy", "number", "of the student, mean, nats", "third"),
-    ("teacher_entropy_mean", "teacher's", "number", "entropy of the teacher, mean, nats", "third"),
+    ("kl_std", "std of KL", "number", "nats, over occurrences", "from-wide"),
+    ("log_ratio_mean", "log ratio", "number", "mean one-sample estimate of KL, nats", "from-wide"),
+    ("entropy_mean", "entropy", "number", "of the student, mean, nats", "from-wide"),
+    ("teacher_entropy_mean", "teacher's", "number", "entropy of the teacher, mean, nats", "from-wide"),
 )
 _FIELDS = ("kl", "entropy", "teacher_entropy", "logp", "teacher_logp", "score", "rank", "rock")
 _FIELDS += ("weight",)

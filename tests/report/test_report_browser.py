@@ -286,12 +286,13 @@ def test_nothing_scrolls_sideways_and_no_figure_is_cropped(open_page, page, widt
 def test_a_figure_is_shown_in_the_drawing_that_fits(open_page, width):
     driver = open_page(width=width)
     shown = driver.execute_script("""
+      const scale = ({ a, b }) => Math.hypot(a, b); // also of a text that is turned
       return [...document.querySelectorAll(".fig")].map((e) => [
         [...e.querySelectorAll("svg")].filter((s) => s.clientWidth).map((s) => s.className.baseVal),
         e.className,
         Math.min(...[...e.querySelectorAll("svg text")]
           .filter((t) => t.getBoundingClientRect().width)
-          .map((t) => parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a)),
+          .map((t) => parseFloat(getComputedStyle(t).fontSize) * scale(t.getScreenCTM()))),
       ]);
     """)
     assert len(shown) == 14
