@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,7 @@ from scipy import stats as distributions
 
 from opd_jax import stats
 from opd_jax.instrument import correlation, null
+from opd_jax.instrument.knockout import flips
 from opd_jax.instrument.ranking import Rule
 from opd_jax.instrument.studies import persistence
 from opd_jax.instrument.tally import Tally
@@ -122,6 +124,42 @@ def arms_of(problems: int, samples: int, seeds: int):
         return holds(found, 0.0), rejects(found["p"])
 
     return draw
+
+
+def flipped(problems: int, samples: int, down: float, up: float):
+    """A ban under which answers flip: its interval, its test, and the bootstrap's interval.
+
+    The test is of no change where there is none; else it is "neutral" said of a change that is the
+    margin itself.
+    """
+    truth = up - down
+
+    def draw(rng: Rng):
+        shape = (problems, samples)
+        # One sample: flips of problems are independent. Several: some problems flip more often.
+        spread = 1.0 if samples == 1 else rng.gamma(0.5, 2.0, size=(problems, 1))
+        drawn = rng.random(shape)
+        falls = drawn < np.minimum(down * spread, 0.5)
+        rises = ~falls & (drawn > 1 - np.minimum(up * spread, 0.5))
+        change_N = (rises.astype(float) - falls).mean(axis=1)
+        low, high = flips.of_changes(change_N)
+        truth_here = truth if samples == 1 else _truth(down, up)
+        margin = abs(truth_here)
+        is_neutral = -margin < low and high < margin
+        return (
+            holds({"low": low, "high": high}, truth_here),
+            is_neutral if truth else rejects(flips.test(change_N)),
+            holds(stats.bootstrap(change_N, resamples=400, seed=_seed(rng)), truth_here),
+        )
+
+    return draw
+
+
+@functools.cache
+def _truth(down: float, up: float) -> float:
+    """The change where probabilities that would pass 0.5 are cut there."""
+    spread = np.random.default_rng(0).gamma(0.5, 2.0, size=1_000_000)
+    return float((np.minimum(up * spread, 0.5) - np.minimum(down * spread, 0.5)).mean())
 
 
 def equivalence_of(problems: int, seeds: int):
@@ -306,6 +344,25 @@ SIMULATIONS = (
             (64, 4, 1, "64 problems, 4 answers, 1 seed"),
             (64, 4, 3, "64 problems, 4 answers, 3 seeds"),
             (64, 4, 5, "64 problems, 4 answers, 5 seeds"),
+        )
+    ),
+    *(
+        Simulation(
+            flipped(problems, samples, down, up),
+            (
+                interval(f"ban, change of accuracy; {told}", slack=0.02),
+                test(f"ban changes nothing, exact; {told}")
+                if down == up
+                else Row(f"ban of the margin's change is neutral; {told}", "test", 0.025, 0.01),
+                interval(f"ban, bootstrap over problems; {told}", **PUBLISHED),
+            ),
+            1500,
+        )
+        for problems, samples, down, up, told in (
+            (100, 1, 0.1, 0.1, "100 problems, a tenth down, a tenth up"),
+            (30, 1, 0.03, 0.0, "30 problems, 3% down"),
+            (2000, 1, 0.05, 0.02, "2,000 problems, 5% down, 2% up"),
+            (100, 4, 0.1, 0.05, "100 problems, 4 answers, a tenth down, 5% up"),
         )
     ),
     *(
