@@ -134,7 +134,8 @@ def _panels(
 ) -> Figure:
     """KL left, accuracy right; a name is one colour (and dash) in both.
 
-    Curves may lie on one another: each later one is thinner, and the earlier ones show beside it.
+    Curves may lie on one another: each later one is thinner and of other dashes, and the earlier
+    ones show beside it and through it.
     """
     everything = [run for runs in named.values() for run in runs]
     shown = [
@@ -153,7 +154,7 @@ def _panels(
         values: list[float] = []
         for place, (name, runs) in enumerate(named.items()):
             color = SERIES[place % len(SERIES)]
-            line = LINES[place // len(SERIES) % len(LINES)]
+            line = LINES[(place + place // len(SERIES)) % len(LINES)]
             if attribute == "heldout_kl" and len(named) <= 4:
                 for run in runs:
                     train, is_alone = run.train_kl, not run.heldout_kl.steps
@@ -220,7 +221,7 @@ def _draw_mean(
         table.mean(0),
         color=color,
         linestyle=line,
-        linewidth=3.2 - 1.7 * rank,
+        linewidth=3.6 - 2.0 * rank,
         marker="o",
         markersize=7.5 - 2.5 * rank,
         markeredgecolor=PAPER,

@@ -33,7 +33,13 @@ COLUMNS = (
     ("kl_std", "std of KL", "number", "nats, over occurrences", "from-wide"),
     ("log_ratio_mean", "log ratio", "number", "mean one-sample estimate of KL, nats", "from-wide"),
     ("entropy_mean", "entropy", "number", "of the student, mean, nats", "from-wide"),
-    ("teacher_entropy_mean", "teacher's", "number", "entropy of the teacher, mean, nats", "from-wide"),
+    (
+        "teacher_entropy_mean",
+        "teacher's",
+        "number",
+        "entropy of the teacher, mean, nats",
+        "from-wide",
+    ),
 )
 _FIELDS = ("kl", "entropy", "teacher_entropy", "logp", "teacher_logp", "score", "rank", "rock")
 _FIELDS += ("weight",)

@@ -28,6 +28,10 @@ _MEANS = {
     "still right": "right before and after",
     "still wrong": "wrong before and after",
 }
+_OF_THIS_RUN = (
+    "Brackets are 95% intervals over problems, of the run as it is: another seed may come out "
+    "elsewhere, which opd-jax sweep --seeds=N measures."
+)
 _GRADE = Absent(
     "accuracy before and after, with its interval",
     "opd-jax train --config.data.heldout=FILE --config.eval.every=N, where FILE has an answer to "
@@ -48,11 +52,13 @@ def better(outcomes: Mapping[str, Outcome], runs: Mapping[str, Path]) -> Section
         parts.append(f"{heading}{told}{_scale(outcome)}" if words else "")
         absent += [] if outcome.after else [_GRADE]
         absent += [] if outcome.teacher or not outcome.after else [_TEACHER]
+    if any(outcome.change for outcome in outcomes.values()):
+        parts.append(markup.text(_OF_THIS_RUN))
     return Section("better", "Is it better?", "".join(parts), tuple(absent))
 
 
 def verdict(outcome: Outcome) -> list[str]:
-    """What the accuracies say, in at most three paragraphs; none where nothing was graded."""
+    """What the accuracies say, in at most two paragraphs; none where nothing was graded."""
     before, after, change = outcome.before, outcome.after, outcome.change
     if after is None:
         return []
@@ -74,10 +80,6 @@ def verdict(outcome: Outcome) -> list[str]:
     lines = [f"{head}, {points(change)}, {style.p_value(p)} ({test})."]
     if told := _way(outcome):
         lines.append(told)
-    lines.append(
-        "Brackets are 95% intervals over problems. They are of this run: another seed may come out "
-        "elsewhere, which opd-jax sweep --seeds=N measures."
-    )
     return lines
 
 
@@ -290,10 +292,11 @@ def _recipe(record: Mapping[str, Any]) -> list[Row]:
 
     rows = of("rollout.samples")
     answers = f"{rows} answer{'s' * (rows != 1)} each of up to {of('rollout.max_new')} tokens"
+    batch = f"{of('train.prompts')} a step, {answers}"
     told = [
         ("student", of("student.path")),
         ("teacher", of("teacher.path")),
-        ("prompts", f"{of('data.prompts')}; {of('train.prompts')} a step, {answers}"),
+        ("prompts", "; ".join(filter(None, (of("data.prompts"), batch)))),
         ("held-out prompts", of("data.heldout")),
         ("learning rate", f"{of('optim.lr'):g}, {of('optim.name')}, {of('train.steps'):,} steps"),
         ("objective", f"{of('kl.direction')} KL at temperature {of('kl.temperature'):g}"),

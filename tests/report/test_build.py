@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import rocks_out
 
-from opd_jax.report import build, page_data, rock_section
+from opd_jax.report import build, page_data, rock_section, sweep_section
 from opd_jax.store import workdir as workdirs
 
 VOID = {"meta", "br", "input", "path", "use", "rect", "link"}
@@ -104,6 +104,19 @@ def test_the_sweep_table_holds_intervals_and_differences(made):
     assert "8.30" in start
     full = re.search(r'<tr><th scope="row">full</th>.*?</tr>', text)[0]
     assert "Δ" not in full
+
+
+def test_arms_stand_beside_their_teacher(made):
+    sweep = sweep_section.read(made / "sweep")
+    assert "the teacher's accuracy" in str(sweep_section.section(sweep).absent)
+    path = sweep["runs"]["rock"][1] / "summary.json"
+    teacher = {"accuracy": 0.98, "accuracy_low": 0.95, "accuracy_high": 0.99}
+    rocks_out.change(path, teacher=teacher)
+    section = sweep_section.section(sweep)
+    assert section.absent == ()
+    row = re.search(r'<tr><th scope="row">the teacher</th>.*?</tr>', section.body)[0]
+    assert "98.0% [95.0%, 99.0%]" in row
+    assert section.body.count("teacher 98.0% [95.0%, 99.0%]") == 2  # wide and narrow
 
 
 def test_the_first_numbers_are_of_the_last_run_and_the_rocks(made):

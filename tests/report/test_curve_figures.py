@@ -138,6 +138,7 @@ def test_curves_that_lie_on_one_another_are_all_seen():
         sizes = [getattr(one, f"get_{key}")() for one in lines]
         assert all(a > b for a, b in itertools.pairwise(sizes))  # the one below stands out
     assert len({str(one.get_color()) for one in lines}) == 4
+    assert len({str(one._dash_pattern) for one in lines}) == 4  # and is seen through its gaps
 
 
 @pytest.mark.parametrize(
