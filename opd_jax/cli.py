@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.begun = time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["help"] and argv[1:]:
-        return _help_on(argv[1])
+        return _help_on(" ".join(argv[1:]))
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_help())
         return 0 if argv else 2
@@ -73,7 +73,7 @@ def _help() -> str:
             "usage: opd-jax COMMAND ...\n",
             *lines,
             "\nopd-jax COMMAND --help says more, opd-jax help KEY what a key of train's --config "
-            "means.\nEvery command takes",
+            "means,\nopd-jax help --markdown what all of them do, as a page.\nEvery command takes",
             processes.HELP,
         ]
     )
@@ -86,7 +86,7 @@ def _help_on(named: str) -> int:
     from opd_jax import glossary
 
     try:
-        print(glossary.text(named.lstrip("-")))
+        print(glossary.page() if named == "--markdown" else glossary.text(named.lstrip("-")))
     except ValueError as error:
         print(f"opd-jax help: {error}", file=sys.stderr)
         return 2

@@ -22,6 +22,19 @@ from opd_jax import config
 from opd_jax.spec import GROUPS, ConfigError, RunConfig
 
 _WIDTH = 100
+_BAR = r"\|"  # in a cell of a table in Markdown
+_HEAD = """# Configuration
+
+Written by `opd-jax help --markdown > configs/README.md` from the dataclasses of the package; a
+test keeps it current.
+
+A config is a Python file with `get_config(arg)`; the files here say in their first lines how they
+are run, what comes out and how long it takes. Every key of a file may be set again on the command
+line, `--config.KEY=VALUE`: `opd-jax train --config=configs/demo.py --workdir=runs/demo
+--config.rock.mode=ema`. Pairs are set name by name, `--config.data.template.enable_thinking=False`,
+lists as Python writes them, `--config.data.buckets='(64,128)'`. `opd-jax help KEY` prints one key
+or a group. An unknown key, and a value that is none of those in the last column, ends the command
+before anything is written."""
 _OTHERS = {  # keys that are no field of a group
     "seed": "of all draws: prompts, samples, the gate",
     "rock.ids_file": "a JSON list of the gated ids of static; empty: none",
@@ -46,11 +59,16 @@ class Key:
     default: Any
     expected: str = ""
 
-    def __str__(self) -> str:
-        head = f"  {self.name} ({self.type}, {self.default!r})"
+    @property
+    def told(self) -> str:
+        """The meaning, with the choices where it names the constant that has them."""
         told = self.meaning.rstrip(".")
         if self.expected.startswith("one of "):
             told = re.sub(r"one of [A-Z]+", self.expected, told)
+        return told
+
+    def __str__(self) -> str:
+        head, told = f"  {self.name} ({self.type}, {self.default!r})", self.told
         if self.expected and self.expected not in told:
             told += f" [{self.expected}]"
         return "\n".join(
@@ -98,6 +116,21 @@ def text(named: str = "") -> str:
     return "\n".join(lines).lstrip("\n")
 
 
+def page() -> str:
+    """The description of all keys as a Markdown page."""
+    lines = _HEAD.splitlines()
+    known = keys()
+    for group in ("", *GROUPS):
+        chosen = [key for name, key in known.items() if name.rpartition(".")[0] == group]
+        about = _first_sentence(GROUPS[group]) if group else "Keys of no group."
+        lines += ["", f"## {group or 'The run'}", "", about.replace("``", "`"), ""]
+        lines += ["| key | type | default | meaning | values |", "|---|---|---|---|---|"]
+        for key in chosen:
+            cells = (f"`{key.name}`", f"`{key.type}`", f"`{key.default!r}`", key.told, key.expected)
+            lines.append(f"| {' | '.join(cell.replace('|', _BAR) for cell in cells)} |")
+    return "\n".join(lines)
+
+
 def _is_under(name: str, named: str) -> bool:
     return not named or name == named or name.startswith(f"{named}.")
 
@@ -143,7 +176,7 @@ def _expected(cls: type) -> dict[str, str]:
     if post is None:
         return {}
     module = inspect.getmodule(cls)
-    found = {}
+    found: dict[str, list[str]] = {}
     for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(post)))):
         if not (isinstance(node, ast.Tuple) and len(node.elts) == 3):
             continue
@@ -151,19 +184,25 @@ def _expected(cls: type) -> dict[str, str]:
         if not isinstance(name, ast.Constant):
             continue
         if isinstance(told, ast.Constant):
-            found[name.value] = str(told.value)
+            said = str(told.value)
         elif isinstance(told, ast.JoinedStr):
-            parts = [_part(part, vars(module)) for part in told.values]
-            if None not in parts:
-                found[name.value] = "".join(map(str, parts))
-    return found
+            said = "".join(_part(part, vars(module)) for part in told.values)
+            said = re.sub(rf" \([^()]*{_OPEN}[^()]*\)", "", said)  # "up to rock.decay (0.99)"
+        else:
+            continue
+        if _OPEN not in said:
+            found.setdefault(str(name.value), []).append(said)
+    return {name: "; ".join(said) for name, said in found.items()}
 
 
-def _part(part: ast.expr, names: dict[str, Any]) -> str | None:
+_OPEN = "\0"  # what only a value tells
+
+
+def _part(part: ast.expr, names: dict[str, Any]) -> str:
     """A piece of a message: its text, or the value of a constant of the module."""
     if isinstance(part, ast.Constant):
         return str(part.value)
     if isinstance(part, ast.FormattedValue) and isinstance(part.value, ast.Name):
         value = names.get(part.value.id)
-        return ", ".join(map(str, value)) if isinstance(value, tuple) else None
-    return None
+        return ", ".join(map(str, value)) if isinstance(value, tuple) else _OPEN
+    return _OPEN

@@ -31,8 +31,8 @@ class ConfigError(ValueError):
 class ModelSpec:
     """A model folder and how to run it: groups ``student`` and ``teacher``."""
 
-    path: str = ""  # Hugging Face folder, or embedded:student, embedded:teacher
-    param_dtype: str = "auto"  # auto: float32 for the student, the compute dtype for the teacher
+    path: str = ""  # Hugging Face folder, owner/name[@REVISION] on the Hub, or embedded:NAME
+    param_dtype: str = "auto"  # of stored weights; auto: float32 (student) or dtype (teacher)
     dtype: str = "auto"  # compute dtype; auto: bfloat16 on accelerators, float32 on CPU
     remat: str = "dots"  # what the backward pass keeps: none (all), dots, full (least memory)
 
@@ -54,9 +54,9 @@ class ModelSpec:
 class MeshSpec:
     """Devices along each axis; -1 takes what is left."""
 
-    data: int = -1  # copies of the models, each with rows of its own
-    fsdp: int = 1  # devices that share rows' weights, gathered layer by layer
-    model: int = 1  # devices that split heads, features and the vocabulary
+    data: int = -1  # copies of the models, each with rows of its own; -1: all that are left
+    fsdp: int = 1  # devices, 1 or more, that share rows' weights, gathered layer by layer
+    model: int = 1  # devices, 1 or more, that split heads, features and the vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +137,8 @@ class EvalSpec:
     batch: int = 0  # prompts at a time; 0: train.prompts x rollout.samples
     max_new: int = 0  # most ids of an answer; 0: rollout.max_new
     teacher: bool = True  # grade the teacher's answers too, once: what can be reached
+    margin: float = 0.02  # smallest difference of accuracy that counts, in comparisons of runs
+    margin_kl: float = 0.05  # the same of the KL, as a share of the baseline's
     grader: str = "math"  # numeric, choice, exact, or one's own: module:function, file.py:function
 
     def __post_init__(self):
@@ -150,6 +152,8 @@ class EvalSpec:
             ("kl_prompts", self.kl_prompts >= 0, "at least 0 (0: not measured)"),
             ("batch", self.batch >= 0, "at least 0 (0: prompts x samples of a step)"),
             ("max_new", self.max_new >= 0, "at least 0 (0: rollout.max_new)"),
+            ("margin", 0 < self.margin < 1, "a share between 0 and 1, ends excluded"),
+            ("margin_kl", 0 < self.margin_kl < 1, "a share between 0 and 1, ends excluded"),
         )
 
 

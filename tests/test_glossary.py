@@ -1,6 +1,8 @@
 """The help on configuration keys: every key has a text, and it is that of the dataclasses."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +27,8 @@ def test_texts_come_from_comments_docstrings_and_rules():
     assert known["rock.fast_decay"].meaning == known["rock.decay"].meaning  # of both
     assert known["rock.mode"].expected == f"one of {', '.join(rock.MODES)}"
     assert known["train.normaliser"].expected == f"one of {', '.join(objective.NORMALISERS)}"
-    assert known["rock.fast_decay"].expected == ""  # follows from another value
+    assert known["rock.fast_decay"].expected == "above 0, up to rock.decay"  # whatever that is
+    assert known["rock.share"].expected.startswith("a share from 0 to 1; above 0 where")  # 2 rules
     assert known["data.buckets"].type == "tuple[int, ...]"
     assert "name (str, 'adamw')\n      one of adamw, sgd, signsgd;" in glossary.text("optim.name")
 
@@ -70,3 +73,23 @@ def test_the_commands_print_it(capsys):
     assert "optimizer steps" in capsys.readouterr().out
     assert cli.main(["help", "nothing"]) == 2
     assert "no key 'nothing'" in capsys.readouterr().err
+
+
+def test_the_page_is_current(capsys):
+    """``opd-jax help --markdown > configs/README.md`` makes it so."""
+    assert cli.main(["help", "--markdown"]) == 0
+    told = capsys.readouterr().out
+    assert told == (Path(__file__).parents[1] / "configs" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_page_has_every_key_with_all_that_is_known():
+    rows = {}
+    for line in glossary.page().splitlines():
+        if line.startswith("| `"):
+            cells = [c.strip().replace("\\|", "|") for c in re.split(r"(?<!\\)\|", line)[1:-1]]
+            rows[cells[0].strip("`")] = cells[1:]
+    assert set(rows) == set(glossary.keys())
+    for name, (kind, default, meaning, values) in rows.items():
+        key = glossary.keys()[name]
+        assert (kind, default, values) == (f"`{key.type}`", f"`{key.default!r}`", key.expected)
+        assert len(meaning) >= 4

@@ -311,8 +311,7 @@ def origin_of(run: RunConfig) -> Reference | None:
     if found.param_dtype is None or (run.kept and found.run is None):
         raise ConfigError(
             f"init_from is {run.init_from!r}, which has weights only: expected a RUN or RUN@STEP"
-            f"{' that was trained' * bool(run.kept)}; a model folder belongs into "
-            "--config.student.path"
+            f"{' that was trained' * bool(run.kept)}; models belong into --config.student.path"
         )
     return found
 

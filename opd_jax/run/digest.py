@@ -14,9 +14,12 @@ import numpy as np
 
 from opd_jax import mesh, objective, rock
 from opd_jax.data import tokenizer as tokenizers
+from opd_jax.data.batches import Batch
 from opd_jax.data.prompts import Example
 from opd_jax.evaluate import heldout
 from opd_jax.pytrees import RockState, Rollout
+from opd_jax.run import answering
+from opd_jax.spec import RunConfig
 
 
 def samples(
@@ -67,6 +70,24 @@ def samples(
                 "reason": verdict.reason[0][0],
             }
     return chosen
+
+
+def of_step(
+    run: RunConfig, answers: Rollout, kl_BT: np.ndarray, tokenizer: Any, batch: Batch, step: int
+) -> list[dict[str, Any]]:
+    """:func:`samples` of what a step trains on: ``log.samples`` of its first answers."""
+    # The first rows of all processes are those of the first one, which writes.
+    examples = batch.examples if jax.process_index() == 0 else ()
+    is_on_policy = run.train.is_on_policy(step)
+    return samples(
+        answers,
+        kl_BT,
+        tokenizer,
+        run.log.samples,
+        examples=answering.asked(run, examples) if is_on_policy else examples,
+        each=run.rollout.samples if is_on_policy else 1,
+        grader=run.eval.grader,
+    )
 
 
 def phase_seconds(took: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:

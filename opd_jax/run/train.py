@@ -78,10 +78,8 @@ def train(
     folder = Path(path_of(workdir))
     now = entry.start_time(folder)
     if pins is None:
-        pins = hub.pins([run.student.path, run.teacher.path], [folder])
+        pins = hub.pins([run.student.path, run.teacher.path], [folder], say=say)
     run = hub.pinned_run(run, pins)
-    for name, pinned in pins.items():
-        say(f"{name}: commit {pinned.rpartition('@')[2]} of the Hugging Face Hub")
     parts = assemble.assemble(run, now=now, say=say)
     best = (run.checkpoint.best, _BEST[run.checkpoint.best]) if run.checkpoint.best else None
     with (
@@ -409,18 +407,7 @@ class _Loop:
             state.params, self.teacher, answers, state.rock, cfg=self.parts.cfg
         )
         host, kl_BT = meshlib.to_host((answers, tokens.reverse_BT))
-        # The first rows of all processes are those of the first one, which writes.
-        examples = batch.examples if jax.process_index() == 0 else ()
-        is_on_policy = self.run_cfg.train.is_on_policy(step)
-        chosen = digest.samples(
-            host,
-            kl_BT,
-            self.parts.tokenizer,
-            self.run_cfg.log.samples,
-            examples=answering.asked(self.run_cfg, examples) if is_on_policy else examples,
-            each=self.run_cfg.rollout.samples if is_on_policy else 1,
-            grader=self.run_cfg.eval.grader,
-        )
+        chosen = digest.of_step(self.run_cfg, host, kl_BT, self.parts.tokenizer, batch, step)
         self.journal.samples(step, chosen)
         if chosen:
             say(f"sample, step {step}: {narrate.sample_text(chosen[0], self.parts.tokenizer)}")

@@ -16,7 +16,7 @@ import dataclasses
 import fnmatch
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -113,7 +113,12 @@ def pin(name: str) -> str:
     return pins([name]).get(name, name)
 
 
-def pins(names: Iterable[str], folders: Iterable[Path] = ()) -> dict[str, str]:
+def pins(
+    names: Iterable[str],
+    folders: Iterable[Path] = (),
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, str]:
     """The pinned name of each Hub name: what one of the runs was started on, else the newest.
 
     Every process must call it.
@@ -121,6 +126,7 @@ def pins(names: Iterable[str], folders: Iterable[Path] = ()) -> dict[str, str]:
     Args:
       names: of models; those of no Hub name are left out.
       folders: of runs, as far as they are there.
+      say: receives a line per name.
 
     Raises:
       HubError: a name cannot be looked up.
@@ -141,6 +147,8 @@ def pins(names: Iterable[str], folders: Iterable[Path] = ()) -> dict[str, str]:
     if asked.keys() - known.keys():
         processes.on_first(look)
         known = json.loads(processes.agreed_text("".join(told)))
+    for name, pinned in known.items():
+        say(f"{name}: commit {pinned.rpartition('@')[2]} of the Hugging Face Hub")
     return known
 
 
