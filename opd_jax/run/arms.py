@@ -36,6 +36,7 @@ METRICS = (
     "step_s",
 )
 _COLUMNS = 100
+_MANY_UNPARSED = 0.01  # share of answers without a recognisable one that is worth a line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +131,7 @@ def summarise(jobs: Sequence[Job], baseline: str, *, margins: Margins = MARGINS)
         "arms": rows,
         "start": {name: over_seeds([x.get(name) for x in before])["mean"] for name in METRICS},
         "start_interval": accuracy_interval([_mean_of(graded_before)]),
+        "teacher": next((s.get("teacher") for s in summaries.values() if s.get("teacher")), None),
         "comparisons": _comparisons(jobs, rows, graded, baseline, margins),
         "note": _note(len({job.run.seed for job in jobs}), baseline, margins),
     }
@@ -395,6 +397,14 @@ def table(result: dict[str, Any]) -> list[str]:
         f"before training: accuracy {_interval(start, 'mean', '.1%', 1.0)}, "
         f"KL {_show(result['start']['kl_nats'], '.4f')} nats"
     )
+    if result.get("teacher"):
+        ends = {end: result["teacher"].get(f"accuracy_{end}") for end in ("low", "high")}
+        told = _interval({"mean": result["teacher"]["accuracy"], **ends}, "mean", ".1%", 1.0)
+        lines.append(f"the teacher: accuracy {told}")
+    for row in result["arms"]:
+        unparsed = (row["metrics"].get("unparsed_share") or {}).get("mean")
+        if unparsed is not None and unparsed >= _MANY_UNPARSED:
+            lines.append(f"{row['arm']}: {unparsed:.1%} of the answers hold none that can be read")
     return [*lines, *textwrap.wrap(result["note"], _COLUMNS)]
 
 

@@ -33,7 +33,16 @@ _OF_AN_ARM = ("rock.*", "position.*", "rollout.max_new", "train.normaliser", "pr
 _OF_AN_ARM += ("kl.direction", "kl.ce", "train.stage", "train.on_policy_share")
 # What a run that is there already may differ in from what is asked for now: nothing of the result,
 # except that runs of fewer steps are gone on with (all of them: see ``check_lengths``).
-_OF_NO_RESULT = ("log.*", "checkpoint.*", "mesh.*", "profile", "train.steps", "optim.steps")
+_OF_NO_RESULT = (
+    "eval.margin",
+    "eval.margin_kl",
+    "log.*",
+    "checkpoint.*",
+    "mesh.*",
+    "profile",
+    "train.steps",
+    "optim.steps",
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,18 +67,16 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="do not add the controls of arms that weigh positions",
     )
-    margins = comparison.MARGINS
     parser.add_argument(
         "--margin",
         type=float,
-        default=margins.accuracy,
-        help=f"smallest difference of accuracy that counts; default: {margins.accuracy}",
+        help="smallest difference of accuracy that counts; default: eval.margin of the baseline",
     )
     parser.add_argument(
         "--margin-kl",
         type=float,
-        default=margins.kl,
-        help=f"smallest difference of KL that counts, of the baseline's; default: {margins.kl}",
+        help="smallest difference of KL that counts, as a share of the baseline's; default: "
+        "eval.margin_kl of the baseline",
     )
     flags, overrides = parser.parse_known_args(list(argv))
     if flags.seeds > _MOST_SEEDS:
@@ -82,7 +89,8 @@ def main(argv: Sequence[str]) -> int:
         flags.workdir,
         overrides=overrides,
         baseline=flags.baseline,
-        margins=Margins(flags.margin, flags.margin_kl),
+        margin=flags.margin,
+        margin_kl=flags.margin_kl,
         has_controls=not flags.no_controls,
         command=["opd-jax", "sweep", *argv],
         stop=stop,
@@ -98,7 +106,8 @@ def sweep(
     *,
     overrides: Sequence[str] = (),
     baseline: str = "",
-    margins: Margins = comparison.MARGINS,
+    margin: float | None = None,
+    margin_kl: float | None = None,
     has_controls: bool = True,
     command: Sequence[str] = (),
     stop: processes.Stop | None = None,
@@ -115,7 +124,8 @@ def sweep(
       workdir: of the sweep.
       overrides: ``--config.group.key=value`` flags for every run.
       baseline: the arm that the others are compared with; empty: ``full``, else the first.
-      margins: the smallest differences that count.
+      margin, margin_kl: the smallest differences of accuracy and KL that count, see ``Margins``;
+        default: those of the baseline's config.
       has_controls: whether every arm that weighs positions is run again with the same weights
         dealt out at random.
       command: goes into every ``run.json``.
@@ -133,6 +143,11 @@ def sweep(
         raise ConfigError(f"seeds {[*seeds]}: expected different ones, at least one; set --seeds")
     arms, baseline = list(arms), _baseline(arms, baseline)
     runs = {arm: _resolve(config_file, arm, overrides) for arm in arms}
+    spec = runs[baseline].eval
+    margins = Margins(
+        spec.margin if margin is None else margin,
+        spec.margin_kl if margin_kl is None else margin_kl,
+    )
     controls: dict[str, str] = {}
     if has_controls:
         runs, controls = budget.with_controls(runs)
@@ -143,7 +158,7 @@ def sweep(
         check_comparable(baseline, runs[baseline], arm, runs[arm])
     folders = [Path(workdir) / folder_name(arm) / f"seed-{seed}" for seed in seeds for arm in arms]
     models = {model.path for run in runs.values() for model in (run.student, run.teacher)}
-    pins = hub.pins(sorted(models), folders)  # once: all runs are of the same models
+    pins = hub.pins(sorted(models), folders, say=say)  # once: all runs are of the same models
     jobs = [
         Job(
             arm,

@@ -1,6 +1,7 @@
 """The sweep end to end on tiny runs: what it trains, goes on with, compares and refuses."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -322,3 +323,21 @@ def test_arms_that_weigh_positions_bring_their_controls(file, tmp_path, capsys):
     assert record["config"]["prediction"] == "no better than chance"
     assert sweep.main(argv(file, tmp_path / "b", "--no-controls", arms="full,tip", seeds=1)) == 0
     assert len(result_of(tmp_path / "b")["arms"]) == 2
+
+
+def test_margins_come_from_the_config_or_a_flag_and_the_teacher_stands_beside(
+    file, whole, tmp_path, capsys
+):
+    copy = tmp_path / "sweep"
+    shutil.copytree(whole, copy)
+    assert sweep.main(argv(file, copy, "--config.eval.margin=0.3")) == 0
+    found = result_of(copy)
+    assert found["margins"] == {"accuracy": 0.3, "kl": 0.05}
+    teacher = json.loads((copy / "full" / "seed-0" / "teacher.json").read_text())["result"]
+    assert found["teacher"] == teacher
+    told = capsys.readouterr().out
+    assert f"the teacher: accuracy {teacher['accuracy']:.1%} [" in told
+    assert "full: 100.0% of the answers hold none that can be read" in told
+    flags = ("--config.eval.margin=0.3", "--margin=0.4", "--margin-kl=0.2")
+    assert sweep.main(argv(file, copy, *flags)) == 0
+    assert result_of(copy)["margins"] == {"accuracy": 0.4, "kl": 0.2}
