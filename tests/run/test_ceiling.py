@@ -7,7 +7,8 @@ import tiny_run
 
 tiny, one_device = tiny_run.tiny, tiny_run.one_device
 GRADER = "def even(text, gold):\n    return sum(map(ord, text)) % 2 == 0\n"
-KEYS = {"eval__every": 2, "eval__batch": 8, "train__steps": 2, "eval__samples": 2, "eval__temperature": 1.0}
+KEYS = {"eval__every": 2, "eval__batch": 8, "train__steps": 2}
+KEYS |= {"eval__samples": 2, "eval__temperature": 1.0}
 
 
 def summary(workdir):
