@@ -95,12 +95,14 @@ def _lead(found: Summary) -> str:
     counts = single["category"]
     falls = sum(count for name, count in counts.items() if "cornerstone" in name)
     rises = sum(count for name, count in counts.items() if "stumbling" in name)
+    margin = 100 * found["settings"]["margin"]
+    unit = f"{margin:g} point{'s' * (margin != 1)}"
     return (
         f"{start} Of {single['arms']} types that it may no longer say, one at a time, {falls} cost "
-        f"it right answers, {rises} gain it some, {counts['neutral']} change less than "
-        f"{100 * found['settings']['margin']:g} points of the problems that hold them, and "
-        f"{counts['undecided']} are undecided there; over all problems, of which a rare type "
-        f"cannot change many, {single['category_all']['neutral']} change less than that."
+        f"it right answers and {rises} gain it some; where they are held, {counts['neutral']} "
+        f"change accuracy by less than {unit} and {counts['undecided']} are undecided. Over all "
+        "problems, of which a rare type cannot change many, "
+        f"{single['category_all']['neutral']} change it by less than {unit}."
     )
 
 
@@ -219,7 +221,9 @@ def _categories(found: Summary) -> str:
             over_all, published = (
                 family[key][kind] for key in ("category_all", "category_published")
             )
-            row.append((str(family["category"][kind]), f"{over_all}, {published}"))
+            row.append(
+                (str(family["category"][kind]), f"overall {over_all}, published {published}")
+            )
         rejected = (
             f"{family['rejected']} at p 0.05 ({family['expected_by_chance']:.1f} by chance)",
             f"{family['rejected_bonferroni']} after Bonferroni, "
