@@ -305,6 +305,7 @@ def test_an_unknown_flag_is_answered_with_the_nearest(name, capsys):
         "generate": ["--model=m", "--prompts=p", "--out=o"],
         "table": ["--workdir=w", "--out=o"],
         "figure": ["--workdir=w", "--out=o"],
+        "knockout": ["--model=m", "--tasks=t", "--types=3", "--out=o"],
     }.get(name, ["--out=o"])
     with pytest.raises(SystemExit) as end:
         cli.main([name, *needed, "--ouut=x"])
