@@ -9,10 +9,16 @@
 Every number is that of arXiv 2605.09253 (app. B; "paper" below), or the default of the framework
 that it was run with where the paper is silent (KDFlow's training and distillation arguments;
 "KDFlow"). What is ours is marked so. Sized for four accelerators of 80 GB, as the paper's; not run
-here, where there are none: ``opd-jax plan`` says what fits.
+here, where there are none. Compiled for four CPU devices, which are no GPUs, the update takes 41 GiB
+of each in stage 2, but 77 GiB in stage 1, whose rows of 16,384 leave no room to spare:
 
-Not the paper's: its stage 1 packs several answers into a row of 16,384, here a row holds one; its
-code appends an end to answers that were cut, here they stay cut (the ids say which are whole).
+    opd-jax plan --config=configs/qwen3_30b_to_4b.py:stage=1 --topology=cpu:4 --only=train \\
+        --student-config=Qwen3-4B --teacher-config=Qwen3-30B-A3B
+
+Not the paper's: it splits the batch and the parameters (FSDP2) and long rows (ring attention), here
+the devices split heads, experts and the vocabulary, since one prompt a step does not divide over
+four; its stage 1 packs several answers into a row, here a row holds one; its code appends an end to
+answers that were cut, here they stay cut (the ids say which are whole).
 
 Arguments:
   stage    1 (off-policy) or 2 (on-policy)
@@ -52,25 +58,23 @@ def get_config(arg: str = ""):
     c.optim.warmup = 0.05  # paper
     c.optim.clip = 1.0  # paper
     c.checkpoint.every = 100  # ours
+    c.mesh.model = 4  # heads, experts and the vocabulary split over the devices (ours, see above)
     if args.stage == 1:
         c.train.stage = "off_policy"  # 20,000 answers of the teacher, paper
         c.data.prompts = args.answers
         c.kl.direction, c.kl.ce = "forward", 0.5  # kd_ratio .5, paper
         c.optim.lr = 2e-5  # paper
         c.train.prompts, c.rollout.samples = 128, 1  # a batch of 128 answers, paper
-        c.train.microbatches = 32  # four rows, one on each device: micro-batches of 1, paper
+        c.train.microbatches = 128  # of one row, paper
         c.data.max_prompt, c.rollout.max_new = 800, 15584  # together 16,384, paper; the split: ours
         c.train.steps = 20_000 // 128  # one epoch
-        c.mesh.fsdp = 4  # FSDP2 on four devices, paper
     else:
         c.data.prompts = args.prompts
         c.kl.direction = "reverse"  # kd_ratio 1, paper
         c.optim.lr = 2e-6  # paper
-        # Four answers to one prompt make the batch of 4 (paper). One prompt does not divide over
-        # four shards of the batch: the devices split heads, experts and the vocabulary (ours).
+        # Four answers to one prompt make the batch of 4, paper.
         c.train.prompts, c.rollout.samples = 1, 4
-        c.train.microbatches = 4  # micro-batches of 1, paper
-        c.mesh.model = 4
+        c.train.microbatches = 4  # of one row, paper
         c.rollout.temperature, c.rollout.top_p = 1.0, 1.0  # paper
         c.data.max_prompt, c.rollout.max_new = 800, 8000  # paper
         c.train.steps = 10_000  # one epoch of 10,000 prompts, paper
