@@ -9,8 +9,8 @@
 Every number is that of arXiv 2605.09253 (app. B; "paper" below), or the default of the framework
 that it was run with where the paper is silent (KDFlow's training and distillation arguments;
 "KDFlow"). What is ours is marked so. Sized for four accelerators of 80 GB, as the paper's; not run
-here, where there are none. Compiled for four CPU devices, which are no GPUs, the update takes 41 GiB
-of each in stage 2, but 77 GiB in stage 1, whose rows of 16,384 leave no room to spare:
+here, where there are none. Compiled for four CPU devices, which are no GPUs, the update takes 41
+GiB of each in stage 2, but 77 GiB in stage 1, whose rows of 16,384 leave no room to spare:
 
     opd-jax plan --config=configs/qwen3_30b_to_4b.py:stage=1 --topology=cpu:4 --only=train \\
         --student-config=Qwen3-4B --teacher-config=Qwen3-30B-A3B
