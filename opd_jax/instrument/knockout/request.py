@@ -88,6 +88,12 @@ class Request:
                 raise KnockoutError(
                     f"{name} is {getattr(self, name)}: expected {expected}; set --{name}"
                 )
+        needing = "cumulative" if self.has("cumulative") else f"group, --groups={PAPER},"
+        if (self.has("cumulative") or self.groups == PAPER) and not self.has("single"):
+            raise KnockoutError(
+                f"the family {needing} without single, whose effects order its types: expected "
+                "both; add single to --arms"
+            )
         if self.groups and "group" not in self.families:
             raise KnockoutError(
                 f"--groups={self.groups} without the family group, which it is for: expected both; "
