@@ -33,7 +33,6 @@ ORDER: list[str | tuple[str, list]] = [
             "params",
             "linear",
             "rope",
-            "kernels",
             "attention",
             "kv_cache",
             "families",

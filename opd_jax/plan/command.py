@@ -25,6 +25,12 @@ def main(argv: Sequence[str]) -> int:
     add("--topology", required=True, metavar="NAME", help=", ".join(chips.TOPOLOGIES))
     add("--search", action="store_true", help="try micro-batches, remat and meshes; name the best")
     add("--out", default="", metavar="FILE.json", help="also write the plan there")
+    add(
+        "--only",
+        default="",
+        metavar="A,B",
+        help=f"programs to compile, some of {', '.join(programs.ALL)}; default: all",
+    )
     for who in ("student", "teacher"):
         add(
             f"--{who}-config",
@@ -33,6 +39,11 @@ def main(argv: Sequence[str]) -> int:
             help=f"a folder with config.json, or a known model; default: {who}.path of the run",
         )
     flags, overrides = parser.parse_known_args(list(argv))
+    only = [name for name in flags.only.split(",") if name]
+    if unknown := {*only} - {*programs.ALL}:
+        raise ValueError(
+            f"no program {min(unknown)!r}: expected some of {', '.join(programs.ALL)}; set --only"
+        )
     given, _ = config.load([f"--config={flags.config}", *overrides])
     run = config.resolve(given)
     machine = chips.machine(flags.topology)
@@ -47,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         plan, extra = best.plan, {"search": [search.as_json(each) for each in found]}
     else:
         parts = programs.assembly(run, machine, **shapes)
-        plan, extra = estimate.plan(parts, machine), {}
+        plan, extra = estimate.plan(parts, machine, only=only), {}
     for line in printout.lines(plan):
         print(line)
     if flags.out:

@@ -40,6 +40,7 @@ class Cost:
       cycles_seconds: that the compiler estimates; None: it does not.
       collectives: largest share first.
       limits: seconds that its products, its traffic and its collectives take by themselves.
+      silent: kernels that run in it of whose cycles the compiler says nothing.
     """
 
     flops: float
@@ -47,6 +48,7 @@ class Cost:
     cycles_seconds: float | None
     collectives: tuple[Collective, ...]
     limits: dict[str, float]
+    silent: int = 0
 
     @property
     def bound(self) -> str:
@@ -111,6 +113,7 @@ class Plan:
       rows, max_new: answers of a step, and most ids of each.
       steps: of the run.
       evaluations: how often it evaluates, and batches of graded answers and of KL each time.
+      is_whole: whether all programs of the run were compiled.
     """
 
     topology: str
@@ -121,6 +124,7 @@ class Plan:
     max_new: int
     steps: int
     evaluations: tuple[int, int, int]
+    is_whole: bool = True
 
     @property
     def num_chips(self) -> int:
@@ -143,7 +147,7 @@ class Plan:
     @property
     def seconds_per_step(self) -> float | None:
         """Of the programs of a step, with the longest answers."""
-        return self.seconds(("prefill", "decode", "teacher", "train"))
+        return self.seconds(("prefill", "decode", "teacher", "train")) if self.is_whole else None
 
     @property
     def chip_hours(self) -> float | None:
@@ -199,6 +203,7 @@ def plan(
             -(-spec.num_graded // spec.size),
             -(-spec.num_kl // spec.size),
         ),
+        is_whole=not only,
     )
 
 
@@ -262,7 +267,7 @@ def cost(runs: Any, program: hlo.Program, flops: float, chip: Chip, mesh: Any) -
         "links": sum(each.moved for each in collectives) / chip.link,
     }
     cycles = moved.cycles / chip.clock if chip.clock and moved.cycles else None
-    return Cost(flops, moved.num_bytes, cycles, tuple(collectives), limits)
+    return Cost(flops, moved.num_bytes, cycles, tuple(collectives), limits, moved.silent)
 
 
 def _beyond(traced: Traced, error: BaseException) -> float:

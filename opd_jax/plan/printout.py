@@ -96,6 +96,8 @@ def lines(plan: Plan) -> list[str]:
             found.append(
                 f"  {each.name}: {c.count} x {c.kind} over {c.axes} of {c.num_bytes / 1e6:,.3g} MB"
             )
+        if each.cost and each.cost.silent:
+            found.append(f"  {each.name}: {each.cost.silent} runs of kernels without cycles")
         if each.uncounted:
             found.append(f"  {each.name}: {each.uncounted} loops of unknown rounds count as one")
     found += [advice(each) for each in plan.programs.values() if not each.fits]

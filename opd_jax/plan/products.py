@@ -79,6 +79,8 @@ def _of(equation: Any, context: _Context) -> float:
         holders = devices // math.prod(shape[axis] for axis in over)
         return devices * _sum(inner[0], dataclasses.replace(context, holders=holders))
     total = [_sum(each, context) for each in inner]
+    if name == "pallas_call":  # blocks that it skips by what it reads count, too
+        return math.prod(params["grid_mapping"].grid) * sum(total)
     if name == "scan":
         return params["length"] * sum(total)
     if name == "while":

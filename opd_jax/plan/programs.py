@@ -30,6 +30,7 @@ from opd_jax.run.assemble import Assembly, Words
 from opd_jax.spec import RunConfig
 
 TRAIN, TEACHER, SAMPLE, EVALUATION, ANSWERS = "train", "teacher", "sample", "evaluation", "answers"
+ALL = (SAMPLE, TEACHER, TRAIN, ANSWERS, EVALUATION)
 # The names under which ``train.Programs`` has them.
 _NAMES = {"sample": SAMPLE, "teacher_states": TEACHER}
 

@@ -68,10 +68,12 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Of one device: bytes through its memory, cycles as its compiler estimates them (0: none)."""
+    """Of one device: bytes through its memory, cycles as its compiler estimates them (0: none),
+    and how often a kernel runs of whose cycles it says nothing."""
 
     num_bytes: float
     cycles: float
+    silent: int = 0
 
 
 def traffic(runs: Iterable[tuple[str, Operation, int, bool]], program: Program) -> Traffic:
@@ -80,12 +82,14 @@ def traffic(runs: Iterable[tuple[str, Operation, int, bool]], program: Program) 
     An operand that is only sliced counts by its slices and a buffer that is updated in place by the
     update. What stays in memories inside the chip counts nothing.
     """
-    num_bytes = cycles = 0.0
+    num_bytes, cycles, silent = 0.0, 0.0, 0
     for where, op, times, _ in runs:
         num_bytes += times * _bytes(program, where, op)
         if found := _CYCLES.search(op.rest):
             cycles += times * int(found[1])
-    return Traffic(num_bytes, cycles)
+        elif op.kind == "custom-call" and "tpu_custom_call" in op.rest:
+            silent += times
+    return Traffic(num_bytes, cycles, silent)
 
 
 def _bytes(program: Program, where: str, op: Operation) -> float:

@@ -35,7 +35,9 @@ def planned(tiny, tmp_path_factory):
         path.unlink()
     out, made, real = folder / "plan.json", [], estimate.plan
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "plan", lambda *args: made.append(real(*args)) or made[0])
+        patch.setattr(
+            estimate, "plan", lambda *args, **more: made.append(real(*args, **more)) or made[0]
+        )
         assert command(folder, *MESH, f"--out={out}") == 0
     return folder, json.loads(out.read_text()), made[0]
 
@@ -142,7 +144,9 @@ def test_what_does_not_fit_is_told_with_what_helps(planned, capsys, monkeypatch)
     folder, _, made = planned
     limit = made.programs["train"].bytes_per_chip - 1
     less = {name: dataclasses.replace(p, limit=limit) for name, p in made.programs.items()}
-    monkeypatch.setattr(estimate, "plan", lambda *args: dataclasses.replace(made, programs=less))
+    monkeypatch.setattr(
+        estimate, "plan", lambda *args, **_: dataclasses.replace(made, programs=less)
+    )
     assert command(folder, *MESH) == 1
     out = capsys.readouterr().out
     assert out.count("does not fit") == 1
@@ -226,3 +230,14 @@ def test_a_model_may_be_a_known_name_or_another_folder(planned, capsys):
     assert "'Qwen3-5B' has no config.json and is not known by name" in message
     assert "Qwen3-4B" in message
     assert "--student-config" in message
+
+
+def test_some_of_the_programs_say_nothing_of_a_step(tiny, tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    assert command(tiny, *MESH, "--only=teacher", f"--out={out}") == 0
+    plan = json.loads(out.read_text())
+    assert set(plan["programs"]) == {"teacher"}
+    assert plan["seconds_per_step"] is None
+    assert plan["chip_hours"] is None
+    assert command(tiny, *MESH, "--only=teachers") == 1
+    assert "no program 'teachers': expected some of sample, teacher" in capsys.readouterr().err

@@ -136,3 +136,23 @@ def test_of_a_model_with_experts_the_active_ones_count():
     active = 2 * rows * columns * weights(sparse, lambda n: 2 / 16 if n in stacks else 1.0)
     found = model_flops(sparse, rows, columns) - attention(sparse, rows, columns) / 2
     assert active <= found <= 2 * active  # blocks of rows are not quite full, see models/grouped
+
+
+def test_a_kernel_counts_by_its_grid():
+    from jax.experimental import pallas
+
+    def body(x_ref, w_ref, out_ref):
+        out_ref[...] = x_ref[...] @ w_ref[...]
+
+    kernel = pallas.pallas_call(
+        body,
+        grid=(4,),
+        in_specs=[
+            pallas.BlockSpec((2, 16), lambda i: (i, 0)),
+            pallas.BlockSpec((16, 16), lambda i: (0, 0)),
+        ],
+        out_specs=pallas.BlockSpec((2, 16), lambda i: (i, 0)),
+        out_shape=jax.ShapeDtypeStruct((8, 16), jnp.float32),
+        interpret=True,
+    )
+    assert count(kernel, X, W) == ONE
