@@ -83,7 +83,13 @@ def local(done: Done, baseline: Baseline) -> dict[str, Any]:
 
 
 def with_teacher(
-    arms: Mapping[str, Done], baseline: Baseline, pair: Pair, *, batch: int, seed: int
+    arms: Mapping[str, Done],
+    baseline: Baseline,
+    pair: Pair,
+    *,
+    batch: int,
+    seed: int,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[str, Any]]:
     """Score the answers of arms, and the baseline's to the same problems, by a teacher.
 
@@ -93,6 +99,7 @@ def with_teacher(
       pair: the model as student, and the teacher.
       batch: answers at a time.
       seed: of the lot and of the bootstrap.
+      say: receives lines of progress.
 
     Returns:
       By arm, in nats: ``logp_banned`` and ``logp_substitute``, the teacher's mean log-probability
@@ -120,7 +127,7 @@ def with_teacher(
         problem_A=np.array([row for row, _, _ in keys], np.int32),
         truncated_A=np.zeros(len(keys), bool),
     )
-    found = collect.score(corpus, pair, batch=batch)
+    found = collect.score(corpus, pair, batch=batch, say=say)
     begins = dict(zip(keys, corpus.offset_A[:-1].tolist(), strict=True))
     result = {}
     for name, done in chosen.items():

@@ -159,7 +159,7 @@ def of(
         }
         result["teacher"] = request.teacher
         result["substitutions"] = substitution.with_teacher(
-            scored, baseline, pair, batch=request.batch, seed=seed
+            scored, baseline, pair, batch=request.batch, seed=seed, say=say
         )
     return result
 
