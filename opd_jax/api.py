@@ -34,7 +34,8 @@ def distill(
     """Distil on-policy, or go on with the run in ``workdir``; what ``opd-jax train`` does.
 
     Args:
-      student, teacher: Hugging Face folders, or ``embedded:student`` and ``embedded:teacher``.
+      student, teacher: Hugging Face folders, names on the Hub (``owner/name``), or
+        ``embedded:student`` and ``embedded:teacher``.
       prompts: JSON lines, or a list of texts or of objects with ``prompt`` or ``messages`` (and an
         ``answer``), which is kept in the workdir.
       workdir: a new folder, or that of the run.

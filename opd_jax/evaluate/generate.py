@@ -135,7 +135,7 @@ def generate(
     batch, the mesh or the other prompts.
 
     Args:
-      model: a reference: Hugging Face folder, ``embedded:teacher``, ``RUN[@STEP]``.
+      model: a reference, see ``store.pair``: Hugging Face folder, ``owner/name``, ``RUN[@STEP]``.
       prompts: file that ``data.rows`` reads; ``answer`` in it is what is graded against. What
         stands there twice is answered once.
       out: JSONL file that does not exist yet; it appears whole or not at all.

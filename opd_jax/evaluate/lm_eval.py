@@ -1,8 +1,9 @@
 """``opd_jax`` as a model of lm-evaluation-harness; needs that to be imported (see ``harness``).
 
-A model is named by ``pretrained``, as in every command: a Hugging Face folder, ``embedded:NAME`` or
-``RUN[@STEP]``. Prompts are tokenised, cut and scored as the harness's own ``hf`` model does, so the
-numbers are the same up to rounding; the model runs sharded over all devices of one process.
+A model is named by ``pretrained``, as in every command: a Hugging Face folder, ``owner/name`` on
+the Hub, ``embedded:NAME`` or ``RUN[@STEP]``. Prompts are tokenised, cut and scored as the harness's
+own ``hf`` model does, so the numbers are the same up to rounding; the model runs sharded over all
+devices of one process.
 """
 
 from __future__ import annotations

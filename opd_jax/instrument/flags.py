@@ -120,8 +120,8 @@ def parse(argv: Sequence[str], studies: Sequence[str] = ()) -> Flags:
     add("--out", required=True, help="folder of the results; the same command goes on in it")
     add("--run", help="workdir of a training run: its student, teacher and held-out prompts")
     add("--step", type=int, help="checkpoint of the run; default: the newest; 0: before training")
-    add("--student", help="Hugging Face folder, RUN@STEP, or embedded:student")
-    add("--teacher", help="Hugging Face folder, RUN@STEP, or embedded:teacher")
+    add("--student", help=command.MODEL)
+    add("--teacher", help="the same of the model that it learns from")
     add("--prompts", help="JSONL; default: the run's held-out prompts, or those it trains on")
     add("--limit", type=int, help="only the first prompts; default: all")
     add(

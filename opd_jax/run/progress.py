@@ -21,6 +21,8 @@ from typing import Any
 
 import jax
 
+from opd_jax.evaluate import growth
+
 log = logging.getLogger(__name__)
 
 _SURE = 5  # steps from which the time left is no guess
@@ -213,7 +215,7 @@ def format_line(
         "length": f"len {_show(values, 'mean_length', '.0f'):>3}",
         "cut": f"cut {_show(values, 'truncated_share', '.0%'):>3}",
         "took": " ".join(f"{a} {_show(seconds, name, '.2f', '.0f')}s" for a, name in took),
-        "speed": f"{_short(values.get('tokens_per_s'))} tok/s ETA {about}{_duration(eta)}",
+        "speed": f"{_short(values.get('tokens_per_s'))} tok/s ETA {about}{growth.duration(eta)}",
     }
     hidden = {"loss", "gated"} - {*shown}
     return "  ".join(text for name, text in parts.items() if name not in hidden)
@@ -254,15 +256,3 @@ def _short(value: float | None) -> str:
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    """42s, 3m05s, 1h42m, 2d03h."""
-    if not math.isfinite(seconds):
-        return "-"
-    whole = round(seconds)
-    for big, small, size in (("d", "h", 86400), ("h", "m", 3600), ("m", "s", 60)):
-        if whole >= size:
-            part = size // (24 if big == "d" else 60)
-            return f"{whole // size}{big}{whole % size // part:02d}{small}"
-    return f"{whole}s"

@@ -100,6 +100,10 @@ def test_a_run_by_name_keeps_its_revisions(server, tiny, tmp_path, capsys):
     assert tiny_run.train(tiny, run, **BY_NAME | {"student__path": f"{STUDENT}@{newest}"}) == 1
     assert f"started with 'hub:{STUDENT}@{first}'" in capsys.readouterr().err
 
+    # Another run of the same study starts on what the first one did, too.
+    assert hub.pins([STUDENT], [tmp_path / "none", run])[STUDENT].endswith(first)
+    assert hub.pins([STUDENT], [tmp_path / "none"])[STUDENT].endswith(newest)
+
     # All from the cache: the Hub is not asked again.
     server.asked.clear()
     server.refuses = {STUDENT: (500, ""), TEACHER: (500, "")}
