@@ -80,29 +80,6 @@ def least_flips(alpha: float) -> int:
     return max(1 + math.ceil(-math.log2(alpha) - 1e-12), 1)
 
 
-def power(right: int, wrong: int, down: float, up: float, alpha: float) -> float:
-    """Probability that the exact test finds the fall.
-
-    Args:
-      right, wrong: problems of the baseline.
-      down, up: probability that a right one falls, and that a wrong one rises.
-      alpha: of the test, two-sided.
-    """
-    falls, rises = np.arange(right + 1), np.arange(wrong + 1)
-    fall_p = distributions.binom.pmf(falls, right, down)
-    rise_p = distributions.binom.pmf(rises, wrong, up)
-    least = least_flips(alpha)
-    found = 0.0
-    for rise, chance in zip(rises.tolist(), rise_p.tolist(), strict=True):
-        if chance < 1e-12:
-            continue
-        several = falls[falls > rise]
-        several = several[several + rise >= least]
-        seen = [stats.sign_test(rise, int(fall) + rise) <= alpha for fall in several]
-        found += chance * float(fall_p[several[np.array(seen, bool)]].sum()) if len(several) else 0
-    return found
-
-
 def smallest(num: int, alpha: float, wanted: float) -> float | None:
     """Smallest share of ``num`` problems that flip, all in one direction, to be seen with power.
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypeVar
+from typing import NotRequired, TypeVar
 
 import pydantic
 from typing_extensions import TypedDict
@@ -167,11 +167,3 @@ class Ledger:
             return
         except records.RecordError as error:
             raise KnockoutError(str(error)) from error
-
-
-def read_summary(folder: Path) -> Mapping[str, Any] | None:
-    """``summary.json`` of a finished knockout; None where there is none."""
-    try:
-        return records.read(folder / SUMMARY, dict[str, Any], change=_CHANGE)
-    except FileNotFoundError:
-        return None
