@@ -25,7 +25,7 @@ from opd_jax.instrument import corpus as corpora
 from opd_jax.instrument.corpus import Occurrences
 from opd_jax.models import hf, hf_config
 from opd_jax.models.families import FAMILIES
-from opd_jax.report import build, page_data, rock_figures, style
+from opd_jax.report import build, outcome, page_data, rock_figures, rock_section, story, style
 from opd_jax.run import arms, writers
 from opd_jax.store import checkpoint_record, run_files
 from opd_jax.store import pair as pairs
@@ -168,11 +168,48 @@ def test_the_files_of_the_instrument(results, name):
         with plt.rc_context(style.STYLE):
             survives(lambda: rock_figures.plates(results / "out"))
         survives(lambda: rock_figures.studies(results / "out"))
-        survives(lambda: build._tiles({}, results / "out"))
-        survives(lambda: build._answers(results / "out", {}, {}))
-        survives(lambda: build._check_rocks(results / "out", results / "run"))
+        survives(lambda: rock_section.tiles(results / "out"))
+        survives(lambda: rock_section.reader(results / "out", {}, {}))
+        survives(lambda: rock_section.check(results / "out", results / "run", "teacher"))
         plt.close("all")
 
+    try:
+        fuzz()
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> Path:
+    """A run with questions, answers as text and a teacher, few enough to be read in no time."""
+    few = {"before": [True, False, False], "after": [True, True, False], "teacher": [True] * 3}
+    return rocks_out.make_answers(tmp_path_factory.mktemp("told") / "run", **few)
+
+
+def the_story(run: Path) -> None:
+    runs, found = {"run": run}, {"run": outcome.read(run)}
+    for section in (story.better(found, runs), story.changed(found), story.cost(runs)):
+        assert str(section)
+    assert str(story.made(runs))
+    assert story.tiles(found, runs)
+
+
+FILES_OF_THE_STORY = ("teacher.json", "questions.json", "graded.jsonl", "summary.json", "run.json")
+
+
+@pytest.mark.parametrize("name", FILES_OF_THE_STORY)
+def test_the_files_that_a_story_is_told_from(told, name):
+    path = told / name
+    whole = path.read_bytes()
+    first = whole.splitlines()[0] + b"\n" if name.endswith("l") else b""
+
+    @settings(max_examples=40, **FUZZ)
+    @given(documents(json.loads(whole.splitlines()[-1] if first else whole)))
+    def fuzz(data):
+        path.write_bytes(first + data.replace(b"\n", b" ") + b"\n" if first else data)
+        survives(lambda: the_story(told))
+
+    the_story(told)
     try:
         fuzz()
     finally:
@@ -185,7 +222,7 @@ def test_a_table_of_types(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("types")
     head = ",".join(column[0] for column in page_data.COLUMNS).encode()
     (folder / "types.csv").write_bytes(head + b"\n" + data)
-    survives(lambda: build._types(folder))
+    survives(lambda: rock_section.types(folder))
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,9 @@ def _rows(path: Path, line: Mapping[str, Any]) -> dict[int, list[Reply]]:
     """The answers of a graded evaluation by the problem's index."""
     verdicts = line["correct"]
     with run_files.used(path):
+        texts = [text for row in line.get("text") or () for text in row]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("an answer is no text")
         return {
             index: [Reply(*reply) for reply in zip(texts, right, reasons, strict=True)]
             for index, texts, right, reasons in zip(

@@ -47,9 +47,7 @@ def rocks(folder: Path | None) -> Section:
     with run_files.used(folder / "rocks.json"):
         said = ", ".join(f"{k} {manifest[k]}" for k in ("student", "teacher", "writer", "prompts"))
     body = markup.text(f"Measured with {said}.")
-    if summary := rock_figures.read(folder, "summary.json"):
-        with run_files.used(folder / "summary.json"):
-            body += markup.tiles(_tiles(summary))
+    body += tiles(folder)
     wide, narrow = (rock_figures.plates(folder, layout) for layout in (style.WIDE, style.NARROW))
     body += markup.plates(style.with_narrow(wide, narrow))
     absent = []
@@ -61,7 +59,16 @@ def rocks(folder: Path | None) -> Section:
     return Section(*heading, body, tuple(absent))
 
 
-def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def tiles(folder: Path) -> str:
+    """The few numbers of the rocks that one looks for first."""
+    summary = rock_figures.read(folder, "summary.json")
+    if not summary:
+        return ""
+    with run_files.used(folder / "summary.json"):
+        return markup.tiles(_numbers(summary))
+
+
+def _numbers(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     k = summary["k"]
     numbers = {name: summary[name] for name in ("coverage", "split_half", "density_median")}
     beside = {n: summary[n] for n in ("coverage_null", "split_half_null", "density_corpus")}

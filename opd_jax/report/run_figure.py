@@ -39,7 +39,9 @@ def training(workdir: str | os.PathLike, out: str | os.PathLike) -> None:
     run, ends = run_files.read(workdir), accuracy.intervals(workdir)
     with matplotlib.rc_context(style.STYLE):
         span = run_files.summary(Path(workdir)).get("rocks_steps")
-        style.save(draw(run, ends, accuracy.ceiling(workdir), span), out)
+        with run_files.used(Path(workdir) / "summary.json"):
+            figure = draw(run, ends, accuracy.ceiling(workdir), span)
+        style.save(figure, out)
 
 
 def draw(

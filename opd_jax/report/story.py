@@ -261,7 +261,7 @@ def _cost(run: Path) -> list[Row]:
         largest = sorted(shares.items(), key=lambda item: -item[1])
         told = ", ".join(f"{name} {share:.0%}" for name, share in largest if share >= 0.005)
         found.append(("of the time", told))
-    if tokens:
+    if tokens and math.isfinite(tokens):
         rate = f", {tokens / summary['seconds']:,.0f} a second" if summary["seconds"] else ""
         found.append(("tokens trained on", f"{round(tokens):,}{rate}"))
     with run_files.used(run / "run.json"):
@@ -282,7 +282,8 @@ def made(runs: Mapping[str, Path]) -> Section:
         command = " \\\n  ".join(shlex.quote(word) for word in record.get("command") or [])
         command = command.replace(" \\\n  ", " ", 1)  # the program and its command in one line
         told = f'<pre class="command">{html.escape(command)}</pre>' if command else ""
-        parts.append(heading + told + markup.facts(_recipe(record)) + _settings(record))
+        with run_files.used(path / "run.json"):
+            parts.append(heading + told + markup.facts(_recipe(record)) + _settings(record))
     return Section("made", "How was it made?", "".join(parts))
 
 

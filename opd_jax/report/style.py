@@ -150,7 +150,8 @@ class Layout:
         if not self.is_narrow:
             axes.legend(**LEGEND | other)
             return
-        drop = -36 if axes.get_xlabel() else -22  # points, past the ticks and the label
+        _break_lines(axes)
+        drop = -22 - 13 * len(axes.get_xlabel().splitlines())  # points, past ticks and label
         below = offset_copy(axes.transAxes, axes.figure, y=drop, units="points")  # pyright: ignore
         place = {"loc": "upper right", "bbox_to_anchor": (1.0, 0.0), "bbox_transform": below}
         axes.legend(**LEGEND | {"fontsize": 8.5} | other | {"ncols": 2} | place)
@@ -178,20 +179,20 @@ def figure(width: float, height: float) -> Figure:
 def with_narrow(wide: Sequence[Plate], narrow: Sequence[Plate]) -> list[Plate]:
     """Plates that hold both drawings of each figure. Call inside STYLE's context."""
     for plate in narrow:
-        _break_lines(plate.figure)
+        for axes in plate.figure.axes:
+            _break_lines(axes)
     return [
         dataclasses.replace(plate, narrow=other.figure)
         for plate, other in zip(wide, narrow, strict=True)
     ]
 
 
-def _break_lines(drawn: Figure) -> None:
-    """Break titles and labels of a narrow drawing that would leave it at the right."""
-    for axes in drawn.axes:
-        if title := axes.get_title("left"):
-            axes.set_title("\n".join(textwrap.wrap(title, 28)), loc="left")
-        if label := axes.get_xlabel():  # it may reach to the left, below the names of rows
-            axes.set_xlabel("\n".join(textwrap.wrap(label, 42)), loc="right")
+def _break_lines(axes: Axes) -> None:
+    """Break the title and the label of a narrow panel where they would leave it at the right."""
+    if title := axes.get_title("left"):
+        axes.set_title("\n".join(textwrap.wrap(title, 28)), loc="left")
+    if label := axes.get_xlabel():  # it may reach to the left, below the names of rows
+        axes.set_xlabel("\n".join(textwrap.wrap(label, 42)), loc="right")
 
 
 def check_format(out: str | os.PathLike) -> Path:

@@ -316,6 +316,10 @@ def test_no_figure_is_cropped_at_either_width(out, tmp_path):
         for figure in (plate.figure, plate.narrow):
             FigureCanvasAgg(figure).draw()
             drawn = [axes.get_tightbbox() for axes in figure.axes]  # ticks and legends too
+            for axes in figure.axes:
+                if legend := axes.get_legend():
+                    label = axes.xaxis.label.get_window_extent()
+                    assert not legend.get_window_extent().overlaps(label), plate.name
             for box in (*drawn, *(legend.get_window_extent() for legend in figure.legends)):
                 assert box.x0 >= figure.bbox.x0 - 1, plate.name
                 assert box.x1 <= figure.bbox.x1 + 1, plate.name
