@@ -26,6 +26,8 @@ from huggingface_hub import errors
 from opd_jax import processes
 from opd_jax.files import EMBEDDED, path_of
 from opd_jax.models import hf_folder
+from opd_jax.models.hf_config import read_json
+from opd_jax.models.hf_weights import INDEX, Index
 from opd_jax.spec import RunConfig
 from opd_jax.store import workdir as workdirs
 
@@ -35,11 +37,10 @@ Part = Literal["config", "tokenizer", "model"]  # each with those before it
 _NAME = re.compile(r"(?:hub:)?([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([^@\s]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FOLDERS = ("models/", "runs/")  # where README and configs keep files
-_INDEX = "model.safetensors.index.json"
 # No weights in other formats: a name may have the same ones as .bin, .gguf and .onnx too.
 _FILES: dict[Part, tuple[str, ...]] = {"config": ("config.json", "generation_config.json")}
 _FILES["tokenizer"] = (*_FILES["config"], *hf_folder.TOKENIZER)
-_FILES["model"] = (*_FILES["tokenizer"], _INDEX, "model*.safetensors")
+_FILES["model"] = (*_FILES["tokenizer"], INDEX, "model*.safetensors")
 
 
 class HubError(ValueError):
@@ -194,9 +195,8 @@ def _is_whole(snapshot: Path, part: Part) -> bool:
     """Whether a snapshot has a part of a model, which may have been fetched without the others."""
     present = {path.name for path in snapshot.iterdir() if path.exists()}
     wanted = {"config.json"} if part == "config" else {"config.json", "tokenizer.json"}
-    if part == "model" and _INDEX in present:
-        index = json.loads((snapshot / _INDEX).read_text(encoding="utf-8"))
-        wanted |= {*index.get("weight_map", {}).values()}
+    if part == "model" and INDEX in present:
+        wanted |= {*read_json(snapshot / INDEX, Index)["weight_map"].values()}
     elif part == "model" and not fnmatch.filter(present, "model*.safetensors"):
         return False
     return wanted <= present

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import hub_server
 import huggingface_hub
@@ -141,6 +142,22 @@ def test_a_plan_fetches_the_config_alone(server):
     server.asked.clear()
     hub.folder(name)
     assert server.asked == []
+
+
+def test_a_snapshot_without_a_shard_is_completed(server, tiny, tmp_path):
+    folder, shard = shutil.copytree(tiny / "student", tmp_path / "cut"), "model-1-of-1.safetensors"
+    (folder / "model.safetensors").rename(folder / shard)
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    server.push("acme/cut", folder)
+    name = pairs.resolve("acme/cut").name
+    assert shard in server.fetched
+    path = Path(hub.folder(name)) / shard
+    path.unlink()
+    server.asked.clear()
+    hub.folder(name, "tokenizer")
+    assert server.asked == []
+    assert (Path(hub.folder(name)) / shard).is_file()
 
 
 def test_a_plan_knows_published_models_without_the_hub(server):
