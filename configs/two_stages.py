@@ -7,7 +7,12 @@
 
 Stage 1 trains on ``runs/answers.jsonl`` by half the forward KL and half the cross-entropy, stage 2
 on the student's own answers by the reverse KL, from the weights of stage 1: the recipe of arXiv
-2605.09253, app. B. LOG.md compares it with stage 2 alone at as many steps.
+2605.09253, app. B.
+
+Expected of one seed, 1,920 answers (--limit=1920) and 60 + 60 steps: 71.5 % of 256 held-out
+problems and 0.850 nats after stage 1, 64.8 % and 0.172 nats after stage 2; 59.4 % and 0.200
+nats by 120 steps of configs/demo.py, on-policy alone (LOG.md). Two to six minutes a stage on two CPU
+cores.
 
 Arguments:
   stage    1 or 2
