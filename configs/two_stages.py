@@ -10,8 +10,8 @@ on the student's own answers by the reverse KL, from the weights of stage 1: the
 2605.09253, app. B.
 
 Expected of one seed, 1,920 answers (--limit=1920) and 60 + 60 steps: 71.5 % of 256 held-out
-problems and 0.850 nats after stage 1, 64.8 % and 0.172 nats after stage 2; 59.4 % and 0.200
-nats by 120 steps of configs/demo.py, on-policy alone (LOG.md). Two to six minutes a stage on two CPU
+problems and 0.850 nats after stage 1, 64.8 % and 0.172 nats after stage 2; 59.4 % and 0.200 nats
+by 120 steps of configs/demo.py, on-policy alone (LOG.md). Two to six minutes a stage on two CPU
 cores.
 
 Arguments:
