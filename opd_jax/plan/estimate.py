@@ -185,7 +185,14 @@ def plan(
     with jax.set_mesh(parts.mesh), afresh():
         for traced in programs.of_run(parts):
             if not only or traced.name in only:
-                found |= {each.name: each for each in compiled(traced, machine, parts.mesh, say)}
+                for each in compiled(traced, machine, parts.mesh, say):
+                    found[each.name] = each
+                    held, took = memory.text(each.bytes_per_chip), each.cost and each.cost.seconds
+                    say(
+                        f"  {each.name}: {held} a chip, "
+                        f"{f'{took:.3g} s' if took else 'does not compile'} "
+                        f"(compiled in {each.compile_seconds:.0f} s)"
+                    )
     run, spec = parts.run, parts.plan
     every = run.eval.every
     return Plan(
