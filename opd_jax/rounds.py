@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+from typing import Any
 
 import jax
 
 _NAME = re.compile(r"(scored_)?rounds_(\d+)\)*(?:/while)?$")  # closed by transformations' names
 
 
-def expected(number: int, *, scored: bool = False) -> contextlib.AbstractContextManager[None]:
+def expected(number: int, *, scored: bool = False) -> contextlib.AbstractContextManager[Any]:
     """A scope for one loop, entered right around it.
 
     Args:
