@@ -13,6 +13,7 @@ from opd_jax import optim
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.models import params, transformer
 from opd_jax.optim import OptimSpec
+from opd_jax.report import accuracy
 from opd_jax.rock import RockConfig
 from opd_jax.run.assemble import Assembly
 from opd_jax.spec import RunConfig
@@ -192,11 +193,11 @@ def way_text(result: Mapping[str, Any]) -> str:
     """How far the student has come towards its teacher; empty where there is nothing to come to."""
     ends = [(result.get(when) or {}).get("accuracy") for when in ("before", "after", "teacher")]
     before, after, teacher = ends
-    if before is None or after is None or teacher is None:
+    if before is None or after is None or teacher is None or not before <= after <= teacher:
         return ""
-    if not before <= after <= teacher or before == teacher:
+    way = accuracy.way(before, after, teacher)
+    if way is None:
         return ""
-    way = (after - before) / (teacher - before)
     return f"{way:.0%} of the way from {before:.1%} to the teacher's {teacher:.1%}"
 
 
