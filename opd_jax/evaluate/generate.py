@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("--model", required=True, help=command.MODEL)
     add("--prompts", required=True, help="prompts or messages: JSON lines or array, parquet, ...")
-    add("--out", required=True, help="JSONL to write; must not exist")
+    add("--out", required=True, help="JSONL to write; the same command goes on with it")
     add("--max-new", type=int, default=256, help="most tokens of an answer")
     add("--samples", type=int, default=1, help="answers per prompt")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
