@@ -365,3 +365,9 @@ def test_modules_are_small():
     }
     assert {name: size for name, size in sizes.items() if size > 450} == {}
     assert sorted(sizes.values())[len(sizes) // 2] < 200
+
+
+def test_no_two_files_of_tests_share_a_name():
+    """pytest imports them by their names alone: of two in one process the second is an error."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted({*names})
