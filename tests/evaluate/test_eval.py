@@ -1,8 +1,8 @@
 """The command ``opd-jax eval``: what it writes, that it resumes, and what it refuses."""
 
 import json
-import re
 import os
+import re
 import shutil
 import signal
 import subprocess
