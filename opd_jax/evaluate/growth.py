@@ -12,7 +12,7 @@ import jax
 
 from opd_jax import files, processes
 
-_QUIET_S = 600.0  # at most, between lines of progress
+_QUIET_S, _QUICK_S = 600.0, 2.0  # at most and at least between lines of progress
 
 
 class Writing:
@@ -38,8 +38,8 @@ class Writing:
 class Progress:
     """Says how far a job is, how good, how fast, and how long it will take.
 
-    On a terminal one line keeps up; elsewhere there is a line per tenth of the job, and one after
-    ten minutes without.
+    On a terminal one line keeps up; elsewhere there is a line per tenth of the job, unless tenths
+    pass within seconds, and one after ten minutes without.
 
     Args:
       what: that is done, in the plural.
@@ -75,7 +75,8 @@ class Progress:
             self.say.passing(self._line(where))
         # The last line of all is left to tell().
         elif self.done < self.total and (
-            self._tenths() > self._tenth or self._clock() - self._said > _QUIET_S
+            (self._tenths() > self._tenth and self._clock() - self._said >= _QUICK_S)
+            or self._clock() - self._said > _QUIET_S
         ):
             self.tell(where)
         self._first = self._first or (self._clock(), self.fresh)

@@ -41,8 +41,10 @@ class Clock:
 
 
 def test_without_a_terminal_there_is_a_line_per_tenth(capsys):
-    progress = growth.Progress("answers", 1000, 0, processes.say)
+    clock = Clock()
+    progress = growth.Progress("answers", 1000, 0, processes.say, clock)
     for _ in range(250):
+        clock.now += 0.5
         progress.add(4, [{"tokens": 8}])
     progress.tell()
     lines = capsys.readouterr().out.splitlines()
@@ -51,6 +53,17 @@ def test_without_a_terminal_there_is_a_line_per_tenth(capsys):
         "1,000",
     ]
     assert "\x1b" not in "".join(lines)
+
+
+def test_a_quick_job_says_its_end_alone():
+    said, clock = [], Clock()
+    progress = growth.Progress("answers", 100, 0, said.append, clock)
+    for _ in range(100):
+        clock.now += 0.01
+        progress.add(1, [])
+    progress.tell()
+    assert len(said) == 1
+    assert said[0].endswith("took 1s")
 
 
 def test_a_slow_job_does_not_look_dead():
@@ -90,8 +103,10 @@ def test_who_takes_lines_gets_no_passing_ones(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setenv("TERM", "xterm")
     said: list[str] = []
-    progress = growth.Progress("prompts", 30, 0, processes.indented(said.append, "> "))
+    clock = Clock()
+    progress = growth.Progress("prompts", 30, 0, processes.indented(said.append, "> "), clock)
     for _ in range(30):
+        clock.now += 5
         progress.add(1, [])
     progress.tell()
     assert len(said) == 10
