@@ -88,6 +88,14 @@ def keep_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+def add_filters(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which ids a sampler leaves out."""
+    add = parser.add_argument
+    add("--top-k", type=int, default=0, help="0: off")
+    add("--top-p", type=float, default=1.0, help="1: off")
+    add("--min-p", type=float, default=0.0, help="0: off")
+
+
 def add_mesh(parser: argparse.ArgumentParser) -> None:
     """The flags that spread a model over devices; read them with :func:`mesh`."""
     add = parser.add_argument

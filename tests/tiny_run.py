@@ -61,6 +61,44 @@ mesh.make = lambda *axes: make(*axes, devices=jax.devices()[:1])
 train._Loop._step = hang
 sys.exit(cli.main(sys.argv[1:]))
 """
+# What a child to be killed runs: the command on the first device, hanging in an append of answers.
+_APPENDING = """
+import sys, time
+import jax
+from opd_jax import cli, files, mesh
+
+make, append = mesh.make, files.append
+calls = []
+
+
+def hang(stream, lines):
+    if len(calls) == {before}:
+        append(stream, lines[:{whole}])
+        stream.write({half!r})
+        stream.flush()
+        print("HANGS", flush=True)
+        time.sleep(600)
+    calls.append(1)
+    append(stream, lines)
+
+
+files.append = hang
+mesh.make = lambda *a, **k: make(*a, **(k | {{"devices": jax.devices()[:1]}}))
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def hanging_child(before: int, half: str, *, whole: int = 0) -> str:
+    """Python code for a command that hangs after so many appended batches.
+
+    Args:
+      before: batches that are whole.
+      half: what stands of the line that it hangs in.
+      whole: lines of the same batch before that.
+    """
+    return _APPENDING.format(before=before, half=half, whole=whole)
+
+
 # What a summary.json has beside what a test is about.
 SUMMARY = {
     "before": {},

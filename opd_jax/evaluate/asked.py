@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -13,9 +14,10 @@ from opd_jax.data import widths
 from opd_jax.data.prompts import Example
 from opd_jax.evaluate import finding, grading, tasks
 from opd_jax.evaluate.grading import Verdict
+from opd_jax.evaluate.results import EvalRecord
 from opd_jax.evaluate.tasks import Form, Problem, Task
 from opd_jax.files import path_of
-from opd_jax.store import fingerprint
+from opd_jax.store import fingerprint, pair, workdir
 from opd_jax.store.pair import Model
 
 
@@ -83,7 +85,37 @@ def key_of(task: str, seed: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(task.encode()))
 
 
-def own_graders(given: Sequence[Task]) -> dict[str, str]:
+def record(
+    model: Model, given: Sequence[Task], form: Form, settings: Mapping[str, Any]
+) -> EvalRecord:
+    """What answers are of: the model, its files and its tasks, and how it was asked.
+
+    Args:
+      model: that answers.
+      given: the tasks.
+      form: how their problems are put.
+      settings: whatever else the answers depend on.
+    """
+    told = {**settings, **dataclasses.asdict(form), "template": dict(form.template)}
+    told |= {"dtype": model.cfg.dtype, "stop_ids": list(model.stop_ids)}
+    return {
+        "model": model.reference.name,
+        "files": pair.identity(model.reference),
+        "tasks": [
+            {
+                "name": task.name,
+                "path": task.path,
+                "digest": task.digest,
+                "problems": len(task.problems),
+            }
+            for task in given
+        ],
+        "settings": told | _own_graders(given),
+        "time": workdir.timestamp(),
+    }
+
+
+def _own_graders(given: Sequence[Task]) -> dict[str, str]:
     """Fingerprints of the files of the user's own graders."""
     names = {problem.grader for task in given for problem in task.problems}
     paths = {name: Path(path_of(name.rpartition(":")[0])) for name in names}

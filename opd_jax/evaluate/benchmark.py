@@ -25,7 +25,6 @@ from opd_jax.pytrees import Params
 from opd_jax.rollout import answers as drawing
 from opd_jax.rollout.sampling import Sampler
 from opd_jax.store import pair as pairs
-from opd_jax.store import workdir
 from opd_jax.store.pair import Model
 
 
@@ -112,7 +111,9 @@ def evaluate(
         raise ValueError(f"batch is {batch}: expected at least 1; set --batch")
     model = pairs.open_model(ref, mesh=mesh, dtype=dtype)
     rows = asked.rows(model, given, settings.max_new, form)
-    record = _record(model, given, settings, form)
+    told = dataclasses.asdict(settings)
+    del told["ks"]  # of the summary, not of the responses
+    record = asked.record(model, given, form, told)
     order = [(row.task.name, row.problem.index) for row in rows]
     done = _enter(out, record, order, settings.samples)
     if done < len(rows):
@@ -124,31 +125,6 @@ def evaluate(
                     files.append(stream, lines)
         processes.meet("evaluated")
     return _summarise(out, settings)
-
-
-def _record(
-    model: Model, given: Sequence[Task], settings: Settings, form: Form
-) -> results.EvalRecord:
-    told: dict[str, Any] = dataclasses.asdict(settings) | dataclasses.asdict(form)
-    del told["ks"]  # of the summary, not of the responses
-    told |= {"template": dict(form.template), "dtype": model.cfg.dtype}
-    told["stop_ids"] = list(model.stop_ids)
-    told |= asked.own_graders(given)
-    return {
-        "model": model.reference.name,
-        "files": pairs.identity(model.reference),
-        "tasks": [
-            {
-                "name": task.name,
-                "path": task.path,
-                "digest": task.digest,
-                "problems": len(task.problems),
-            }
-            for task in given
-        ],
-        "settings": told,
-        "time": workdir.timestamp(),
-    }
 
 
 def _enter(out: Path, record: results.EvalRecord, order: list[tuple[str, int]], n: int) -> int:

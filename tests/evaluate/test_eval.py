@@ -18,30 +18,8 @@ from opd_jax.evaluate import results
 
 tiny, one_device, workdir = tiny_run.tiny, tiny_run.one_device, tiny_run.workdir
 
-# What a child to be killed runs: the command on the first device, hanging after the second batch.
-CHILD = """
-import sys, time
-import jax
-from opd_jax import cli, files, mesh
-
-make, write = mesh.make, files.append
-calls = []
-
-
-def hang(stream, lines):
-    if len(calls) == 2:
-        stream.write('{"task": "first", "in')
-        stream.flush()
-        print("HANGS", flush=True)
-        time.sleep(600)
-    calls.append(1)
-    write(stream, lines)
-
-
-files.append = hang
-mesh.make = lambda *a, **k: make(*a, **(k | {"devices": jax.devices()[:1]}))
-sys.exit(cli.main(sys.argv[1:]))
-"""
+# What a child to be killed runs: hanging after the second batch.
+CHILD = tiny_run.hanging_child(2, '{"task": "first", "in')
 
 
 @pytest.fixture(scope="module")

@@ -15,31 +15,8 @@ from opd_jax import cli
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.evaluate import generate as command
 
-# What a child to be killed runs: the command on the first device, hanging in its third batch.
-CHILD = """
-import sys, time
-import jax
-from opd_jax import cli, files, mesh
-
-make, append = mesh.make, files.append
-calls = []
-
-
-def hang(stream, lines):
-    if len(calls) == 2:
-        append(stream, lines[:1])
-        stream.write('{"index": 9, "sam')
-        stream.flush()
-        print("HANGS", flush=True)
-        time.sleep(600)
-    calls.append(1)
-    append(stream, lines)
-
-
-files.append = hang
-mesh.make = lambda *a, **k: make(*a, **(k | {"devices": jax.devices()[:1]}))
-sys.exit(cli.main(sys.argv[1:]))
-"""
+# What a child to be killed runs: hanging in the third batch, of which a line is written.
+CHILD = tiny_run.hanging_child(2, '{"index": 9, "sam', whole=1)
 
 tiny, one_device, workdir = tiny_run.tiny, tiny_run.one_device, tiny_run.workdir
 

@@ -114,29 +114,12 @@ def _record(
     told = dataclasses.asdict(request)
     for name in _FREE:
         told.pop(name)
-    told |= dataclasses.asdict(request.settings) | dataclasses.asdict(request.form)
-    told |= {"families": list(request.families), "template": dict(request.form.template)}
-    told |= {"ks": [], "dtype": model.cfg.dtype, "stop_ids": list(model.stop_ids)}
+    told |= dataclasses.asdict(request.settings) | {"ks": [], "families": list(request.families)}
     told |= {
         "ids": hashlib.sha256(str([found.ids, [*found.groups.items()]]).encode()).hexdigest()[:16],
         "batch": meshlib.batch_rows(request.batch, model.mesh),
     }
-    told |= asked.own_graders(given)
-    return {
-        "model": model.reference.name,
-        "files": pairs.identity(model.reference),
-        "tasks": [
-            {
-                "name": task.name,
-                "path": task.path,
-                "digest": task.digest,
-                "problems": len(task.problems),
-            }
-            for task in given
-        ],
-        "settings": told,
-        "time": workdir.timestamp(),
-    }
+    return asked.record(model, given, request.form, told)
 
 
 def _told(found: Targets) -> Iterator[str]:

@@ -30,30 +30,8 @@ GRADER = """
 def holds(response, gold):
     return {mark!r} in response
 """
-# What a child to be killed runs: on the first device, hanging in the fourth batch of the arms.
-CHILD = """
-import sys, time
-import jax
-from opd_jax import cli, files, mesh
-
-make, append = mesh.make, files.append
-calls = []
-
-
-def hang(stream, lines):
-    calls.append(1)
-    if len(calls) == 6:
-        stream.write('{"arm": "single 3", "ta')
-        stream.flush()
-        print("HANGS", flush=True)
-        time.sleep(600)
-    append(stream, lines)
-
-
-files.append = hang
-mesh.make = lambda *a, **k: make(*a, **(k | {"devices": jax.devices()[:1]}))
-sys.exit(cli.main(sys.argv[1:]))
-"""
+# What a child to be killed runs: hanging in the fourth batch of the arms.
+CHILD = tiny_run.hanging_child(5, '{"arm": "single 3", "ta')
 
 
 @pytest.fixture(scope="module")
