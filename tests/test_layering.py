@@ -130,6 +130,7 @@ ORDER: list[str | tuple[str, list]] = [
             "reading",
             "precision",
             "assemble",
+            "initial",
             "entry",
             "answering",
             "ceiling",

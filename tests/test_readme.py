@@ -18,7 +18,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from opd_jax import cli, config, processes
 from opd_jax.data import batches
-from opd_jax.run import assemble, train
+from opd_jax.run import assemble, initial, train
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -262,6 +262,7 @@ def test_a_loop_of_ones_own_is_the_runs(readme, tmp_path, monkeypatch):
     given, _ = config.load(tiny_run.argv(folder, tmp_path, train__steps=2)[1:], workdir=None)
     scope: dict[str, Any] = {
         "assemble": assemble,
+        "initial": initial,
         "batches": batches,
         "config": config,
         "jax": jax,

@@ -25,7 +25,7 @@ from opd_jax.plan.chips import Machine
 from opd_jax.pytrees import Prompt, Rollout
 from opd_jax.rollout import decode
 from opd_jax.rollout.sampling import Sampler
-from opd_jax.run import assemble, train
+from opd_jax.run import assemble, initial, train
 from opd_jax.run.assemble import Assembly, Words
 from opd_jax.spec import RunConfig
 
@@ -107,8 +107,8 @@ class _Recorder:
 
     def __init__(self, parts: Assembly):
         self.parts, self.found = parts, []
-        self.state = assemble.state_template(parts)
-        self.teacher = assemble.teacher_template(parts)
+        self.state = initial.state_template(parts)
+        self.teacher = initial.teacher_template(parts)
         self.base = {
             "student": self.state.params,
             "optimizer": self.state.opt,

@@ -7,7 +7,6 @@ that a mistake costs seconds.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,22 +23,20 @@ from opd_jax.data import tokenizer as tokenizers
 from opd_jax.data import widths
 from opd_jax.data.prompts import Example
 from opd_jax.evaluate.heldout import EvalPlan
-from opd_jax.models import hf, hf_config, memory, params, transformer
+from opd_jax.models import hf_config, memory, params, transformer
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
-from opd_jax.pytrees import Params, TrainState
 from opd_jax.rollout import decode, sampling
 from opd_jax.rollout.sampling import Sampler
-from opd_jax.run import precision, reading
+from opd_jax.run import reading
 from opd_jax.spec import ConfigError, ModelSpec, RunConfig
-from opd_jax.store import checkpoint, hub
+from opd_jax.store import hub
 from opd_jax.store import pair as pairs
-from opd_jax.store.pair import Reference
 
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
-    """The static parts of a run; weights are loaded by :func:`teacher_params`, :func:`state`."""
+    """The static parts of a run; weights are loaded by ``initial``."""
 
     run: RunConfig
     mesh: Mesh
@@ -239,130 +236,6 @@ def model_config(spec: ModelSpec, path: str) -> ModelConfig:
     """Read a model's config and give it the run's compute dtype and remat policy."""
     cfg = hf_config.read_config(path, dtype=pairs.compute_dtype(spec.dtype))
     return dataclasses.replace(cfg, remat=spec.remat)
-
-
-def teacher_params(parts: Assembly) -> Params:
-    """Load the frozen teacher onto the mesh, its vocabulary rows fitted to the student's."""
-    spec, cfg = parts.run.teacher, parts.cfg.teacher
-    assert cfg is not None
-    dtype = spec.stored_dtype(cfg.dtype)
-    tree = _load(parts, "teacher", hub.folder(spec.path), jnp.dtype(dtype))
-    with jax.set_mesh(parts.mesh):
-        return transformer.with_vocab_rows(tree, cfg.vocab_size)
-
-
-def teacher_template(parts: Assembly) -> Params:
-    """Shapes and placements of the teacher, without reading it."""
-    cfg = parts.cfg.teacher
-    assert cfg is not None
-    dtype = jnp.dtype(parts.run.teacher.stored_dtype(cfg.dtype))
-    return params.abstract(transformer.specs(cfg), dtype, parts.mesh)
-
-
-def state(parts: Assembly) -> TrainState:
-    """Load the student onto the mesh and wrap it into a fresh train state.
-
-    Of the run that ``init_from`` names come the weights, and what ``init_keep`` adds: the
-    optimizer's moments or the rock state. Their schedules start anew, as the run does.
-
-    Raises:
-      ConfigError: ``init_from`` is no run, or one of another model.
-    """
-    template, origin = state_template(parts), origin_of(parts.run)
-    dtype = jnp.dtype(parts.run.student.stored_dtype("float32"))
-    kept: dict[str, Any] = {}
-    if origin is None or origin.run is None:
-        folder = hub.folder(parts.run.student.path) if origin is None else origin.folder
-        tree = _load(parts, "student", folder, dtype)
-    else:
-        kept = _taken_over(parts, origin, template)
-        tree = jax.tree.map(lambda x: x.astype(dtype), kept.pop("params"))
-    with jax.set_mesh(parts.mesh):
-        precision.check(parts.run, tree)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, template)
-    init = jax.jit(_init(parts), donate_argnums=0, out_shardings=placed)
-    with jax.set_mesh(parts.mesh):
-        fresh = init(tree, jax.random.key(parts.run.seed))
-        return fresh.replace(**kept)
-
-
-def _load(parts: Assembly, who: str, folder: str, dtype: jnp.dtype) -> Params:
-    try:
-        num_ids = parts.policy.vocab_size
-        return hf.load(folder, dtype=dtype, mesh=parts.mesh, num_ids=num_ids)[1]
-    except ValueError as error:
-        raise ValueError(f"the {who} cannot be used: {error}") from error
-
-
-def origin_of(run: RunConfig) -> Reference | None:
-    """The step of another run that this one starts from; None without ``init_from``.
-
-    Raises:
-      ConfigError: it is no step of a run.
-    """
-    if not run.init_from:
-        return None
-    try:
-        if hub.parse(run.init_from):
-            raise pairs.ModelError(f"{run.init_from!r} is no run here: expected RUN or RUN@STEP")
-        found = pairs.resolve(run.init_from)
-    except pairs.ModelError as error:
-        raise ConfigError(f"init_from: {error}; set --config.init_from") from error
-    if found.param_dtype is None or (run.kept and found.run is None):
-        raise ConfigError(
-            f"init_from is {run.init_from!r}, which has weights only: expected a RUN or RUN@STEP"
-            f"{' that was trained' * bool(run.kept)}; models belong into --config.student.path"
-        )
-    return found
-
-
-def _taken_over(parts: Assembly, origin: Reference, template: TrainState) -> dict[str, Any]:
-    """Weights of a step of another run, on this run's mesh, and the kept parts of its state."""
-    assert origin.run is not None
-    stored = jnp.dtype(origin.param_dtype)
-    specs = transformer.specs(parts.cfg.student)
-    wanted: dict[str, Any] = {"params": params.abstract(specs, stored, parts.mesh)}
-    fields = {"optimizer": "opt", "rock": "rock"}
-    wanted |= {fields[name]: getattr(template, fields[name]) for name in parts.run.kept}
-    other = tokenizers.load(origin.folder)
-    rows = parts.cfg.student.vocab_size
-    try:
-        tokenizers.compare(parts.tokenizer, other, rows, rows)
-        with checkpoint.open(origin.run) as saves:
-            kept, _, _ = saves.restore(wanted, origin.step, partial=True)
-    except ValueError as error:
-        raise ConfigError(
-            f"init_from: {origin.name} does not fit student.path {parts.run.student.path} "
-            f"({error}); give a run of the same model and optimizer"
-        ) from error
-    if "opt" in kept:
-        kept["opt"] = optim.restarted(kept["opt"])
-    if "rock" in kept:  # the gate's own schedule counts from the start of this run
-        kept["rock"] = kept["rock"].replace(step=_zeros(template.rock.step))
-    return kept
-
-
-def _zeros(leaf: Any) -> jax.Array:
-    """Zeros as an abstract leaf describes them, on its devices."""
-    return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
-
-
-def state_template(parts: Assembly) -> TrainState:
-    """Shapes and placements of the train state, for restoring without reading the student.
-
-    A fresh state has the very same, so that a resumed run compiles what a new one does.
-    """
-    spec = parts.run.student
-    dtype = spec.stored_dtype("float32")
-    tree = params.abstract(transformer.specs(parts.cfg.student), jnp.dtype(dtype), parts.mesh)
-    with jax.set_mesh(parts.mesh):
-        key = jax.eval_shape(jax.random.key, 0)
-        made = jax.eval_shape(_init(parts), tree, key)
-    return meshlib.placed(made, parts.mesh)
-
-
-def _init(parts: Assembly):
-    return functools.partial(steps.init, cfg=parts.cfg, tx=parts.tx)
 
 
 def programs() -> dict[str, int]:

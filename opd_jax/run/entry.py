@@ -16,7 +16,7 @@ import pydantic
 
 from opd_jax import config, processes
 from opd_jax.data import prompts as prompt_files
-from opd_jax.run import assemble
+from opd_jax.run import initial
 from opd_jax.run.assemble import Assembly
 from opd_jax.store import fingerprint, hub
 from opd_jax.store import pair as pairs
@@ -105,7 +105,7 @@ def _enter(
         saves.claim()  # from here on nobody else writes
         has_begun = bool(told or saves.steps())
         record["inputs"] = inputs(parts)
-        if not has_begun and (origin := assemble.origin_of(parts.run)):
+        if not has_begun and (origin := initial.origin_of(parts.run)):
             record["init_from"] = {"name": origin.name, "files": pairs.identity(origin)}
         workdirs.enter_workdir(workdir, record, MAY_CHANGE, has_begun=has_begun)
     except OSError as error:  # a file in its place, no right to read

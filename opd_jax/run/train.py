@@ -34,6 +34,7 @@ from opd_jax.run import (
     digest,
     entry,
     guards,
+    initial,
     journal,
     narrate,
     progress,
@@ -196,10 +197,10 @@ class _Loop:
     def run(self) -> dict[str, Any]:
         run, last = self.run_cfg, self.parts.last_step
         is_resumed = bool(processes.agreed(len(self.saves.steps())))
-        state, first = self._restored() if is_resumed else (assemble.state(self.parts), 0)
+        state, first = self._restored() if is_resumed else (initial.state(self.parts), 0)
         if is_resumed and (done := self._finished(first)) is not None:
             return done
-        self.teacher = assemble.teacher_params(self.parts)
+        self.teacher = initial.teacher_params(self.parts)
         for line in narrate.introduction(self.parts):
             say(line)
         say(f"steps {first} to {last}, in {self.folder}")
@@ -252,7 +253,7 @@ class _Loop:
 
     def _restored(self) -> tuple[TrainState, int]:
         """The newest good checkpoint, the iterator set to it."""
-        state, saved, step = self.saves.restore(assemble.state_template(self.parts))
+        state, saved, step = self.saves.restore(initial.state_template(self.parts))
         beside = entry.Beside.read(saved, step)
         self.batches.set_state(beside.data)
         self.before, self.latest = beside.before, beside.latest
@@ -314,7 +315,7 @@ class _Loop:
         return state, values, seconds
 
     def _tensor_names(self) -> list[str]:
-        return steps.leaf_names(assemble.state_template(self.parts).params)
+        return steps.leaf_names(initial.state_template(self.parts).params)
 
     def _watched(self, phase: str, program: Callable[..., Any]) -> Callable[..., Any]:
         """The program, as a phase of the step, which ends when its last result is there."""

@@ -13,7 +13,7 @@ from opd_jax.data.prompts import Example
 from opd_jax.evaluate import grading, heldout
 from opd_jax.models import transformer
 from opd_jax.rollout import answers as drawing
-from opd_jax.run import assemble
+from opd_jax.run import assemble, initial
 
 tiny = tiny_run.tiny
 
@@ -26,8 +26,8 @@ def parts(tiny):
         made = assemble.assemble(
             tiny_run.resolved(tiny, eval__every=1, eval__batch=8), say=lambda line: None
         )
-        state = assemble.state(made)
-        return made, state.params, assemble.teacher_params(made), state.rock
+        state = initial.state(made)
+        return made, state.params, initial.teacher_params(made), state.rock
 
 
 def run(parts, rows=None, seed=0, teacher=None, **changes):
@@ -220,8 +220,8 @@ def test_eight_shards_measure_the_same(parts, tiny):
         ),
         say=lambda line: None,
     )
-    state = assemble.state(made)
-    sharded = (made, state.params, assemble.teacher_params(made), state.rock)
+    state = initial.state(made)
+    sharded = (made, state.params, initial.teacher_params(made), state.rock)
     assert mesh.make(2, 2, 2).shape == made.mesh.shape
     found = run(sharded, num_graded=0, num_kl=8)
     expected = run(parts, num_graded=0, num_kl=8)

@@ -12,7 +12,7 @@ import tiny_run
 from opd_jax import cli, config
 from opd_jax.models import memory, params, transformer
 from opd_jax.plan import chips, estimate, known_models, printout, programs, search
-from opd_jax.run import assemble
+from opd_jax.run import assemble, initial
 
 tiny = tiny_run.tiny
 MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.model=2")
@@ -108,7 +108,7 @@ def test_what_is_planned_is_what_training_compiles(tiny, planned):
     run = config.resolve(given)
     real = assemble.assemble(run, say=lambda line: None)
     described = programs.assembly(run, chips.machine("cpu:8"), say=lambda line: None)
-    for state in (assemble.state_template, assemble.teacher_template):
+    for state in (initial.state_template, initial.teacher_template):
         assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state(real)) == jax.tree.map(
             lambda x: (x.shape, x.dtype, x.sharding), state(described)
         )

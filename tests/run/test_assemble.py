@@ -9,7 +9,7 @@ import tiny_run
 from safetensors.numpy import load_file, save_file
 
 from opd_jax.models import hf
-from opd_jax.run import assemble
+from opd_jax.run import assemble, initial
 from opd_jax.spec import ConfigError
 
 tiny, one_device = tiny_run.tiny, tiny_run.one_device
@@ -43,22 +43,22 @@ def test_the_parts_agree_without_reading_weights(tiny, monkeypatch):
 @pytest.mark.usefixtures("one_device")
 def test_the_state_is_the_student_and_the_template_its_shape(tiny):
     parts = make(tiny)
-    state, template = assemble.state(parts), assemble.state_template(parts)
+    state, template = initial.state(parts), initial.state_template(parts)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), template)
     raw = load_file(tiny / "student" / "model.safetensors")
     np.testing.assert_array_equal(state.params["embed"], raw["model.embed_tokens.weight"])
     assert int(state.step) == 0
     other = load_file(tiny / "teacher" / "model.safetensors")
-    teacher = assemble.teacher_params(parts)
+    teacher = initial.teacher_params(parts)
     np.testing.assert_array_equal(teacher["embed"], other["model.embed_tokens.weight"])
 
 
 @pytest.mark.usefixtures("one_device")
 def test_dtypes_are_those_of_the_config(tiny):
     parts = make(tiny, student__param_dtype="bfloat16", teacher__param_dtype="bfloat16")
-    assert assemble.state(parts).params["embed"].dtype == "bfloat16"
-    assert assemble.teacher_params(parts)["embed"].dtype == "bfloat16"
+    assert initial.state(parts).params["embed"].dtype == "bfloat16"
+    assert initial.teacher_params(parts)["embed"].dtype == "bfloat16"
     assert make(tiny, student__dtype="bfloat16").cfg.student.dtype == "bfloat16"
 
 
@@ -76,7 +76,7 @@ def test_dtypes_are_those_of_the_config(tiny):
 def test_steps_that_would_be_rounded_away_are_refused(tiny, keys, parts, dtype):
     made = make(tiny, student__param_dtype=dtype, optim__min_lr=0.0, **keys)
     with pytest.raises(ConfigError) as error:
-        assemble.state(made)
+        initial.state(made)
     assert all(part in str(error.value) for part in [*parts, dtype])
 
 
@@ -119,10 +119,10 @@ def test_the_evaluation_width_is_a_bucket(tiny):
 
 def test_the_state_lies_on_the_mesh(tiny):
     parts = make(tiny, mesh__data=2, mesh__fsdp=2, mesh__model=2)
-    state = assemble.state(parts)
+    state = initial.state(parts)
     assert len(state.params["embed"].sharding.device_set) == 8
     with jax.set_mesh(parts.mesh):
-        template = assemble.state_template(parts)
+        template = initial.state_template(parts)
     for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(template), strict=True):
         if leaf.ndim:
             assert leaf.sharding.spec == like.sharding.spec
