@@ -46,6 +46,7 @@ ORDER: list[str | tuple[str, list]] = [
             "hf_config",
             "hf_weights",
             "hf_folder",
+            "streaming",
             "hf",
         ],
     ),

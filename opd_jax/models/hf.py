@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -24,7 +23,7 @@ from safetensors.numpy import save_file
 from opd_jax import mesh as meshlib
 from opd_jax import processes
 from opd_jax.files import new_folder
-from opd_jax.models import hf_folder, params
+from opd_jax.models import hf_folder, params, streaming
 from opd_jax.models.architecture import ModelConfig, layers_with, specs
 from opd_jax.models.families import FAMILIES, HEAD, Row
 from opd_jax.models.hf_config import (
@@ -64,7 +63,7 @@ def _names(row: Row, cfg: ModelConfig) -> dict[tuple[int, ...], str]:
 
 def _drop_equal_head(weights: Weights, source: Path) -> None:
     """Accept a written-out head of a tied model if it is the embedding; raise if it is not."""
-    if HEAD.name not in weights.handles or "model.embed_tokens.weight" not in weights.handles:
+    if HEAD.name not in weights.files or "model.embed_tokens.weight" not in weights.files:
         return
     head, embed = weights.slice(HEAD.name), weights.slice("model.embed_tokens.weight")
     same, num_rows = head.get_shape() == embed.get_shape(), head.get_shape()[0]
@@ -78,13 +77,17 @@ def _drop_equal_head(weights: Weights, source: Path) -> None:
             f"{tuple(embed.get_shape())}: expected equal values; set tie_word_embeddings to "
             "false or remove lm_head.weight"
         )
-    del weights.handles[HEAD.name]
+    del weights.files[HEAD.name]
 
 
 def load(
     path, *, dtype=jnp.float32, mesh: Mesh | None = None, num_ids: int | None = None
 ) -> tuple[ModelConfig, Params]:
     """Read a Hugging Face folder into (config, parameters), both in ``dtype``.
+
+    Everything is checked that can be without reading values, then the files are read one after the
+    other, a layer or an expert at a time: the host holds little more than the largest tensor, of
+    which each process reads what its devices hold.
 
     Args:
       path: the folder.
@@ -100,29 +103,32 @@ def load(
     """
     path = model_folder(path)
     cfg = read_config(path, dtype=dtype)
-    declared = specs(cfg)
+    declared, dtype = specs(cfg), jnp.dtype(dtype)
     placed = None if mesh is None else params.shardings(declared, mesh)
     tree: Params = {"layers": {}}
-    with contextlib.ExitStack() as stack:
-        weights = Weights(path, stack)
+    with contextlib.closing(Weights(path)) as weights:
         if cfg.tied:
             _drop_equal_head(weights, path)
-        rows = [(row, _at(declared, row.leaf)) for row in table(cfg, weights.handles)]
-        names = [_names(row, cfg) for row, _ in rows]
-        weights.check(
-            {
-                name: row.shape(spec)
-                for (row, spec), of_row in zip(rows, names, strict=True)
-                for name in of_row.values()
-            }
-        )
-        for (row, spec), of_row in zip(rows, names, strict=True):
-            read = reader(weights, row, of_row, spec, jnp.dtype(dtype), num_ids)
-            if placed is None:
-                leaf = jax.device_put(read((slice(None),) * len(spec.shape)))
-            else:
-                leaf = jax.make_array_from_callback(spec.shape, _at(placed, row.leaf), read)
-            _at(tree, row.leaf[:-1])[row.leaf[-1]] = leaf
+        rows = table(cfg, weights.files)
+        names = {row: _names(row, cfg) for row in rows}
+        shapes = {row: row.shape(_at(declared, row.leaf)) for row in rows}
+        weights.check({name: shapes[row] for row in rows for name in names[row].values()})
+        order = {file: number for number, file in enumerate(weights.files.values())}
+        steps = []
+        for number, row in enumerate(rows):
+            shape = _at(declared, row.leaf).shape
+            place = None if placed is None else _at(placed, row.leaf)
+            cut = streaming.blocks(shape, place, dtype, lead=row.num_stacked)
+            for start in cut.starts():
+                at = (*start, *[0] * row.num_stacked)[: row.num_stacked]
+                steps.append((order[weights.files[names[row][at]]], number, start, cut))
+        # File by file, from its beginning on: the same on every process, as the programs must be.
+        for _, number, start, cut in sorted(steps, key=lambda step: step[:3]):
+            row = rows[number]
+            read = reader(weights, row, names[row], _at(declared, row.leaf), dtype, num_ids)
+            of_leaf = _at(tree, row.leaf[:-1])
+            so_far = of_leaf.get(row.leaf[-1])
+            of_leaf[row.leaf[-1]] = streaming.written(cut, dtype, read, so_far, start)
     return cfg, tree
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from opd_jax.models.params import ParamSpec
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
+_MOST_OPEN = 2  # a block of layers may lie in two
 
 
 class Index(TypedDict):
@@ -31,29 +31,54 @@ class Index(TypedDict):
 
 
 class Weights:
-    """All tensors of a folder by name, read lazily; every open file is a memory map."""
+    """All tensors of a folder by name, read lazily.
 
-    def __init__(self, folder: Path, stack: contextlib.ExitStack):
+    An open file is a memory map, whose pages count as this process's: few are open at a time.
+
+    Attributes:
+      folder: that holds them.
+      files: tensor -> file, in the order of the files.
+    """
+
+    def __init__(self, folder: Path):
         self.folder = folder
-        self.handles: dict[str, Any] = {}
-        for file in self._files():
-            records.regular(file)
-            try:
-                handle = stack.enter_context(safe_open(file, framework="numpy"))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{file} cannot be read as safetensors ({error}): expected an intact file; it "
-                    "is damaged or cut short, so fetch it again"
-                ) from error
-            twice = sorted(self.handles.keys() & set(handle.keys()))
+        self.files: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}  # the one used last is the last
+        for file in self._listed():
+            names = set(self._handle(file).keys())
+            twice = sorted(self.files.keys() & names)
             if twice:
                 raise ValueError(
                     f"{file} repeats tensors of another file: {_some(twice)}; expected each tensor "
                     "once; remove the stale file or save the model again"
                 )
-            self.handles |= dict.fromkeys(handle.keys(), handle)
+            self.files |= dict.fromkeys(sorted(names), file)
 
-    def _files(self) -> list[Path]:
+    def _handle(self, file: Path) -> Any:
+        handle = self._open.pop(file, None)
+        if handle is None:
+            records.regular(file)
+            try:
+                handle = safe_open(file, framework="numpy").__enter__()
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{file} cannot be read as safetensors ({error}): expected an intact file; it "
+                    "is damaged or cut short, so fetch it again"
+                ) from error
+        self._open[file] = handle
+        if len(self._open) > _MOST_OPEN:
+            self._close(next(iter(self._open)))
+        return handle
+
+    def _close(self, file: Path) -> None:
+        self._open.pop(file).__exit__(None, None, None)
+
+    def close(self) -> None:
+        """Give up every open file."""
+        for file in tuple(self._open):
+            self._close(file)
+
+    def _listed(self) -> list[Path]:
         single, index = self.folder / SINGLE, self.folder / INDEX
         if single.exists() and index.exists():
             raise ValueError(
@@ -84,12 +109,13 @@ class Weights:
         return files
 
     def slice(self, name: str):
-        return self.handles[name].get_slice(name)
+        """A tensor of which nothing has been read yet."""
+        return self._handle(self.files[name]).get_slice(name)
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Raise unless exactly the expected tensors are there, in their shapes, as floats."""
         # A buffer that old exports wrote out; it follows from the config.
-        found = {name for name in self.handles if not name.endswith(".rotary_emb.inv_freq")}
+        found = {name for name in self.files if not name.endswith(".rotary_emb.inv_freq")}
         unknown, missing = sorted(found - expected.keys()), sorted(expected.keys() - found)
         if unknown or missing:
             raise ValueError(
@@ -130,12 +156,9 @@ def reader(
     order = [axis for group in row.groups for axis in group]
     lead = row.num_stacked
     is_table = num_ids is not None and row.leaf in (("embed",), ("head",))
-    seen: dict[tuple, np.ndarray] = {}  # replicas on other local devices ask for the same block
 
     def read(index) -> np.ndarray:
         spans = tuple(s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True))
-        if spans in seen:
-            return seen[spans]
         sizes = [stop - start for start, stop in spans]
         cut = _cut(row, spans[lead:], spec.shape[lead:])
         block = np.empty(sizes, dtype)
@@ -150,7 +173,6 @@ def reader(
                 unused[~np.isfinite(unused)] = 0
             if not _is_finite(values):
                 raise ValueError(_not_finite(weights.folder, name, part, dtype))
-        seen[spans] = block
         return block
 
     return read
