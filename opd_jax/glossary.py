@@ -142,13 +142,15 @@ def _first_sentence(cls: type) -> str:
 @functools.cache
 def meanings(cls: type) -> dict[str, str]:
     """What the fields of a dataclass mean: the comment beside each, or its entry in Attributes."""
+    bases = [base for base in cls.__bases__ if dataclasses.is_dataclass(base)]
+    inherited = {name: told for base in bases for name, told in meanings(base).items()}
     source = textwrap.dedent(inspect.getsource(cls))
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    found = dict(_attributes(inspect.getdoc(cls) or ""))
+    found = inherited | dict(_attributes(inspect.getdoc(cls) or ""))
     (body,) = ast.parse(source).body
     assert isinstance(body, ast.ClassDef)
     for node in body.body:

@@ -51,6 +51,13 @@ class ModelSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherSpec(ModelSpec):
+    """The frozen model that is learned from: group ``teacher``."""
+
+    offload: bool = False  # rests in host memory between its passes; its head stays on the devices
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshSpec:
     """Devices along each axis; -1 takes what is left."""
 
@@ -203,7 +210,7 @@ class RunConfig:
 
     seed: int
     student: ModelSpec
-    teacher: ModelSpec
+    teacher: TeacherSpec
     mesh: MeshSpec
     data: DataSpec
     rollout: RolloutSpec
@@ -270,7 +277,7 @@ class RunConfig:
 KEPT = ("optimizer", "rock")
 GROUPS: dict[str, type] = {
     "student": ModelSpec,
-    "teacher": ModelSpec,
+    "teacher": TeacherSpec,
     "mesh": MeshSpec,
     "data": DataSpec,
     "rollout": RolloutSpec,

@@ -40,6 +40,7 @@ ORDER: list[str | tuple[str, list]] = [
             "grouped",
             "moe",
             "transformer",
+            "resting",
             "memory",
             "hf_rope",
             "hf_layers",

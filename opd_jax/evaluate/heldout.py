@@ -21,6 +21,7 @@ from opd_jax import mesh as meshlib
 from opd_jax import pytrees, stats, steps
 from opd_jax.data.prompts import Example
 from opd_jax.evaluate import finding, grading
+from opd_jax.models import resting
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Mean, Params, RockState, Rollout
@@ -191,7 +192,9 @@ def heldout_kl(
     """Pool the measurements of ``steps.measure`` over rollouts, real rows only."""
     pooled = []
     for answers, real in rollouts:
-        measured, _ = steps.eval_step(params, teacher, _only(answers, real), state, cfg=cfg)
+        whole = resting.awake(teacher)  # for one batch: answers are sampled without it
+        measured, _ = steps.eval_step(params, whole, _only(answers, real), state, cfg=cfg)
+        del whole
         pooled.append(measured)
     return pytrees.pool(pooled)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +41,15 @@ class Need:
     change: str
 
 
-def weights(cfg: ModelConfig, dtype, mesh: Mesh) -> float:
-    """Bytes of a model's parameters on each device."""
-    specs = jax.tree.leaves(transformer.specs(cfg))
+def weights(
+    cfg: ModelConfig,
+    dtype,
+    mesh: Mesh,
+    part: Callable[[params.Specs], params.Specs] | None = None,
+) -> float:
+    """Bytes of a model's parameters, or the part of them that is given, on each device."""
+    specs = transformer.specs(cfg)
+    specs = jax.tree.leaves(specs if part is None else part(specs))
 
     def on_device(spec: params.ParamSpec) -> float:
         shards = math.prod(mesh.shape[axis] for axis in spec.axes if axis is not None)

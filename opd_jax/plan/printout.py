@@ -11,7 +11,8 @@ from opd_jax.plan.estimate import Plan, ProgramPlan
 _KEYS = {
     "student": "raise --config.mesh.fsdp or .model, which split it",
     "optimizer": "raise --config.mesh.fsdp or .model, which split it",
-    "teacher": "raise --config.mesh.fsdp or .model, which split it",
+    "teacher": "raise --config.mesh.fsdp or .model, which split it, or set "
+    "--config.teacher.offload=True",
     "batch": "lower --config.train.prompts or --config.rollout.samples",
     "cache": "lower --config.rollout.samples, .max_new or --config.train.prompts, or raise "
     "--config.mesh.model",

@@ -20,6 +20,7 @@ from opd_jax import mesh as meshlib
 from opd_jax import steps
 from opd_jax.data.batches import Batch
 from opd_jax.data.prompts import Example
+from opd_jax.models import resting
 from opd_jax.plan import known_models
 from opd_jax.plan.chips import Machine
 from opd_jax.pytrees import Prompt, Rollout
@@ -109,11 +110,8 @@ class _Recorder:
         self.parts, self.found = parts, []
         self.state = initial.state_template(parts)
         self.teacher = initial.teacher_template(parts)
-        self.base = {
-            "student": self.state.params,
-            "optimizer": self.state.opt,
-            "teacher": self.teacher,
-        }
+        self.awake = resting.awake(self.teacher)
+        self.base = {"student": self.state.params, "optimizer": self.state.opt}
 
     def programs(self) -> list[Traced]:
         parts = self.parts
@@ -125,7 +123,7 @@ class _Recorder:
             for name, program in known.items()
             if hasattr(program, "trace")
         }
-        stands |= {"sample": self.sample, "given": self.given}
+        stands |= {"sample": self.sample, "given": self.given, "awake": lambda _: self.awake}
         spec = parts.run.train
         steps_on_policy = (n for n in range(spec.steps) if spec.is_on_policy(n))
         step, batch = next(steps_on_policy, 0), Batch((), 0)  # neither stand looks into it
@@ -154,7 +152,7 @@ class _Recorder:
             plan.samples,
         )  # fmt: skip
         self.call(
-            EVALUATION, steps.eval_step, self.state.params, self.teacher,
+            EVALUATION, steps.eval_step, self.state.params, self.awake,
             self.rollout(plan.size, plan.width + plan.max_new), self.state.rock, cfg=self.parts.cfg,
         )  # fmt: skip
 
@@ -231,7 +229,11 @@ class _Recorder:
     def alive(self, given: Any) -> dict[str, float]:
         """Bytes on each device of the models and of whatever else a program is given."""
         found, seen = {}, set()
-        for name, tree in (*self.base.items(), ("batch", (self.state, given))):
+        here = [leaf for leaf in jax.tree.leaves(self.teacher) if not resting.is_resting(leaf)]
+        brought = {id(leaf) for leaf in jax.tree.leaves(self.awake)} - {id(leaf) for leaf in here}
+        if brought & {id(leaf) for leaf in jax.tree.leaves(given)}:
+            here = self.awake
+        for name, tree in (*self.base.items(), ("teacher", here), ("batch", (self.state, given))):
             leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
             new = [x for x in leaves if id(x) not in seen]
             seen |= {id(x) for x in new}

@@ -71,11 +71,9 @@ def search(
                 parts = programs.assembly(
                     with_keys(run, keys), machine, student=student, teacher=teacher, say=_silent
                 )
-                needed = sum(
-                    need.num_bytes
-                    for need in assemble.needs(
-                        parts.run, parts.cfg, parts.mesh, parts.prompt_widths[-1]
-                    )
+                needed = max(
+                    sum(need.num_bytes for need in assemble.needs(parts, is_scoring=is_scoring))
+                    for is_scoring in (False, True)
                 )
                 if machine.chip.memory and needed > machine.chip.memory:
                     tried.append(Tried(keys, problem="models and cache alone do not fit"))

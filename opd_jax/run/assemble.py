@@ -23,7 +23,7 @@ from opd_jax.data import tokenizer as tokenizers
 from opd_jax.data import widths
 from opd_jax.data.prompts import Example
 from opd_jax.evaluate.heldout import EvalPlan
-from opd_jax.models import hf_config, memory, params, transformer
+from opd_jax.models import hf_config, memory, params, resting, transformer
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.rollout import decode, sampling
@@ -103,7 +103,14 @@ def assemble(
     rows, heldout = reading.prompts(run, tokenizer, other, stop_ids, now, say)
     words = Words(vocab_size, stop_ids, not message, tokenizers.pad_id(tokenizer), tokenizer)
     parts = composed(run, mesh, student, teacher, words, rows, heldout, say=say)
-    memory.check(needs(parts.run, parts.cfg, mesh, parts.prompt_widths[-1]), mesh)
+    if run.teacher.offload and not resting.is_possible(mesh.local_devices[0]):
+        raise ConfigError(
+            f"teacher.offload: the {mesh.local_devices[0].platform} devices know no memory of "
+            f"their host ({resting.HOST}): expected a platform that does, such as TPU or GPU; set "
+            "--config.teacher.offload=False"
+        )
+    for is_scoring in (False, True):
+        memory.check(needs(parts, is_scoring=is_scoring), mesh)
     return parts
 
 
@@ -205,30 +212,43 @@ def composed(
     )
 
 
-def needs(run: RunConfig, cfg: ObjectiveConfig, mesh: Mesh, width: int) -> list[memory.Need]:
+def needs(parts: Assembly, *, is_scoring: bool = False) -> list[memory.Need]:
     """What is in memory together, at the least, while the student samples or is updated.
 
-    ``width`` is that of the widest batch of prompts.
+    Args:
+      parts: of the run.
+      is_scoring: while the teacher is asked, instead; the same where it does not rest between.
     """
+    run, cfg, mesh = parts.run, parts.cfg, parts.mesh
     assert cfg.teacher is not None
     f32 = jnp.float32
     stored = run.student.stored_dtype("float32")
     moments = {"adamw": 2, "sgd": 1, "signsgd": 1}[run.optim.name]
-    rows, slots = run.train.prompts * run.rollout.samples, width + run.rollout.max_new
+    rows = run.train.prompts * run.rollout.samples
+    slots = parts.prompt_widths[-1] + run.rollout.max_new
     eval_rows = (run.eval.batch or rows) * run.eval.samples if run.eval.every else 0
-    answering = [cfg.student, cfg.teacher][: 1 + (bool(eval_rows) and run.eval.teacher)]
-    parts = "raise --config.mesh.fsdp or .model, which split it"
+    is_resting = run.teacher.offload and not is_scoring
+    answering = [cfg.teacher] * (bool(eval_rows) and run.eval.teacher and not is_resting)
+    answering += [cfg.student] * (is_resting or not run.teacher.offload)
+    split = "raise --config.mesh.fsdp or .model, which split it"
     fewer = "lower --config.rollout.samples, .max_new, --config.train.prompts or data.max_prompt"
     if eval_rows > rows:
         rows, fewer = eval_rows, "lower --config.eval.batch or .samples"
     teacher_dtype = run.teacher.stored_dtype(cfg.teacher.dtype)
+    teacher = memory.Need(
+        "the teacher",
+        memory.weights(cfg.teacher, teacher_dtype, mesh),
+        split if run.teacher.offload else f"{split}, or set --config.teacher.offload=True",
+    )
+    if is_resting:
+        head = memory.weights(cfg.teacher, teacher_dtype, mesh, part=resting.head)
+        teacher = memory.Need("the teacher's head", head, split)
+    caches = [memory.cache(c, rows, slots, mesh) for c in answering]
     return [
-        memory.Need("the student", memory.weights(cfg.student, stored, mesh), parts),
-        memory.Need("its optimizer", moments * memory.weights(cfg.student, f32, mesh), parts),
-        memory.Need("the teacher", memory.weights(cfg.teacher, teacher_dtype, mesh), parts),
-        memory.Need(
-            "keys and values", max(memory.cache(c, rows, slots, mesh) for c in answering), fewer
-        ),
+        memory.Need("the student", memory.weights(cfg.student, stored, mesh), split),
+        memory.Need("its optimizer", moments * memory.weights(cfg.student, f32, mesh), split),
+        teacher,
+        memory.Need("keys and values", max(caches, default=0.0), fewer),
     ]
 
 

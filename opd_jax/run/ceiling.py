@@ -14,6 +14,7 @@ import jax
 
 from opd_jax import files, processes
 from opd_jax.evaluate import heldout
+from opd_jax.models import resting
 from opd_jax.pytrees import Params
 from opd_jax.run.assemble import Assembly
 from opd_jax.store import run_files
@@ -55,7 +56,7 @@ def measured(
         if known["how"] == how:
             return dict(known["result"])
     result, graded = heldout.answered(
-        teacher,
+        resting.awake(teacher),
         parts.heldout,
         parts.tokenizer,
         jax.random.split(key)[0],  # as an evaluation draws answers

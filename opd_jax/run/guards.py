@@ -116,5 +116,6 @@ _FITTING |= {"data": _FITTING["rollout"], "samples": _FITTING["teacher"]}
 def memory_advice(parts: Assembly, phase: str, error: BaseException) -> str:
     """What to change where memory ran out in a phase of the run; empty: while loading."""
     what, change = _FITTING.get(phase, _FITTING[""])
-    resident = assemble.needs(parts.run, parts.cfg, parts.mesh, parts.prompt_widths[-1])[:3]
+    is_scoring = phase in ("teacher", "samples", "eval")
+    resident = assemble.needs(parts, is_scoring=is_scoring)[:3]
     return memory.advice(what, error, resident if phase else [], change)

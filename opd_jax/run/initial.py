@@ -15,7 +15,7 @@ import numpy as np
 from opd_jax import mesh as meshlib
 from opd_jax import optim, steps
 from opd_jax.data import tokenizer as tokenizers
-from opd_jax.models import hf, params, transformer
+from opd_jax.models import hf, params, resting, transformer
 from opd_jax.pytrees import Params, TrainState
 from opd_jax.run import precision
 from opd_jax.run.assemble import Assembly
@@ -32,7 +32,9 @@ def teacher_params(parts: Assembly) -> Params:
     dtype = spec.stored_dtype(cfg.dtype)
     tree = _load(parts, "teacher", hub.folder(spec.path), jnp.dtype(dtype))
     with jax.set_mesh(parts.mesh):
-        return transformer.with_vocab_rows(tree, cfg.vocab_size)
+        fitted = transformer.with_vocab_rows(tree, cfg.vocab_size)
+    del tree
+    return resting.rested(fitted) if spec.offload else fitted
 
 
 def teacher_template(parts: Assembly) -> Params:
@@ -40,7 +42,8 @@ def teacher_template(parts: Assembly) -> Params:
     cfg = parts.cfg.teacher
     assert cfg is not None
     dtype = jnp.dtype(parts.run.teacher.stored_dtype(cfg.dtype))
-    return params.abstract(transformer.specs(cfg), dtype, parts.mesh)
+    shapes = params.abstract(transformer.specs(cfg), dtype, parts.mesh)
+    return resting.rested(shapes) if parts.run.teacher.offload else shapes
 
 
 def state(parts: Assembly) -> TrainState:

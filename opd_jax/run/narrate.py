@@ -11,7 +11,7 @@ import numpy as np
 
 from opd_jax import optim
 from opd_jax.data import tokenizer as tokenizers
-from opd_jax.models import params, transformer
+from opd_jax.models import memory, params, resting, transformer
 from opd_jax.optim import OptimSpec
 from opd_jax.report import accuracy
 from opd_jax.rock import RockConfig
@@ -32,6 +32,14 @@ def introduction(parts: Assembly) -> list[str]:
         lines.append(
             f"{name}: {spec.path}, {part.model_type}, {size / 1e6:.3g} M parameters, "
             f"{part.num_layers} layers, compute {part.dtype}"
+        )
+    if run.teacher.offload:
+        dtype = run.teacher.stored_dtype(cfg.teacher.dtype)
+        whole = memory.weights(cfg.teacher, dtype, parts.mesh)
+        moved = whole - memory.weights(cfg.teacher, dtype, parts.mesh, part=resting.head)
+        lines.append(
+            f"teacher: rests in host memory ({resting.HOST}) between its passes, each brings "
+            f"{memory.text(moved)} to every device; its head stays"
         )
     lines.append(f"objective: {objective_text(run)}")
     stops = ", ".join(f"{i} {tokenizers.token_text(parts.tokenizer, i)!r}" for i in parts.stop_ids)

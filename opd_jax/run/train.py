@@ -24,7 +24,7 @@ from opd_jax.data import batches, widths
 from opd_jax.data.batches import Batch
 from opd_jax.evaluate import heldout
 from opd_jax.files import path_of
-from opd_jax.models import memory
+from opd_jax.models import memory, resting
 from opd_jax.processes import say
 from opd_jax.pytrees import Mean, Params, Rollout, TrainState
 from opd_jax.run import (
@@ -126,10 +126,9 @@ def one_step(
         answers = run.sample(parts, state.params, batch, step)
     else:
         answers = run.given(parts, batch)
-    states_BTE = run.teacher_states(teacher, answers, cfg=parts.cfg)
-    return run.distill_step(
-        state, teacher, answers, cfg=parts.cfg, tx=parts.tx, states_BTE=states_BTE
-    )
+    states_BTE = run.teacher_states(run.awake(teacher), answers, cfg=parts.cfg)
+    head = resting.head(teacher)
+    return run.distill_step(state, head, answers, cfg=parts.cfg, tx=parts.tx, states_BTE=states_BTE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +136,7 @@ class Programs:
     """What a step runs, one after the other."""
 
     sample: Callable[..., Rollout] = answering.sample
+    awake: Callable[[Params], Params] = resting.awake
     teacher_states: Callable[..., jax.Array] = steps.teacher_states
     distill_step: Callable[..., tuple[TrainState, dict[str, Mean]]] = steps.distill_step
     given: Callable[..., Rollout] = answering.given
@@ -291,6 +291,7 @@ class _Loop:
         sampled = self._watched("rollout", answering.sample)
         programs = Programs(
             lambda *args: noted(sampled(*args)),
+            self._watched("teacher", resting.awake),
             self._watched("teacher", steps.teacher_states),
             self._watched("update", steps.distill_step),
             lambda *args: noted(answering.given(*args)),
@@ -333,9 +334,9 @@ class _Loop:
         prompts = [
             widths.bucket(x.longest, self.parts.prompt_widths) for x in args if isinstance(x, Batch)
         ]
-        rows = [x.ids_BT.shape[1] for x in args if isinstance(x, Rollout)]
-        name = f"{phase} of {(prompts + rows)[0]} columns"
-        if name in self.compiled:
+        columns = prompts + [x.ids_BT.shape[1] for x in args if isinstance(x, Rollout)]
+        name = f"{phase} of {columns[0]} columns" if columns else phase
+        if name in self.compiled or not columns:  # a phase without a batch compiles nothing
             return contextlib.nullcontext()
         self.compiled.add(name)
         return progress.announced(f"compiling {name} (program {len(self.compiled)}) ...", say)
@@ -404,9 +405,8 @@ class _Loop:
 
     def _write_samples(self, state: TrainState, answers: Rollout, batch: Batch, step: int) -> None:
         """Decode the first answers of this batch with the KL of every token; print one."""
-        _, tokens = steps.eval_step(
-            state.params, self.teacher, answers, state.rock, cfg=self.parts.cfg
-        )
+        teacher = resting.awake(self.teacher)
+        _, tokens = steps.eval_step(state.params, teacher, answers, state.rock, cfg=self.parts.cfg)
         host, kl_BT = meshlib.to_host((answers, tokens.reverse_BT))
         chosen = digest.of_step(self.run_cfg, host, kl_BT, self.parts.tokenizer, batch, step)
         self.journal.samples(step, chosen)

@@ -32,7 +32,7 @@ PACKAGES += ("transformers", "ml-collections", "libtpu")
 
 # Where a run may go on with other values: how long, what is watched and written, and on which mesh.
 MAY_CHANGE = ("prediction", "train.steps", "train.max_truncated", "train.truncated_steps")
-MAY_CHANGE += ("log.*", "checkpoint.*", "eval.*", "mesh.*")
+MAY_CHANGE += ("log.*", "checkpoint.*", "eval.*", "mesh.*", "teacher.offload")
 
 # Prompts that were given as lists, put here before the run begins.
 KEPT_PROMPTS = ("prompts.jsonl", "heldout.jsonl")
