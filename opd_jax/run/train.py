@@ -289,9 +289,12 @@ class _Loop:
             return answers
 
         sampled = self._watched("rollout", answering.sample)
+        awake = resting.awake  # nothing to watch where all is on the devices
+        if self.run_cfg.teacher.offload:
+            awake = self._watched("teacher", awake)
         programs = Programs(
             lambda *args: noted(sampled(*args)),
-            self._watched("teacher", resting.awake),
+            awake,
             self._watched("teacher", steps.teacher_states),
             self._watched("update", steps.distill_step),
             lambda *args: noted(answering.given(*args)),
