@@ -107,20 +107,41 @@ def only_writer(folder: Path) -> Iterator[None]:
       FileExistsError: another one does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(
-                f"{folder} is being written by another process: expected to be the only one; wait "
-                "for it to end, or give another --out"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+    try:
+        lock, _ = hold(folder / LOCK)
+    except BlockingIOError:
+        raise FileExistsError(
+            f"{folder} is being written by another process: expected to be the only one; wait for "
+            "it to end, or give another --out"
+        ) from None
+    try:
         yield
+    finally:
+        os.close(lock)
 
 
 LOCK = "lock"  # the file in a folder that its only writer holds
+
+
+def hold(file: Path) -> tuple[int, OSError | None]:
+    """Open a file, made where there is none, and lock it, until it is closed or the process ends.
+
+    Returns:
+      Its descriptor; and why it is not locked, where the file system has no locks.
+
+    Raises:
+      BlockingIOError: another process holds it.
+      OSError: it cannot be opened.
+    """
+    lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise
+    except OSError as error:
+        return lock, error
+    return lock, None
 
 
 def _check_free(path: Path) -> None:
@@ -140,27 +161,21 @@ def _check_free(path: Path) -> None:
 @contextlib.contextmanager
 def _locked(folder: Path, path: Path) -> Iterator[bool]:
     """Make a folder and hold the lock in it; False where the file system has no locks."""
-    is_held = True
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            lock, unlocked = hold(folder / LOCK)
         except FileNotFoundError:  # its writer ended in this moment and removed the folder
             continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(lock)
             raise FileExistsError(
                 f"{path} is being written by another process, in {folder}: expected to be the only "
                 "one; wait for it to end, or choose another path"
             ) from None
-        except OSError:
-            is_held = False
         if os.fstat(lock).st_nlink:
             break
         os.close(lock)  # its holder has just removed it: what was locked is no longer there
     try:
-        yield is_held
+        yield unlocked is None
     finally:
         os.close(lock)

@@ -152,3 +152,18 @@ def test_without_locks_the_first_one_is_left_alone(tmp_path, monkeypatch):
             pass
         assert os.listdir(folder) == ["whole"]
     assert names(tmp_path) == ["out", "out/whole"]
+
+
+def test_a_file_is_held_by_one_until_it_is_closed(tmp_path):
+    """The one owner of all locks: of folders being written, of outputs and of checkpoints."""
+    lock, unlocked = files.hold(tmp_path / "lock")
+    assert unlocked is None
+    with pytest.raises(BlockingIOError):
+        files.hold(tmp_path / "lock")
+    (tmp_path / "lock").write_text("7")
+    os.close(lock)
+    lock, _ = files.hold(tmp_path / "lock")
+    os.close(lock)
+    assert (tmp_path / "lock").read_text() == "7"  # what a holder wrote stays
+    with pytest.raises(FileNotFoundError):
+        files.hold(tmp_path / "no" / "lock")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
@@ -32,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from opd_jax import processes
+from opd_jax import files, processes
 from opd_jax.store import checkpoint_record
 from opd_jax.store import state_arrays as kept
 
@@ -130,7 +129,7 @@ class Checkpoints:
         """
         if self.steps():
             return None
-        lock = self.folder / "lock"
+        lock = self.folder / files.LOCK
         if not lock.exists():
             return f"{self.folder} is {'empty' if self.folder.is_dir() else 'gone'}"
         step = lock.read_text(encoding="utf-8", errors="replace").strip()
@@ -148,23 +147,20 @@ class Checkpoints:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock, unlocked = files.hold(self.folder / files.LOCK)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{self.folder} is being written by another process; expected one run per workdir; "
+                "stop the other run or give another --workdir"
+            ) from error
         except OSError as error:
             raise CheckpointError(
                 f"cannot write to {self.folder}: {error}; expected a writable folder; make it "
                 "writable or give another --workdir"
             ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(lock)
-            raise CheckpointError(
-                f"{self.folder} is being written by another process; expected one run per workdir; "
-                "stop the other run or give another --workdir"
-            ) from error
-        except OSError as error:  # some network file systems have no locks
+        if unlocked:  # some network file systems have no locks
             self.say(
-                f"{self.folder} cannot be locked ({error}): make sure that only one run uses it"
+                f"{self.folder} cannot be locked ({unlocked}): make sure that only one run uses it"
             )
         self._lock = lock
         for leftover in self.folder.iterdir():
