@@ -99,11 +99,15 @@ def join(given: Mapping[str, str], environ: Mapping[str, str] | None = None) -> 
     address, count, index = _checked(given, is_cluster)
     if count == 1:
         return
+    # Where it is told all, jax need not look around: it would also decide that a process has one
+    # device, the one of its number on its host, whatever its job gave it.
+    is_told = None not in (address, count, index)
     try:
         jax.distributed.initialize(
             coordinator_address=address,
             num_processes=count,
             process_id=index,
+            cluster_detection_method="deactivate" if is_told else None,
             heartbeat_timeout_seconds=LOST_AFTER_S,
             shutdown_timeout_seconds=_END_WITHIN_S,
         )

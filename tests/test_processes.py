@@ -62,6 +62,13 @@ def test_flags_may_stand_anywhere_and_win_over_variables(monkeypatch, joined):
     assert call["coordinator_address"] == "host:1"
     assert (call["num_processes"], call["process_id"]) == (3, 1)
     assert call["heartbeat_timeout_seconds"] <= 120  # a lost process is noticed in a bounded time
+    assert call["cluster_detection_method"] == "deactivate"  # which would take devices away
+
+
+def test_without_flags_jax_finds_the_others(monkeypatch, joined):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    processes.join({})
+    assert joined[0]["cluster_detection_method"] is None
 
 
 @pytest.mark.parametrize(
