@@ -37,6 +37,7 @@ LAYOUTS = {
         Layout("data4", 4),
         Layout("fsdp2-model2", 4, {"fsdp": 2, "model": 2}),
         Layout("2x2x2", 8, {"data": 2, "fsdp": 2, "model": 2}),
+        Layout("two-by-four", 4, {"data": 2, "fsdp": 2, "model": 2}, processes=2),
         Layout("two-processes", 2, {"fsdp": 2}, processes=2),
     )
 }
@@ -62,7 +63,7 @@ def start(
         "PYTHONUNBUFFERED": "1",
     }
     found = []
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     for index in range(layout.processes):
         several = [
             f"--coordinator={address}",
@@ -104,7 +105,7 @@ def run(layout: Layout, argv: Sequence[str], status: int = 0, **kwargs) -> str:
     return results[0][1]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -1,5 +1,6 @@
 """A run that takes seconds: a random pair with the demo's tokenizer, prompts and a config file."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 from opd_jax import cli, config, mesh
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.models import hf, params, transformer
+from opd_jax.models.architecture import Experts, LayerKind
 from opd_jax.run import assemble, initial
 from opd_jax.spec import RunConfig
 from opd_jax.store import checkpoint
@@ -127,15 +129,21 @@ MODEL = transformer.ModelConfig(
     tied=True,
     max_positions=64,
 )
+SPARSE = dataclasses.replace(  # a mixture of experts, of which each token uses two
+    MODEL,
+    model_type="qwen3_moe",
+    experts=Experts(num=4, top_k=2, ffn=8),
+    pattern=(LayerKind(is_sparse=True),) * MODEL.num_layers,
+)
 
 
-def make_folder(folder: Path) -> Path:
+def make_folder(folder: Path, teacher: transformer.ModelConfig = MODEL) -> Path:
     """Write ``student``, ``teacher``, ``prompts.jsonl`` and ``config.py``."""
     tokenizer = tokenizers.load(config.path_of("embedded:student"))
-    for name, seed in (("student", 1), ("teacher", 2)):
-        tree = params.init(transformer.specs(MODEL), jax.random.key(seed))
+    for name, cfg, seed in (("student", MODEL, 1), ("teacher", teacher, 2)):
+        tree = params.init(transformer.specs(cfg), jax.random.key(seed))
         tree["embed"] = tree["embed"] * EMBED_SCALE
-        hf.save(folder / name, MODEL, tree, tokenizer=tokenizer)
+        hf.save(folder / name, cfg, tree, tokenizer=tokenizer)
     rows = [{"prompt": f"{i} + {i + 2} = ?", "answer": str(2 * i + 2)} for i in range(12)]
     write_lines(folder / "prompts.jsonl", rows)
     (folder / "config.py").write_text(CONFIG.format(folder=str(folder)))

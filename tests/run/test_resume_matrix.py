@@ -41,12 +41,18 @@ def command(tiny, workdir, layout, **keys):
 
 
 @pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    """The folder of a pair whose teacher is a mixture of experts."""
+    return tiny_run.make_folder(tmp_path_factory.mktemp("sparse"), teacher=tiny_run.SPARSE)
+
+
+@pytest.fixture(scope="module")
 def saved(tiny, tmp_path_factory):
     """Makes, once per layout, a run of WHOLE steps whose process ended after HALF (by a kill)."""
     folder = tmp_path_factory.mktemp("saved")
 
-    def make(name: str, steps: int):
-        workdir = folder / f"{name}-{steps}"
+    def make(name: str, steps: int, tiny=tiny):
+        workdir = folder / f"{tiny.name}-{name}-{steps}"
         if not workdir.exists():
             layout = LAYOUTS[name]
             # The schedule is that of all steps, so the run is stopped and not asked for fewer.
@@ -90,9 +96,9 @@ def exported(tiny, workdir, tmp_path, layout=LAYOUTS["one"]):
 def check(tiny, saved, tmp_path, source, target):
     """Go on from ``source`` on ``target`` and compare with the run that was never stopped."""
     workdir, layout = tmp_path / "run", LAYOUTS[target]
-    shutil.copytree(saved(source, HALF), workdir)
+    shutil.copytree(saved(source, HALF, tiny), workdir)
     layouts.run(layout, command(tiny, workdir, layout, train__steps=WHOLE))
-    whole = saved(source, WHOLE)
+    whole = saved(source, WHOLE, tiny)
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["is_finished"]
     uninterrupted = json.loads((whole / "summary.json").read_text())["compiles_by_program"]
@@ -119,6 +125,20 @@ def check(tiny, saved, tmp_path, source, target):
 )
 def test_a_run_goes_on_on_any_layout(tiny, saved, tmp_path, source, target):
     check(tiny, saved, tmp_path, source, target)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("two-by-four", "two-by-four"),
+        ("two-by-four", "fsdp2-model2"),
+        ("two-by-four", "one"),
+        ("data4", "two-by-four"),
+    ],
+)
+def test_so_does_one_with_a_teacher_of_experts(sparse, saved, tmp_path, source, target):
+    check(sparse, saved, tmp_path, source, target)
 
 
 @pytest.mark.parametrize(
