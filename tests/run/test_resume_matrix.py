@@ -165,6 +165,24 @@ def test_two_processes_read_what_one_saved(tiny, saved, tmp_path):
     assert exported(tiny, workdir, folders[1], LAYOUTS["two-processes"]) == alone
 
 
+def test_processes_of_different_configs_refuse_each_other(tiny, tmp_path):
+    """Before anything is written; each says what it differs in."""
+    layout = LAYOUTS["two-processes"]
+    argv = command(tiny, tmp_path / "run", layout)
+    results = layouts.finish(layouts.start(layout, argv, code=OTHERWISE))
+    assert [status for status, _ in results] == [1, 1], results
+    assert "optim.lr is 0.5, 0.01 there" in results[1][1]
+    assert "another process differs" in results[0][1]
+    assert all("start the same command on all" in text for _, text in results)
+    assert not (tmp_path / "run").exists()
+
+
+OTHERWISE = """
+if "--process-index=1" in sys.argv:
+    sys.argv.append("--config.optim.lr=0.5")
+"""
+
+
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.ci), 1])
 def test_when_one_process_is_killed_the_other_ends(tiny, saved, tmp_path, victim):
     workdir, layout = tmp_path / "run", LAYOUTS["two-processes"]
