@@ -378,8 +378,23 @@ def _check(run: RunConfig) -> None:
                 value = getattr(value, name)
             raise ConfigError(f"{key} is {value!r}: expected {expected}; set --config.{key}")
 
-    for group in ("student", "teacher"):
-        rule(bool(getattr(run, group).path), f"{group}.path", "a Hugging Face model folder")
+    rule(bool(run.student.path), "student.path", "a Hugging Face model folder")
+    if run.has_teacher:
+        more = ""
+        if run.kl.ce == 1 and not run.position.is_measured:
+            more = (
+                ", since an evaluation compares with it (eval.kl_prompts, eval.teacher: "
+                "--config.eval.kl_prompts=0 --config.eval.teacher=False do without)"
+            )
+        rule(bool(run.teacher.path), "teacher.path", f"a Hugging Face model folder{more}")
+    else:
+        for name in ("teacher_prompt", "teacher_system"):
+            rule(
+                not getattr(run.data, name),
+                f"data.{name}",
+                "nothing, since kl.ce is 1 and nothing here compares with a teacher: no loss, and "
+                "no evaluation",
+            )
     rule(0 <= run.seed < 2**32, "seed", "from 0 to 2^32 - 1")
     rule(bool(run.data.prompts), "data.prompts", "a file of prompts, such as JSONL")
     rows = run.train.prompts * run.rollout.samples

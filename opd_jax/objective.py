@@ -134,15 +134,30 @@ def targets(
 
 
 def teacher_states(
-    teacher: Params, rollout: Rollout, *, cfg: ObjectiveConfig
+    teacher: Params, rollout: Rollout, seen: Rollout | None = None, *, cfg: ObjectiveConfig
 ) -> Float[Array, "B T E"]:
     """Hidden states of the frozen teacher at the predicting positions, without gradient.
+
+    Args:
+      teacher: its parameters.
+      rollout: the batch, whose columns the result has.
+      seen: the same answers as the teacher reads them, behind prompts of its own: as wide as those
+        need, with the answers in the last columns as in the batch. None: it reads the batch.
+      cfg: static.
+
+    Returns:
+      [B, T-1, E]. Behind prompts of the teacher's own, the columns of an answer are the teacher's
+      of the same answer; those of the student's prompt mean nothing, and are never scored.
 
     **Sharding**: batch rows over ``data`` and ``fsdp``.
     """
     assert cfg.teacher is not None
-    states_BTE, _ = transformer.hidden(teacher, *inputs(rollout), cfg=cfg.teacher)
-    return jax.lax.stop_gradient(states_BTE)
+    read = rollout if seen is None else seen
+    states_BTE, _ = transformer.hidden(teacher, *inputs(read), cfg=cfg.teacher)
+    missing = rollout.ids_BT.shape[1] - read.ids_BT.shape[1]
+    if missing > 0:
+        states_BTE = jnp.pad(states_BTE, ((0, 0), (missing, 0), (0, 0)))
+    return jax.lax.stop_gradient(states_BTE[:, max(-missing, 0) :])
 
 
 def normaliser(goal: Targets, *, cfg: ObjectiveConfig) -> Float[Array, ""]:

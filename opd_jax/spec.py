@@ -238,6 +238,16 @@ class RunConfig:
         return self.train.prompts * (1 if is_on_policy else self.rollout.samples)
 
     @property
+    def has_teacher(self) -> bool:
+        """Whether anything compares with a teacher; else it is neither asked for nor loaded.
+
+        Cross-entropy alone (``kl.ce`` 1) does not, but weights by position may, and an evaluation
+        that measures the KL or what the teacher itself reaches.
+        """
+        is_asked = self.eval.every > 0 and (self.eval.kl_prompts > 0 or self.eval.teacher)
+        return self.kl.ce < 1 or self.position.is_measured or is_asked
+
+    @property
     def kept(self) -> tuple[str, ...]:
         """Parts of the state of ``init_from`` that are taken over beside its weights.
 

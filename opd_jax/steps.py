@@ -48,18 +48,19 @@ def init(
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def teacher_states(
-    teacher: Params, rollout: Rollout, *, cfg: ObjectiveConfig
+    teacher: Params | None, rollout: Rollout, seen: Rollout | None = None, *, cfg: ObjectiveConfig
 ) -> Float[Array, "B T E"] | None:
     """Run the teacher over a batch, in micro-batches; see ``objective.teacher_states``.
 
-    None where ``cfg.kl.ce`` is 1: then nothing compares with the teacher.
+    ``seen`` is the batch behind prompts of the teacher's own. None where ``cfg.kl.ce`` is 1 and no
+    weight by position is measured: then nothing compares with the teacher.
     """
     _traced["teacher_states"] += 1
-    if cfg.kl.ce == 1:
+    if teacher is None or (cfg.kl.ce == 1 and not cfg.position.is_measured):
         return None
     return _in_pieces(
-        lambda piece: objective.teacher_states(teacher, piece, cfg=cfg),
-        rollout.replace(policy_step=None),
+        lambda piece: objective.teacher_states(teacher, *piece, cfg=cfg),
+        (_rows_of(rollout), _rows_of(seen)),
         cfg,
     )
 
@@ -67,7 +68,7 @@ def teacher_states(
 @functools.partial(jax.jit, static_argnames=("cfg", "tx"), donate_argnames=("state",))
 def distill_step(
     state: TrainState,
-    teacher: Params,
+    teacher: Params | None,
     rollout: Rollout,
     *,
     cfg: ObjectiveConfig,
@@ -78,10 +79,11 @@ def distill_step(
 
     Args:
       state: donated.
-      teacher: parameters of the frozen teacher.
+      teacher: parameters of the frozen teacher; None where ``cfg.kl.ce`` is 1.
       rollout: the batch; its ids are constants of the gradient.
       cfg, tx: static.
-      states_BTE: what :func:`teacher_states` gave for this batch; computed here where None.
+      states_BTE: what :func:`teacher_states` gave for this batch; computed here where None, the
+        teacher reading the prompts of the batch.
 
     Returns:
       The new state, and measurements as (total, weight) pairs: see :func:`measure` and
@@ -118,19 +120,20 @@ def eval_step(
     teacher: Params,
     rollout: Rollout,
     state: rock.RockState,
+    seen: Rollout | None = None,
     *,
     cfg: ObjectiveConfig,
 ) -> tuple[dict[str, Mean], TokenKL]:
     """Measure KL on rollouts without gradient, every scored position, gated or not.
 
-    ``cfg.kl.ce`` does not matter: it belongs to training.
+    ``seen`` is as in :func:`teacher_states`. ``cfg.kl.ce`` does not matter: it belongs to training.
     """
     _traced["eval_step"] += 1
     cfg = dataclasses.replace(cfg, kl=dataclasses.replace(cfg.kl, ce=0.0))
     goal = objective.targets(rollout, state, jax.random.key(0), cfg=cfg)
     # Plain measurement: no position is skipped, whatever the gate would do in training.
     goal = goal.replace(importance_BT=goal.mask_BT.astype(jnp.float32))
-    tokens = _measured(params, teacher, rollout, None, goal, cfg)
+    tokens = _measured(params, teacher, rollout, None, goal, cfg, seen)
     return measure(rollout, goal, tokens, cfg=cfg), tokens
 
 
@@ -158,7 +161,7 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
         (loss, tokens), new = jax.value_and_grad(scaled, has_aux=True)(state.params)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new), (loss, tokens)
 
-    whole = (rollout.replace(policy_step=None), goal, states_BTE)
+    whole = (_rows_of(rollout), goal, states_BTE if cfg.kl.ce < 1 else None)
     if cfg.microbatches == 1:
         zeros = jax.tree.map(lambda p: jnp.zeros((), p.dtype), state.params)
         grads, (loss, tokens) = micro(zeros, whole)
@@ -201,18 +204,25 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
     return state, metrics
 
 
-def _measured(params, teacher, rollout, states_BTE, goal: Targets, cfg: ObjectiveConfig) -> TokenKL:
+def _measured(
+    params, teacher, rollout, states_BTE, goal: Targets, cfg: ObjectiveConfig, seen=None
+) -> TokenKL:
     """Measure all scored positions, without gradient."""
     cfg = dataclasses.replace(cfg, kl=dataclasses.replace(cfg.kl, beside=cfg.position.beside))
     goal = goal.replace(importance_BT=goal.mask_BT.astype(jnp.float32))
 
     def piece_of(piece):
-        rollout, goal, states_BTE = piece
+        rollout, goal, states_BTE, seen = piece
         if states_BTE is None:
-            states_BTE = objective.teacher_states(teacher, rollout, cfg=cfg)
+            states_BTE = objective.teacher_states(teacher, rollout, seen, cfg=cfg)
         return objective.weighted_loss(params, teacher, states_BTE, rollout, goal, cfg=cfg)[1]
 
-    return _in_pieces(piece_of, (rollout.replace(policy_step=None), goal, states_BTE), cfg)
+    return _in_pieces(piece_of, (_rows_of(rollout), goal, states_BTE, _rows_of(seen)), cfg)
+
+
+def _rows_of(rollout: Rollout | None) -> Rollout | None:
+    """What has rows of a batch, to be split into pieces."""
+    return None if rollout is None else rollout.replace(policy_step=None)
 
 
 def _in_pieces(function, whole, cfg: ObjectiveConfig):

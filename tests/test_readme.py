@@ -18,7 +18,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from opd_jax import cli, config, processes
 from opd_jax.data import batches
-from opd_jax.run import assemble, initial, train
+from opd_jax.run import assemble, initial, iteration
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -231,7 +231,10 @@ def blocks(markdown: str) -> list[str]:
 
 def test_the_step_of_the_readme_is_the_step_of_the_code(readme):
     (quoted,) = (body for body in blocks(readme) if body.startswith("def one_step"))
-    shown, code = ast.parse(quoted).body[0], ast.parse(inspect.getsource(train.one_step)).body[0]
+    shown, code = (
+        ast.parse(quoted).body[0],
+        ast.parse(inspect.getsource(iteration.one_step)).body[0],
+    )
     assert isinstance(shown, ast.FunctionDef)
     assert isinstance(code, ast.FunctionDef)
     assert [arg.arg for arg in shown.args.args] == [arg.arg for arg in code.args.args]
@@ -266,7 +269,7 @@ def test_a_loop_of_ones_own_is_the_runs(readme, tmp_path, monkeypatch):
         "batches": batches,
         "config": config,
         "jax": jax,
-        "train": train,
+        "iteration": iteration,
     }
     scope["get_config"] = lambda: given
     exec(loop, scope)

@@ -19,6 +19,7 @@ class Batch:
     examples: tuple[Example, ...]
     longest: int  # ids of the longest prompt of the *global* batch, so that all processes pad alike
     longest_completion: int = 0  # the same of the completions
+    longest_teacher: int = 0  # the same of the prompts that the teacher reads
 
 
 def pipeline(
@@ -61,7 +62,9 @@ def pipeline(
         chosen = [rows[int(i)] for i in indices]
         longest = max(len(row.ids) for row in chosen)
         longest_completion = max(len(row.completion) for row in chosen)
-        return Batch(tuple(chosen[first : first + share]), longest, longest_completion)
+        longest_teacher = max(len(row.teacher_ids) for row in chosen)
+        own = tuple(chosen[first : first + share])
+        return Batch(own, longest, longest_completion, longest_teacher)
 
     order = grain.MapDataset.range(len(rows)).seed(seed)
     if shuffle:

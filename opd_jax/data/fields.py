@@ -49,6 +49,7 @@ class Record:
     line: int  # from 1; of a file that has no lines, the row
     completion_ids: tuple[int, ...] | None = None
     text: str | None = None  # that stands beside the ids of a prompt
+    teacher: str | list[dict[str, Any]] | tuple[int, ...] | None = None  # where it reads another
 
 
 def checked(row: Row, line: int, columns: Mapping[str, str], system: str = "") -> Record:
@@ -68,18 +69,18 @@ def checked(row: Row, line: int, columns: Mapping[str, str], system: str = "") -
     completion = _completion(value_of(row, columns.get("completion", "completion")))
     theirs = columns.get("completion_ids", "completion_ids")
     given = value_of(row, theirs)
-    completion_ids = None if given is None else _ids(given, f"`{theirs}`")
+    completion_ids = None if given is None else ids_of(given, f"`{theirs}`")
     answer = _answer(value_of(row, columns.get("answer", "answer")))
     if name == "prompt_ids":
         beside = value_of(row, "prompt")
         spelt = beside if isinstance(beside, str) else None
-        return Record(_ids(value, shown), answer, completion, line, completion_ids, spelt)
+        return Record(ids_of(value, shown), answer, completion, line, completion_ids, spelt)
     if name == "prompt" and not isinstance(value, list):
         prompt: Any = text(value, shown)
         if system:
             prompt = [{"role": "user", "content": prompt}]
     else:
-        prompt = _messages(value, shown)
+        prompt = messages_of(value, shown)
         if prompt[-1]["role"] == "assistant":
             prompt, completion = _reply_taken(prompt, completion, shown)
     if system and prompt[0]["role"] != "system":
@@ -120,7 +121,7 @@ def text(value: Any, name: str) -> str:
     return value
 
 
-def _ids(value: Any, name: str) -> tuple[int, ...]:
+def ids_of(value: Any, name: str) -> tuple[int, ...]:
     """Check that a value is a list of ids; whether the vocabulary has them is asked later.
 
     Raises:
@@ -162,7 +163,7 @@ def _prompt_name(row: Row, columns: Mapping[str, str]) -> str:
     )
 
 
-def _messages(value: Any, name: str) -> list[dict[str, Any]]:
+def messages_of(value: Any, name: str) -> list[dict[str, Any]]:
     """Messages with a role and a text each, also of ``from`` and ``value``, or of parts."""
     if not isinstance(value, list) or not value:
         raise ValueError(
@@ -244,7 +245,7 @@ def _completion(value: Any) -> str | None:
     if value is None:
         return None
     if isinstance(value, list) and value:
-        found: Sequence[dict[str, Any]] = _messages(value, "`completion`")
+        found: Sequence[dict[str, Any]] = messages_of(value, "`completion`")
         if len(found) == 1 and found[0]["role"] == "assistant":
             return found[0]["content"]
         raise ValueError(

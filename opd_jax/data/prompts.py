@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_jax import bounded, rules
-from opd_jax.data import completions
+from opd_jax.data import completions, privileged
 from opd_jax.data import rows as files
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.data.fields import (
@@ -30,8 +30,11 @@ from opd_jax.data.fields import Record as Record
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+FRAME = "a text in which {NAME} is a column of the row and {{ a brace, or nothing"
 TOO_LONG = ("drop", "left_truncate", "error")
-_SPELT = 64  # rows whose ids are compared with the text beside them
+# Rows whose ids are compared with the text beside them, and that both models' tokenizers render:
+# what differs shows in the first few.
+_SPELT = 64
 _SHOWN = 100  # characters of a rendered prompt in a line
 
 
@@ -41,6 +44,7 @@ class DataSpec:
 
     A system prompt given here is put in front of messages that do not begin with one: a row's own
     stays as it is. A row of plain text becomes a chat by it, the text being the user's message.
+    What the teacher may read in the place of the prompt is told in :mod:`privileged`.
 
     Raises:
       RuleError: a field is outside its range, or the buckets cannot hold the longest prompt.
@@ -52,7 +56,10 @@ class DataSpec:
         tuple[str, str], ...
     ] = ()  # (our name, name in the file): ("prompt", "question")
     system: str = ""  # system prompt for rows without one; makes plain prompts a chat
+    teacher_prompt: str = ""  # what the teacher reads: "{prompt} Hint: {answer}", any column in {}
+    teacher_system: str = ""  # its system prompt, with columns in {}; empty: the student's
     max_prompt: int = 512  # most ids of a prompt
+    max_teacher_prompt: int = 0  # most ids of the teacher's own prompt; 0: max_prompt
     too_long: str = "drop"  # drop, left_truncate or error
     buckets: tuple[int, ...] = ()  # padded prompt widths, each compiled once; (): by the prompts
     shuffle: bool = True  # a new order each epoch, by the seed; False: as in the file
@@ -64,12 +71,32 @@ class DataSpec:
             self,
             "data",
             ("too_long", self.too_long in TOO_LONG, f"one of {TOO_LONG}"),
+            ("teacher_prompt", _is_frame(self.teacher_prompt), FRAME),
+            ("teacher_system", _is_frame(self.teacher_system), FRAME),
             ("max_prompt", self.max_prompt >= 1, "at least 1"),
+            ("max_teacher_prompt", self.max_teacher_prompt >= 0, "at least 0 (0: max_prompt)"),
             ("epochs", self.epochs >= 0, "at least 0 (0: as many as the steps need)"),
             ("columns", _are_columns(self.columns), f"pairs of one of {NAMES} and another name"),
             ("system", not self.system or bool(self.system.strip()), "a text, or nothing"),
             rules.widths("buckets", self.buckets, self.max_prompt),
         )
+
+    @property
+    def frames(self) -> privileged.Frames:
+        """What the teacher reads in the place of the student's prompt; false: the same."""
+        return privileged.Frames(self.teacher_prompt, self.teacher_system)
+
+    @property
+    def teacher_limit(self) -> int:
+        """Most ids of the teacher's own prompt."""
+        return self.max_teacher_prompt or self.max_prompt
+
+
+def _is_frame(text: str) -> bool:
+    try:
+        return bool(privileged.Frames(text)) or not text
+    except ValueError:
+        return False
 
 
 def _are_columns(pairs: Sequence[Sequence[str]]) -> bool:
@@ -89,6 +116,7 @@ class Example:
     index: int  # line in the file, from 0: the same whatever was dropped
     completion: tuple[int, ...] = ()  # ids to imitate; empty for plain prompts
     is_whole: bool = True  # a stop id is their last
+    teacher_ids: tuple[int, ...] = ()  # of the prompt that the teacher reads; (): the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +164,11 @@ def read(
     found, used, unused = [], set(), set()
     for number, row in table.rows:
         try:
-            found.append(checked(row, number, columns, spec.system))
+            record = checked(row, number, columns, spec.system)
+            if spec.frames:
+                own = privileged.prompt_of(row, record, spec.frames, columns, spec.system)
+                record = dataclasses.replace(record, teacher=own)
+            found.append(record)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: {error}") from error
         used |= {n for n in NAMES if value_of(row, columns.get(n, n)) is not None}
@@ -174,6 +206,7 @@ def examples(
     tokenizer: PreTrainedTokenizerFast,
     *,
     limits: completions.Limits | None = None,
+    other: PreTrainedTokenizerFast | None = None,
     now: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> tuple[list[Example], Counts]:
@@ -184,8 +217,9 @@ def examples(
       spec: how long a prompt may be, and how it is rendered.
       tokenizer: renders.
       limits: of the completions; None: there need not be any, and they are not read.
+      other: the teacher's, which must render the first prompts to the same ids.
       now: the date that a chat template writes, as ``files.TIME``; None: today.
-      say: receives what was read, and the first prompt as the model sees it.
+      say: receives what was read, and the first prompt as each model sees it.
 
     Raises:
       FileNotFoundError, ValueError: as :func:`read`; a prompt that cannot be rendered; a prompt
@@ -193,43 +227,51 @@ def examples(
         does not have, or of another text than beside them; no completion where there must be one.
     """
     told: list[str] = []
-    found, counts = _tokenise(Path(path), spec, tokenizer, now, limits, told.append)
+    found, counts = _tokenise(Path(path), spec, (tokenizer, other), now, limits, told.append)
     if say:
-        shown = found[0].text
-        cut = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
-        say(f"{told[0]}; the first as the model sees it, {len(found[0].ids)} ids: {cut!r}")
+        first = found[0]
+        say(f"{told[0]}; the first as the model sees it, {len(first.ids)} ids: {_cut(first.text)}")
+        if first.teacher_ids:
+            own = str(tokenizer.decode(first.teacher_ids, clean_up_tokenization_spaces=False))
+            say(f"and as the teacher sees it, {len(first.teacher_ids)} ids: {_cut(own)}")
         for line in told[1:]:
             say(line)
     return found, counts
 
 
+def _cut(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")
+
+
 def digest(rows: Sequence[Example], *, has_completions: bool = True) -> str:
     """Fingerprint of the tokenised data, so that a resumed run can tell that it changed.
 
-    Without completions it is that of the prompts, the same whether they are answered or not.
+    Without completions it is that of the student's prompts, the same whether they are answered or
+    not, and whatever a teacher reads.
     """
     state = hashlib.sha256()
     for row in rows:
         completion = row.completion if has_completions else ()
         state.update(repr((row.ids, row.answer, row.index, completion)).encode())
+        if has_completions and row.teacher_ids:
+            state.update(repr(row.teacher_ids).encode())
     return state.hexdigest()[:16]
 
 
-def _tokenise(
-    path: Path, spec: DataSpec, tokenizer, now, limits, say
-) -> tuple[list[Example], Counts]:
+def _tokenise(path: Path, spec: DataSpec, both, now, limits, say) -> tuple[list[Example], Counts]:
     """Tokenise all records, each within bounds: a template or a pattern may never end."""
     records = read(path, spec, has_completions=limits is not None, say=say)
 
     def work(begin: Callable[[str], None]) -> tuple[list[Example], Counts]:
-        return _tokenise_all(path, records, spec, tokenizer, now, limits, begin)
+        return _tokenise_all(path, records, spec, both, now, limits, begin)
 
     return bounded.run(work, change="mend the chat template or the tokenizer, or drop the line")
 
 
 def _tokenise_all(
-    path, records: Sequence[Record], spec, tokenizer, now, limits, begin
+    path, records: Sequence[Record], spec, both, now, limits, begin
 ) -> tuple[list[Example], Counts]:
+    tokenizer, other = both
     kept, tally = [], {"dropped": 0, "truncated": 0, "cut": 0}
     size = max(tokenizer.get_vocab().values(), default=-1) + 1
     for number, record in enumerate(records):
@@ -239,7 +281,13 @@ def _tokenise_all(
             _check_ids(record, size)
             if number < _SPELT:
                 completions.check_spelling(record, tokenizer)
-            ids = prompt_ids(record, spec, tokenizer, now)
+            if number < _SPELT and other is not None:
+                _check_rendering(record, spec, both, now)
+            ids = prompt_ids(record.prompt, spec, tokenizer, now)
+            own: list[int] = []
+            if record.teacher is not None:
+                begin(f"{where}: rendering and tokenising the teacher's prompt")
+                own = prompt_ids(record.teacher, spec, tokenizer, now)
             response, is_whole = (), True
             if limits is not None:
                 begin(f"{where}: tokenising the completion")
@@ -251,21 +299,26 @@ def _tokenise_all(
             raise
         except Exception as error:  # a chat template may raise anything
             raise ValueError(f"{where}: {error}") from error
-        if len(ids) > spec.max_prompt:
+        is_long = len(ids) > spec.max_prompt
+        if is_long or len(own) > spec.teacher_limit:
             if spec.too_long == "error":
+                whose, length, key, limit = "the", len(ids), "max_prompt", spec.max_prompt
+                if not is_long:
+                    whose, length, limit = "the teacher's", len(own), spec.teacher_limit
+                    key = "max_teacher_prompt" if spec.max_teacher_prompt else key
                 raise ValueError(
-                    f"{where}: the prompt has {len(ids)} ids and max_prompt is {spec.max_prompt}: "
-                    "expected no longer one; raise max_prompt, or set too_long to 'drop' or "
-                    "'left_truncate'"
+                    f"{where}: {whose} prompt has {length} ids and {key} is {limit}: expected no "
+                    f"longer one; raise {key}, or set too_long to 'drop' or 'left_truncate'"
                 )
             if spec.too_long == "drop":
                 tally["dropped"] += 1
                 continue
             tally["truncated"] += 1
-            ids = ids[-spec.max_prompt :]
+            ids, own = ids[-spec.max_prompt :], own[-spec.teacher_limit :]
         tally["cut"] += not is_whole
         text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-        kept.append(Example(tuple(ids), record.answer, text, record.line - 1, response, is_whole))
+        row = Example(tuple(ids), record.answer, text, record.line - 1, response, is_whole)
+        kept.append(dataclasses.replace(row, teacher_ids=tuple(own)) if own else row)
     counts = Counts(kept=len(kept), **tally)
     if not kept:
         raise ValueError(
@@ -275,19 +328,26 @@ def _tokenise_all(
     return kept, counts
 
 
-def prompt_ids(record: Record, spec: DataSpec, tokenizer, now: str | None) -> list[int]:
-    """The prompt of a row as ids, rendered where it is not ids already.
+def prompt_ids(prompt: Any, spec: DataSpec, tokenizer, now: str | None) -> list[int]:
+    """A prompt of a row as ids, rendered where it is not ids already.
 
     Raises:
       ValueError: it cannot be rendered.
     """
-    if isinstance(record.prompt, tuple):
-        return list(record.prompt)
-    return tokenizers.render(tokenizer, record.prompt, now=now, **dict(spec.template))
+    if isinstance(prompt, tuple):
+        return list(prompt)
+    return tokenizers.render(tokenizer, prompt, now=now, **dict(spec.template))
+
+
+def _check_rendering(record: Record, spec: DataSpec, both, now: str | None) -> None:
+    for prompt in (record.prompt, record.teacher):
+        if prompt is not None and not isinstance(prompt, tuple):  # ids both take as they are
+            tokenizers.check_render(both[0], both[1], prompt, now=now, **dict(spec.template))
 
 
 def _check_ids(record: Record, size: int) -> None:
     given = {"prompt_ids": record.prompt, "completion_ids": record.completion_ids}
+    given |= {"the teacher's prompt": record.teacher}
     for name, ids in given.items():
         largest = max(ids, default=0) if isinstance(ids, tuple) else 0
         if largest >= size:

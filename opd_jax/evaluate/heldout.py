@@ -93,6 +93,7 @@ class EvalPlan:
       max_new: most ids of an answer.
       width: padded prompt width.
       widths: of answers, that KL is measured in; default: ``max_new``.
+      teacher_width: padded width of the prompts that the teacher reads; 0: the student's.
       size: prompts at a time, over all processes.
       num_graded: prompts whose answers are graded; 0: none.
       num_kl: prompts for KL; 0: none.
@@ -113,6 +114,7 @@ class EvalPlan:
     grader: str = "math"
     bias_V: jax.Array | None = None
     widths: tuple[int, ...] = ()
+    teacher_width: int = 0
 
     def __post_init__(self):
         grading.named(self.grader)  # raises before anything is sampled
@@ -185,15 +187,18 @@ def heldout_kl(
     params: Params,
     teacher: Params,
     state: RockState,
-    rollouts: Iterator[tuple[Rollout, int]],
+    rollouts: Iterator[tuple[Rollout, Rollout | None, int]],
     *,
     cfg: ObjectiveConfig,
 ) -> dict[str, Mean]:
-    """Pool the measurements of ``steps.measure`` over rollouts, real rows only."""
+    """Pool the measurements of ``steps.measure`` over rollouts, real rows only.
+
+    Each comes as the teacher sees it, too (None: the same), and with the number of its real rows.
+    """
     pooled = []
-    for answers, real in rollouts:
+    for answers, seen, real in rollouts:
         whole = resting.awake(teacher)  # for one batch: answers are sampled without it
-        measured, _ = steps.eval_step(params, whole, _only(answers, real), state, cfg=cfg)
+        measured, _ = steps.eval_step(params, whole, _only(answers, real), state, seen, cfg=cfg)
         del whole
         pooled.append(measured)
     return pytrees.pool(pooled)
@@ -211,7 +216,7 @@ def _only(answers: Rollout, real: int) -> Rollout:
 
 def evaluate(
     params: Params,
-    teacher: Params,
+    teacher: Params | None,
     state: RockState,
     rows: Sequence[Example],
     tokenizer: Any,
@@ -224,7 +229,7 @@ def evaluate(
     """Measure a student on held-out prompts; None where nothing was measured.
 
     Args:
-      params, teacher: the models.
+      params, teacher: the models; the teacher may be None where no KL is measured.
       state: rock state whose members split the KL.
       rows: held-out prompts; the first ``plan.num_graded`` with an answer are graded, and KL is
         measured on the first ``plan.num_kl``.
@@ -242,17 +247,9 @@ def evaluate(
     graded_key, kl_key = jax.random.split(key)
     result, graded = answered(params, rows, tokenizer, graded_key, mesh, cfg=cfg.student, plan=plan)
     if plan.num_kl:
-        drawn = drawing.sample(
-            params,
-            rows[: plan.num_kl],
-            kl_key,
-            mesh,
-            cfg=cfg.student,
-            sampler=plan.policy,
-            **plan.drawing,
-        )
-        cut = ((drawing.crop(x, plan.max_new, plan.widths), real) for x, real in drawn)
-        measured = heldout_kl(params, teacher, state, cut if plan.widths else drawn, cfg=cfg)
+        assert teacher is not None
+        drawn = _drawn(params, rows[: plan.num_kl], kl_key, mesh, cfg.student, plan)
+        measured = heldout_kl(params, teacher, state, drawn, cfg=cfg)
         for name, value in pytrees.reduce(measured).items():
             if name in result:
                 result[name] = None if math.isnan(value) else value
@@ -260,6 +257,26 @@ def evaluate(
         result["mean_length"] = float(measured["length_tokens"].total) / num_rows
         result["truncated_share"] = float(measured["truncated_share"].total) / num_rows
     return result, graded
+
+
+def _drawn(
+    params: Params, rows: Sequence[Example], key: jax.Array, mesh: Mesh, cfg, plan: EvalPlan
+) -> Iterator[tuple[Rollout, Rollout | None, int]]:
+    """Samples of the policy to measure KL on, as it and as the teacher sees them."""
+    drawn = drawing.sample(params, rows, key, mesh, cfg=cfg, sampler=plan.policy, **plan.drawing)
+    own = meshlib.own(plan.size)
+    for (part, _), (answers, real) in zip(drawing.batches(rows, plan.size), drawn, strict=True):
+        if plan.widths:
+            answers = drawing.crop(answers, plan.max_new, plan.widths)
+        seen = drawing.seen_by_teacher(
+            part[own],
+            answers,
+            mesh,
+            width=plan.teacher_width,
+            room=answers.ids_BT.shape[1] - plan.width,
+            pad_id=plan.policy.pad_id,
+        )
+        yield answers, seen, real
 
 
 def graded_rows(rows: Sequence[Example], plan: EvalPlan) -> list[Example]:

@@ -59,6 +59,13 @@ class Subject:
                 )
             config = {key: workdirs.setting(record, key) for key in settings.recorded()}
             started = record.get("time")
+            if config["data.teacher_prompt"] or config["data.teacher_system"]:
+                raise RocksError(
+                    f"the teacher of {flags.run} read prompts of its own (data.teacher_prompt, "
+                    "data.teacher_system), and here both models read the same: expected a run of "
+                    "one prompt; to compare both behind the student's prompts, give --student="
+                    f"{flags.run} --teacher={config['teacher.path']}"
+                )
             student = f"{flags.run}@{pairs.LAST if flags.step is None else flags.step}"
             teacher = config["teacher.path"]
             workdirs.check_model(workdir, record, "teacher", hub.folder(teacher))

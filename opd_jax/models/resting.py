@@ -16,8 +16,10 @@ from opd_jax.pytrees import Params
 HOST, _DEVICE = "pinned_host", "device"  # kinds of memory, by jax's names
 
 
-def head(params: Params) -> Params:
+def head(params: Params | None) -> Params:
     """Of a model's parameters, or what declares them, the table that its head reads."""
+    if params is None:  # a run without this model
+        return {}
     name = "head" if "head" in params else "embed"  # a tied one's
     return {name: params[name]}
 
@@ -39,7 +41,7 @@ def rested(params: Params) -> Params:
     return {**jax.tree.map(_to_host, {n: x for n, x in params.items() if n not in stay}), **stay}
 
 
-def awake(params: Params) -> Params:
+def awake(params: Any) -> Any:
     """The parameters on their devices: new arrays of those that rest, the others as they are."""
     return jax.tree.map(lambda leaf: _moved(leaf, _DEVICE) if is_resting(leaf) else leaf, params)
 

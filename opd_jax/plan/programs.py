@@ -1,6 +1,6 @@
 """The programs of a run on a machine that is not there: traced by its own loop, on shapes alone.
 
-``train.one_step`` runs here as it does in training. What it is given in place of programs notes
+``iteration.one_step`` runs here as it does in training. What it is given in place of programs notes
 each call, and answers with the shapes that the program would return.
 """
 
@@ -26,13 +26,13 @@ from opd_jax.plan.chips import Machine
 from opd_jax.pytrees import Prompt, Rollout
 from opd_jax.rollout import decode
 from opd_jax.rollout.sampling import Sampler
-from opd_jax.run import assemble, initial, train
+from opd_jax.run import assemble, initial, iteration
 from opd_jax.run.assemble import Assembly, Words
 from opd_jax.spec import RunConfig
 
 TRAIN, TEACHER, SAMPLE, EVALUATION, ANSWERS = "train", "teacher", "sample", "evaluation", "answers"
 ALL = (SAMPLE, TEACHER, TRAIN, ANSWERS, EVALUATION)
-# The names under which ``train.Programs`` has them.
+# The names under which ``iteration.Programs`` has them.
 _NAMES = {"sample": SAMPLE, "teacher_states": TEACHER}
 
 
@@ -79,16 +79,22 @@ def assembly(
     auto = "float32" if machine.chip.name == "cpu" else "bfloat16"
     found, specs = [], (run.student, run.teacher)
     for who, spec, given in zip(("student", "teacher"), specs, (student, teacher), strict=True):
+        if who == "teacher" and not run.has_teacher:
+            continue
         dtype = jnp.dtype(auto if spec.dtype == "auto" else spec.dtype)
         shapes = known_models.shapes(given or spec.path, dtype, f"--{who}-config")
         say(f"{who}: {shapes.source}")
         cfg = dataclasses.replace(shapes.cfg, remat=spec.remat)
         found.append(dataclasses.replace(shapes, cfg=cfg))
-    own, other = found
+    own, other = found[0], found[-1]  # the student's again where nothing compares with a teacher
     vocab_size = min(own.cfg.vocab_size, other.cfg.vocab_size)
     words = Words(vocab_size, own.eos_ids or (0,), own.eos_ids == other.eos_ids, 0)
     longest = Example(ids=(0,) * run.data.max_prompt, answer=None, text="", index=0)
-    teacher_cfg = dataclasses.replace(other.cfg, vocab_size=own.cfg.vocab_size)
+    if run.data.frames:
+        longest = dataclasses.replace(longest, teacher_ids=(0,) * run.data.teacher_limit)
+    teacher_cfg = None
+    if run.has_teacher:
+        teacher_cfg = dataclasses.replace(other.cfg, vocab_size=own.cfg.vocab_size)
     rows = [longest] * run.train.prompts
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, epochs=0))
     return assemble.composed(run, mesh, own.cfg, teacher_cfg, words, rows, rows, say=say)
@@ -110,24 +116,28 @@ class _Recorder:
         self.parts, self.found = parts, []
         self.state = initial.state_template(parts)
         self.teacher = initial.teacher_template(parts)
-        self.awake = resting.awake(self.teacher)
+        self.awake: Any = resting.awake(self.teacher)
         self.base = {"student": self.state.params, "optimizer": self.state.opt}
 
     def programs(self) -> list[Traced]:
         parts = self.parts
         known = {
-            f.name: getattr(train.Programs(), f.name) for f in dataclasses.fields(train.Programs)
+            f.name: getattr(iteration.Programs(), f.name)
+            for f in dataclasses.fields(iteration.Programs)
         }
         stands: dict[str, Callable[..., Any]] = {
             name: functools.partial(self.call, _NAMES.get(name, TRAIN), program)
             for name, program in known.items()
             if hasattr(program, "trace")
         }
-        stands |= {"sample": self.sample, "given": self.given, "awake": lambda _: self.awake}
+        stands |= {"sample": self.sample, "given": self.given, "seen": self.seen}
+        stands["awake"] = lambda _: self.awake
         spec = parts.run.train
         steps_on_policy = (n for n in range(spec.steps) if spec.is_on_policy(n))
         step, batch = next(steps_on_policy, 0), Batch((), 0)  # neither stand looks into it
-        train.one_step(parts, self.teacher, self.state, batch, step, train.Programs(**stands))
+        iteration.one_step(
+            parts, self.teacher, self.state, batch, step, iteration.Programs(**stands)
+        )
         if parts.run.eval.every:
             self.evaluation()
         return self.found
@@ -136,6 +146,13 @@ class _Recorder:
         """Stands for the completions of a file, at their longest."""
         run = parts.run
         return self.rollout(run.rows_read, parts.prompt_widths[-1] + run.rollout.max_new)
+
+    def seen(self, parts: Assembly, batch: Batch, answers: Rollout, step: int) -> Rollout | None:
+        """Stands for the same answers behind the teacher's prompts, at their longest."""
+        if not parts.teacher_widths:
+            return None
+        rows, columns = answers.ids_BT.shape
+        return self.rollout(rows, columns + parts.teacher_widths[-1] - parts.prompt_widths[-1])
 
     def sample(self, parts: Assembly, params: Any, batch: Batch, step: int) -> Any:
         """Stands for the student's answers, at the widest prompts and the longest answers."""
@@ -151,9 +168,13 @@ class _Recorder:
             ANSWERS, self.state.params, plan.size, plan.width, plan.graded_sampler, plan.max_new,
             plan.samples,
         )  # fmt: skip
+        seen = None
+        if plan.teacher_width:
+            seen = self.rollout(plan.size, plan.teacher_width + plan.max_new)
         self.call(
             EVALUATION, steps.eval_step, self.state.params, self.awake,
-            self.rollout(plan.size, plan.width + plan.max_new), self.state.rock, cfg=self.parts.cfg,
+            self.rollout(plan.size, plan.width + plan.max_new), self.state.rock, seen,
+            cfg=self.parts.cfg,
         )  # fmt: skip
 
     def rollout(self, rows: int, columns: int) -> Rollout:

@@ -111,6 +111,8 @@ def from_samples(run: Path, name: str, rocks: Sequence[Mapping[str, Any]]) -> li
     rank = {row["token_id"]: place for place, row in enumerate(rocks, 1)}
     found = []
     for sample in lines[-1]["samples"][:MAX_ANSWERS]:
+        if "kl_nats" not in sample:  # nothing to colour by: the run had no teacher
+            continue
         ids = sample["ids"]
         tokens = {
             "id": ids,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from opd_jax.data import batches as batching
 from opd_jax.data import widths as padding
 from opd_jax.data.prompts import Example
 from opd_jax.models.transformer import ModelConfig
-from opd_jax.pytrees import Params, Rollout
+from opd_jax.pytrees import Params, Prompt, Rollout
 from opd_jax.rollout import decode
 from opd_jax.rollout.sampling import Sampler
 
@@ -104,6 +105,54 @@ def crop(answers: Rollout, max_new: int, widths: Sequence[int]) -> Rollout:
         mask_BT=answers.mask_BT[:, :total],
         logp_BT=answers.logp_BT[:, :total],
     )
+
+
+@functools.partial(jax.jit, static_argnames=("room",))
+def behind(prompt: Prompt, answers: Rollout, *, room: int) -> Rollout:
+    """The same answers behind other prompts, in as many columns as those have, and ``room``.
+
+    Args:
+      prompt: left-padded, one for each answer, or for as many answers in a row as divide.
+      answers: whose last ``room`` columns hold nothing of their own prompts.
+      room: see there.
+
+    **Sharding**: rows over the batch axes, an answer where its prompt is.
+    """
+    ids_BP, start_B = (
+        meshlib.repeat_rows(x, answers.ids_BT.shape[0] // x.shape[0])
+        for x in (prompt.ids_BP, prompt.start_B)
+    )
+
+    def moved(x_BT: jax.Array, first_BP: jax.Array) -> jax.Array:
+        kept_BT = x_BT[:, x_BT.shape[1] - room :]
+        return jnp.concatenate([first_BP.astype(x_BT.dtype), kept_BT], axis=1)
+
+    none_BP = jnp.zeros_like(ids_BP)
+    return answers.replace(
+        ids_BT=moved(answers.ids_BT, ids_BP),
+        start_B=start_B,
+        mask_BT=moved(answers.mask_BT, none_BP),
+        logp_BT=moved(answers.logp_BT, none_BP),
+    )
+
+
+def seen_by_teacher(
+    rows: Sequence[Example], answers: Rollout, mesh: Mesh, *, width: int, room: int, pad_id: int
+) -> Rollout | None:
+    """Answers behind the prompts that the teacher reads; None where those are the student's.
+
+    Args:
+      rows: this process's prompts.
+      answers: to all of them, as many to each.
+      mesh: devices.
+      width: that the teacher's prompts are padded to.
+      room: columns of the answers behind the student's.
+      pad_id: that fills rows up.
+    """
+    if not rows[0].teacher_ids:
+        return None
+    prompt = batching.pad([row.teacher_ids for row in rows], width, pad_id)
+    return behind(meshlib.to_global(prompt, mesh), answers, room=room)
 
 
 def texts(answers: Rollout, real: int, tokenizer: Any) -> list[str]:

@@ -1,4 +1,7 @@
-"""What a step trains on: the student's answers to its prompts, or completions from the file."""
+"""What a step trains on: the student's answers to its prompts, or completions from the file.
+
+And how the teacher sees them, where it reads other prompts.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from opd_jax.data.batches import Batch
 from opd_jax.data.prompts import Example
 from opd_jax.pytrees import Params, Rollout
 from opd_jax.rollout import decode
-from opd_jax.rollout.answers import crop
+from opd_jax.rollout.answers import crop, seen_by_teacher
 from opd_jax.run.assemble import Assembly
 from opd_jax.spec import RunConfig
 
@@ -47,6 +50,22 @@ def given(parts: Assembly, batch: Batch) -> Rollout:
     room = widths.bucket(batch.longest_completion, parts.answer_widths)
     rows = batches.pad_completions(batch.examples, width, room, parts.policy.pad_id)
     return meshlib.to_global(rows, parts.mesh)
+
+
+def seen(parts: Assembly, batch: Batch, answers: Rollout, step: int) -> Rollout | None:
+    """The same answers as the teacher reads them; None where it reads the student's prompts."""
+    if not parts.run.data.frames:
+        return None
+    is_on_policy = parts.run.train.is_on_policy(step)
+    first = widths.bucket(batch.longest, parts.prompt_widths)
+    return seen_by_teacher(
+        asked(parts.run, batch.examples) if is_on_policy else batch.examples,
+        answers,
+        parts.mesh,
+        width=widths.bucket(batch.longest_teacher, parts.teacher_widths),
+        room=answers.ids_BT.shape[1] - first,
+        pad_id=parts.policy.pad_id,
+    )
 
 
 def asked(run: RunConfig, examples: Sequence[Example]) -> Sequence[Example]:

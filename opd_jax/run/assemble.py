@@ -33,6 +33,8 @@ from opd_jax.spec import ConfigError, ModelSpec, RunConfig
 from opd_jax.store import hub
 from opd_jax.store import pair as pairs
 
+CELLS = "keys and values"
+
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
@@ -51,6 +53,7 @@ class Assembly:
     bias_V: jax.Array | None  # [V] f32
     prompt_widths: tuple[int, ...]  # that a batch of prompts is padded to
     answer_widths: tuple[int, ...]  # that its answers are cut back to
+    teacher_widths: tuple[int, ...] = ()  # of prompts that the teacher reads; (): the student's
 
     @property
     def last_step(self) -> int:
@@ -80,25 +83,27 @@ def assemble(
     """
     mesh = meshlib.make(run.mesh.data, run.mesh.fsdp, run.mesh.model)
     check_batches(run, meshlib.batch_shards(mesh))
-    student_path, teacher_path = hub.folder(run.student.path), hub.folder(run.teacher.path)
-    student = model_config(run.student, student_path)
-    teacher = model_config(run.teacher, teacher_path)
+    path = hub.folder(run.student.path)
+    student, teacher = model_config(run.student, path), None
     params.shardings(transformer.specs(student), mesh)
-    params.shardings(transformer.specs(teacher), mesh)
-
-    tokenizer, other = tokenizers.load(student_path), tokenizers.load(teacher_path)
-    if tokenizers.lend_template(tokenizer, other):
-        say("the student has no chat template: prompts are written by the teacher's")
-    vocab_size = tokenizers.compare(tokenizer, other, student.vocab_size, teacher.vocab_size)
-    teacher = dataclasses.replace(teacher, vocab_size=student.vocab_size)
-    stop_ids, message = tokenizers.stop_set(
-        tokenizer,
-        hf_config.generation_eos(student_path),
-        other,
-        hf_config.generation_eos(teacher_path),
-    )
-    if message:
-        say(f"warning: {message}")
+    tokenizer, other = tokenizers.load(path), None
+    own_eos = hf_config.generation_eos(path)
+    if run.has_teacher:
+        path = hub.folder(run.teacher.path)
+        teacher, other = model_config(run.teacher, path), tokenizers.load(path)
+        params.shardings(transformer.specs(teacher), mesh)
+        if tokenizers.lend_template(tokenizer, other):
+            say("the student has no chat template: prompts are written by the teacher's")
+        vocab_size = tokenizers.compare(tokenizer, other, student.vocab_size, teacher.vocab_size)
+        teacher = dataclasses.replace(teacher, vocab_size=student.vocab_size)
+        stop_ids, message = tokenizers.stop_set(
+            tokenizer, own_eos, other, hf_config.generation_eos(path)
+        )
+        if message:
+            say(f"warning: {message}")
+    else:
+        vocab_size = tokenizers.num_ids(tokenizer, student.vocab_size, "student")
+        stop_ids, message = tokenizers.stop_ids(tokenizer, own_eos), None
 
     rows, heldout = reading.prompts(run, tokenizer, other, stop_ids, now, say)
     words = Words(vocab_size, stop_ids, not message, tokenizers.pad_id(tokenizer), tokenizer)
@@ -137,7 +142,7 @@ def composed(
     run: RunConfig,
     mesh: Mesh,
     student: ModelConfig,
-    teacher: ModelConfig,
+    teacher: ModelConfig | None,
     words: Words,
     rows: Sequence[Example],
     heldout: Sequence[Example],
@@ -182,19 +187,30 @@ def composed(
     )
     if cfg.kl.stop_ids:
         say(f"the KL counts the stop ids {cfg.kl.stop_ids} as one event (kl.merge_stops)")
-    longest = max(len(row.ids) for row in (*rows, *heldout))
     key = "eval.max_new" if run.eval.max_new > run.rollout.max_new else "rollout.max_new"
     max_new = max(run.rollout.max_new, run.eval.max_new)
+    both = (*rows, *heldout)
     for name, part in (("student", student), ("teacher", teacher)):
+        if part is None:
+            continue
+        is_own = name == "teacher" and bool(run.data.frames)
+        longest = max(len(row.teacher_ids if is_own else row.ids) for row in both)
+        whose, limit = (
+            ("its longest prompt", "max_teacher_prompt")
+            if is_own
+            else ("the longest prompt", "max_prompt")
+        )
         if longest + max_new > part.max_positions:
             raise ConfigError(
-                f"the longest prompt has {longest} ids and {key} is {max_new}: the {name} has "
-                f"{part.max_positions} positions; lower --config.data.max_prompt or --config.{key}"
+                f"{whose} has {longest} ids and {key} is {max_new}: the {name} has "
+                f"{part.max_positions} positions; lower --config.data.{limit} or --config.{key}"
             )
     bias_V = _bias(run, vocab_size, student.vocab_size)
-    prompt_widths = run.data.buckets or widths.of_prompts(
-        [len(row.ids) for row in rows], batch=run.rows_read, limit=run.data.max_prompt
-    )
+    prompt_widths = _widths(run, [len(row.ids) for row in rows], run.data.max_prompt)
+    teacher_widths: tuple[int, ...] = ()
+    if run.data.frames:
+        lengths = [len(row.teacher_ids) for row in rows]
+        teacher_widths = _widths(run, lengths, run.data.teacher_limit)
     return Assembly(
         run=run,
         mesh=mesh,
@@ -205,11 +221,19 @@ def composed(
         policy=policy,
         rows=tuple(rows),
         heldout=tuple(heldout),
-        plan=_eval_plan(run, policy, heldout, shards, bias_V, prompt_widths),
+        plan=_eval_plan(run, policy, heldout, shards, bias_V, (prompt_widths, teacher_widths)),
         bias_V=bias_V,
         prompt_widths=prompt_widths,
         answer_widths=run.rollout.buckets or widths.ladder(run.rollout.max_new),
+        teacher_widths=teacher_widths,
     )
+
+
+def _widths(run: RunConfig, lengths: Sequence[int], limit: int) -> tuple[int, ...]:
+    """Of prompts of these lengths: those that are set, where they are enough, else the data's."""
+    if run.data.buckets and run.data.buckets[-1] >= max(lengths):
+        return run.data.buckets
+    return widths.of_prompts(lengths, batch=run.rows_read, limit=limit)
 
 
 def needs(parts: Assembly, *, is_scoring: bool = False) -> list[memory.Need]:
@@ -220,36 +244,43 @@ def needs(parts: Assembly, *, is_scoring: bool = False) -> list[memory.Need]:
       is_scoring: while the teacher is asked, instead; the same where it does not rest between.
     """
     run, cfg, mesh = parts.run, parts.cfg, parts.mesh
-    assert cfg.teacher is not None
     f32 = jnp.float32
     stored = run.student.stored_dtype("float32")
     moments = {"adamw": 2, "sgd": 1, "signsgd": 1}[run.optim.name]
-    rows = run.train.prompts * run.rollout.samples
-    slots = parts.prompt_widths[-1] + run.rollout.max_new
-    eval_rows = (run.eval.batch or rows) * run.eval.samples if run.eval.every else 0
     is_resting = run.teacher.offload and not is_scoring
-    answering = [cfg.teacher] * (bool(eval_rows) and run.eval.teacher and not is_resting)
-    answering += [cfg.student] * (is_resting or not run.teacher.offload)
+    is_answering = is_resting or not run.teacher.offload  # the student
     split = "raise --config.mesh.fsdp or .model, which split it"
-    fewer = "lower --config.rollout.samples, .max_new, --config.train.prompts or data.max_prompt"
-    if eval_rows > rows:
-        rows, fewer = eval_rows, "lower --config.eval.batch or .samples"
-    teacher_dtype = run.teacher.stored_dtype(cfg.teacher.dtype)
-    teacher = memory.Need(
-        "the teacher",
-        memory.weights(cfg.teacher, teacher_dtype, mesh),
-        split if run.teacher.offload else f"{split}, or set --config.teacher.offload=True",
-    )
-    if is_resting:
-        head = memory.weights(cfg.teacher, teacher_dtype, mesh, part=resting.head)
-        teacher = memory.Need("the teacher's head", head, split)
-    caches = [memory.cache(c, rows, slots, mesh) for c in answering]
-    return [
+    found = [
         memory.Need("the student", memory.weights(cfg.student, stored, mesh), split),
         memory.Need("its optimizer", moments * memory.weights(cfg.student, f32, mesh), split),
-        teacher,
-        memory.Need("keys and values", max(caches, default=0.0), fewer),
     ]
+    if cfg.teacher is not None:
+        dtype = run.teacher.stored_dtype(cfg.teacher.dtype)
+        change = f"{split}, or set --config.teacher.offload=True"
+        teacher = memory.Need(
+            "the teacher",
+            memory.weights(cfg.teacher, dtype, mesh),
+            split if run.teacher.offload else change,
+        )
+        if is_resting:
+            head = memory.weights(cfg.teacher, dtype, mesh, part=resting.head)
+            teacher = memory.Need("the teacher's head", head, split)
+        found.append(teacher)
+    rows, width = run.train.prompts * run.rollout.samples, parts.prompt_widths[-1]
+    fewer = "lower --config.rollout.samples, .max_new, --config.train.prompts or data.max_prompt"
+    cells = [memory.Need(CELLS, 0.0, fewer)]
+    if is_answering and run.train.stage != "off_policy":  # else the answers are those of a file
+        slots = width + run.rollout.max_new
+        cells.append(memory.Need(CELLS, memory.cache(cfg.student, rows, slots, mesh), fewer))
+    if run.eval.every:
+        asked = (run.eval.batch or rows) * run.eval.samples
+        slots = width + (run.eval.max_new or run.rollout.max_new)
+        fewer = "lower --config.eval.batch, .samples or .max_new"
+        both = [cfg.student] * is_answering
+        if cfg.teacher is not None and run.eval.teacher and not is_resting:
+            both.append(cfg.teacher)
+        cells += [memory.Need(CELLS, memory.cache(c, asked, slots, mesh), fewer) for c in both]
+    return [*found, max(cells, key=lambda need: need.num_bytes)]
 
 
 def model_config(spec: ModelSpec, path: str) -> ModelConfig:
@@ -302,7 +333,7 @@ def _eval_plan(
     heldout: Sequence[Example],
     shards: int,
     bias_V: jax.Array | None,
-    prompt_widths: Sequence[int],
+    known: tuple[Sequence[int], Sequence[int]],
 ) -> EvalPlan:
     size = run.eval.batch or run.train.prompts * run.rollout.samples
     if size % (shards * run.train.microbatches):
@@ -311,13 +342,13 @@ def _eval_plan(
             f"({shards} x {run.train.microbatches}); set --config.eval.batch"
         )
     longest = max((len(row.ids) for row in heldout), default=1)
-    if longest > prompt_widths[-1]:  # than any prompt of training
-        prompt_widths = widths.of_prompts([longest], batch=1, limit=run.data.max_prompt)
+    own = max((len(row.teacher_ids) for row in heldout), default=0)
     max_new = run.eval.max_new or run.rollout.max_new
     return EvalPlan(
         policy=policy,
         max_new=max_new,
-        width=widths.bucket(longest, prompt_widths),
+        width=_width(longest, known[0], run.data.max_prompt),
+        teacher_width=_width(own, known[1], run.data.teacher_limit) if own else 0,
         widths=run.rollout.buckets * (max_new == run.rollout.max_new) or widths.ladder(max_new),
         size=size,
         num_graded=run.eval.prompts,
@@ -327,6 +358,13 @@ def _eval_plan(
         grader=run.eval.grader,
         bias_V=bias_V,
     )
+
+
+def _width(longest: int, known: Sequence[int], limit: int) -> int:
+    """For held-out prompts, of which one may be longer than any of training."""
+    if longest > known[-1]:
+        known = widths.of_prompts([longest], batch=1, limit=limit)
+    return widths.bucket(longest, known)
 
 
 def _bias(run: RunConfig, vocab_size: int, num_rows: int) -> jax.Array | None:

@@ -1,7 +1,8 @@
 """How well the teacher itself answers the held-out prompts: what its student can hope to reach.
 
 Measured once a run, as the student's answers are, and kept in ``teacher.json``: a run that goes on,
-or an evaluation long after, shows it beside before and after.
+or an evaluation long after, shows it beside before and after. Where the teacher reads prompts of
+its own, it answers those.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FILE = run_files.TEACHER
 
 
 def measured(
-    parts: Assembly, teacher: Params, folder: Path, key: jax.Array
+    parts: Assembly, teacher: Params | None, folder: Path, key: jax.Array
 ) -> dict[str, float | None] | None:
     """The teacher's evaluation: read where it was measured in the same way, else measured now.
 
@@ -41,7 +42,11 @@ def measured(
     """
     plan, cfg = parts.plan, parts.cfg.teacher
     is_graded = bool(heldout.graded_rows(parts.heldout, plan))
-    if not (parts.run.eval.every and parts.run.eval.teacher and is_graded) or cfg is None:
+    if (
+        not (parts.run.eval.every and parts.run.eval.teacher and is_graded)
+        or cfg is None
+        or teacher is None
+    ):
         return None
     path = folder / FILE
     how = {
@@ -51,13 +56,19 @@ def measured(
         "max_new": plan.max_new,
         "grader": plan.grader,
     }
+    rows = parts.heldout
+    if parts.run.data.frames:  # what the student imitates is the teacher behind its own prompts
+        rows = [dataclasses.replace(row, ids=row.teacher_ids) for row in rows]
+        plan = dataclasses.replace(plan, width=plan.teacher_width)
+        how |= {"teacher_prompt": parts.run.data.teacher_prompt}
+        how |= {"teacher_system": parts.run.data.teacher_system}
     if processes.agreed(int(path.exists())):
         known = run_files.load(path, run_files.TeacherFile)
         if known["how"] == how:
             return dict(known["result"])
     result, graded = heldout.answered(
         resting.awake(teacher),
-        parts.heldout,
+        rows,
         parts.tokenizer,
         jax.random.split(key)[0],  # as an evaluation draws answers
         parts.mesh,

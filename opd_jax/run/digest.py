@@ -24,7 +24,7 @@ from opd_jax.spec import RunConfig
 
 def samples(
     answers: Rollout,
-    kl_BT: np.ndarray,
+    kl_BT: np.ndarray | None,
     tokenizer: Any,
     limit: int,
     *,
@@ -36,7 +36,7 @@ def samples(
 
     Args:
       answers: on the host.
-      kl_BT: [B, T-1], nats at the predicting positions.
+      kl_BT: [B, T-1], nats at the predicting positions; None without a teacher.
       tokenizer: decodes.
       limit: most rows.
       examples: the prompts of the first rows, ``each`` answers to each of them; where there is a
@@ -54,12 +54,16 @@ def samples(
                 "answer": tokenizer.decode(ids[mask]),
                 "text": tokenizer.decode(ids[mask], skip_special_tokens=True),
                 "ids": ids[mask].tolist(),
-                "kl_nats": [round(float(x), 5) for x in kl_BT[row][scored_BT[row]]],
                 "truncated": bool(answers.truncated_B[row]),
             }
         )
+        if kl_BT is not None:
+            kl = kl_BT[row][scored_BT[row]]
+            chosen[-1]["kl_nats"] = [round(float(x), 5) for x in kl]
     for row, told in enumerate(chosen):
         example = examples[row // each] if row // each < len(examples) else None
+        if example is not None and example.teacher_ids:
+            told["teacher_prompt"] = tokenizer.decode(example.teacher_ids)
         if example is not None and example.answer is not None:
             verdict = heldout.grade(
                 [example], [told["text"]], 1, truncated=[told["truncated"]], grader=grader
@@ -73,7 +77,12 @@ def samples(
 
 
 def of_step(
-    run: RunConfig, answers: Rollout, kl_BT: np.ndarray, tokenizer: Any, batch: Batch, step: int
+    run: RunConfig,
+    answers: Rollout,
+    kl_BT: np.ndarray | None,
+    tokenizer: Any,
+    batch: Batch,
+    step: int,
 ) -> list[dict[str, Any]]:
     """:func:`samples` of what a step trains on: ``log.samples`` of its first answers."""
     # The first rows of all processes are those of the first one, which writes.

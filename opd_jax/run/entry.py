@@ -124,6 +124,8 @@ def inputs(parts: Assembly) -> dict[str, Any]:
     run = parts.run
     found: dict[str, Any] = {}
     for name, spec in (("student", run.student), ("teacher", run.teacher)):
+        if name == "teacher" and not run.has_teacher:
+            continue
         files = fingerprint.of_model(Path(hub.folder(spec.path)))
         found[name] = {"path": spec.path, "files": files}
     for name, path, rows in (

@@ -117,5 +117,6 @@ def memory_advice(parts: Assembly, phase: str, error: BaseException) -> str:
     """What to change where memory ran out in a phase of the run; empty: while loading."""
     what, change = _FITTING.get(phase, _FITTING[""])
     is_scoring = phase in ("teacher", "samples", "eval")
-    resident = assemble.needs(parts, is_scoring=is_scoring)[:3]
+    needs = assemble.needs(parts, is_scoring=is_scoring)
+    resident = [need for need in needs if need.what != assemble.CELLS]
     return memory.advice(what, error, resident if phase else [], change)

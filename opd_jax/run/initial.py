@@ -25,10 +25,14 @@ from opd_jax.store import pair as pairs
 from opd_jax.store.pair import Reference
 
 
-def teacher_params(parts: Assembly) -> Params:
-    """Load the frozen teacher onto the mesh, its vocabulary rows fitted to the student's."""
+def teacher_params(parts: Assembly) -> Params | None:
+    """Load the frozen teacher onto the mesh, its vocabulary rows fitted to the student's.
+
+    None where nothing compares with it.
+    """
     spec, cfg = parts.run.teacher, parts.cfg.teacher
-    assert cfg is not None
+    if cfg is None:
+        return None
     dtype = spec.stored_dtype(cfg.dtype)
     tree = _load(parts, "teacher", hub.folder(spec.path), jnp.dtype(dtype))
     with jax.set_mesh(parts.mesh):
@@ -37,10 +41,11 @@ def teacher_params(parts: Assembly) -> Params:
     return resting.rested(fitted) if spec.offload else fitted
 
 
-def teacher_template(parts: Assembly) -> Params:
-    """Shapes and placements of the teacher, without reading it."""
+def teacher_template(parts: Assembly) -> Params | None:
+    """Shapes and placements of the teacher, without reading it; None without one."""
     cfg = parts.cfg.teacher
-    assert cfg is not None
+    if cfg is None:
+        return None
     dtype = jnp.dtype(parts.run.teacher.stored_dtype(cfg.dtype))
     shapes = params.abstract(transformer.specs(cfg), dtype, parts.mesh)
     return resting.rested(shapes) if parts.run.teacher.offload else shapes

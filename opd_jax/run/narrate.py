@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -22,18 +22,20 @@ from opd_jax.spec import RunConfig
 def introduction(parts: Assembly) -> list[str]:
     """What is about to be optimised, on what, in a few lines."""
     run, cfg = parts.run, parts.cfg
-    assert cfg.teacher is not None
     lines = []
     for name, spec, part in (
         ("student", run.student, cfg.student),
         ("teacher", run.teacher, cfg.teacher),
     ):
+        if part is None:
+            lines.append(f"{name}: none, as nothing compares with one (kl.ce is 1)")
+            continue
         size = params.count(transformer.specs(part))
         lines.append(
             f"{name}: {spec.path}, {part.model_type}, {size / 1e6:.3g} M parameters, "
             f"{part.num_layers} layers, compute {part.dtype}"
         )
-    if run.teacher.offload:
+    if run.teacher.offload and cfg.teacher is not None:
         dtype = run.teacher.stored_dtype(cfg.teacher.dtype)
         whole = memory.weights(cfg.teacher, dtype, parts.mesh)
         moved = whole - memory.weights(cfg.teacher, dtype, parts.mesh, part=resting.head)
@@ -41,12 +43,23 @@ def introduction(parts: Assembly) -> list[str]:
             f"teacher: rests in host memory ({resting.HOST}) between its passes, each brings "
             f"{memory.text(moved)} to every device; its head stays"
         )
+    if run.data.frames:
+        lines.append(
+            "the teacher reads prompts of its own (data.teacher_prompt, data.teacher_system): "
+            f"{_span(len(row.teacher_ids) for row in parts.rows)} ids, the student's "
+            f"{_span(len(row.ids) for row in parts.rows)}"
+        )
     lines.append(f"objective: {objective_text(run)}")
     stops = ", ".join(f"{i} {tokenizers.token_text(parts.tokenizer, i)!r}" for i in parts.stop_ids)
     lines.append(widths_text(parts))
     shape = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
     lines.append(f"stop ids: {stops}; mesh: {shape} ({jax.devices()[0].device_kind})")
     return lines
+
+
+def _span(lengths: Iterable[int]) -> str:
+    found = sorted({*lengths})
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def columns(parts: Assembly) -> tuple[str, ...]:
@@ -223,16 +236,17 @@ def widths_text(parts: Assembly) -> str:
 
 def sample_text(sample: Mapping[str, Any], tokenizer: Any) -> str:
     """One of :func:`digest.samples` for a reader, with its token of the largest KL."""
-    worst = int(np.argmax(sample["kl_nats"]))
-    token = tokenizers.token_text(tokenizer, sample["ids"][worst])
     lines = [_indented(sample["prompt"][-400:], "  | "), _indented(sample["answer"], "  > ")]
     if sample.get("gold") is not None:
         verdict = "right" if sample["correct"] else f"wrong ({sample['reason']})"
         lines.append(f"  {verdict}; expected {sample['gold']!r}")
-    lines.append(
-        f"  mean KL {np.mean(sample['kl_nats']):z.3f} nats, most at {token!r} "
-        f"({sample['kl_nats'][worst]:.2f})"
-    )
+    if "kl_nats" in sample:
+        worst = int(np.argmax(sample["kl_nats"]))
+        token = tokenizers.token_text(tokenizer, sample["ids"][worst])
+        lines.append(
+            f"  mean KL {np.mean(sample['kl_nats']):z.3f} nats, most at {token!r} "
+            f"({sample['kl_nats'][worst]:.2f})"
+        )
     return "\n" + "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ from opd_jax.evaluate import heldout
 from opd_jax.files import path_of
 from opd_jax.models import memory, resting
 from opd_jax.processes import say
-from opd_jax.pytrees import Mean, Params, Rollout, TrainState
+from opd_jax.pytrees import Params, Rollout, TrainState
 from opd_jax.run import (
     answering,
     assemble,
@@ -35,6 +35,7 @@ from opd_jax.run import (
     entry,
     guards,
     initial,
+    iteration,
     journal,
     narrate,
     progress,
@@ -98,52 +99,8 @@ def train(
             raise memory.FitError(guards.memory_advice(parts, loop.timer.running, error)) from error
 
 
-def one_step(
-    parts: Assembly,
-    teacher: Params,
-    state: TrainState,
-    batch: Batch,
-    step: int,
-    programs: Programs | None = None,
-) -> tuple[TrainState, dict[str, Mean]]:
-    """One step of distillation: take answers, score them by the teacher, update.
-
-    The student samples them on-policy; off-policy they are the completions of the batch.
-
-    Args:
-      parts: what :func:`assemble.assemble` made; call it under ``jax.set_mesh(parts.mesh)``.
-      teacher: its parameters.
-      state: donated.
-      batch: this process's prompts.
-      step: finished updates; with the seed it fixes the draws.
-      programs: those that are run, for a caller that watches them.
-
-    Returns:
-      The new state, and measurements as (total, weight) pairs.
-    """
-    run = programs or Programs()
-    if parts.run.train.is_on_policy(step):
-        answers = run.sample(parts, state.params, batch, step)
-    else:
-        answers = run.given(parts, batch)
-    states_BTE = run.teacher_states(run.awake(teacher), answers, cfg=parts.cfg)
-    head = resting.head(teacher)
-    return run.distill_step(state, head, answers, cfg=parts.cfg, tx=parts.tx, states_BTE=states_BTE)
-
-
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """What a step runs, one after the other."""
-
-    sample: Callable[..., Rollout] = answering.sample
-    awake: Callable[[Params], Params] = resting.awake
-    teacher_states: Callable[..., jax.Array] = steps.teacher_states
-    distill_step: Callable[..., tuple[TrainState, dict[str, Mean]]] = steps.distill_step
-    given: Callable[..., Rollout] = answering.given
-
-
 class _Loop:
-    """One process's side of a run: :func:`one_step`, watched, written down and saved."""
+    """One process's side of a run: :func:`iteration.one_step`, watched, written down and saved."""
 
     def __init__(
         self,
@@ -185,7 +142,9 @@ class _Loop:
         self.ceiling: dict[str, float | None] | None = None  # what the teacher itself reaches
         self.padding: list[float] = []  # share of every step of this process
         self.compiled: set[str] = set()  # programs of this process, by name
-        self.teacher: Params = {}  # loaded once it is known that there is something left to do
+        self.teacher: Params | None = (
+            None  # loaded once it is known that there is something left to do
+        )
         self._journal: journal.Journal | None = None  # open while the loop runs
 
     @property
@@ -292,14 +251,14 @@ class _Loop:
         awake = resting.awake  # nothing to watch where all is on the devices
         if self.run_cfg.teacher.offload:
             awake = self._watched("teacher", awake)
-        programs = Programs(
+        programs = iteration.Programs(
             lambda *args: noted(sampled(*args)),
             awake,
             self._watched("teacher", steps.teacher_states),
             self._watched("update", steps.distill_step),
             lambda *args: noted(answering.given(*args)),
         )
-        state, means = one_step(self.parts, self.teacher, state, batch, step, programs)
+        state, means = iteration.one_step(self.parts, self.teacher, state, batch, step, programs)
         with jax.profiler.TraceAnnotation("metrics"):
             num_tokens = float(means["length_tokens"].total)
             values = pytrees.reduce(means)
@@ -337,8 +296,9 @@ class _Loop:
         prompts = [
             widths.bucket(x.longest, self.parts.prompt_widths) for x in args if isinstance(x, Batch)
         ]
-        columns = prompts + [x.ids_BT.shape[1] for x in args if isinstance(x, Rollout)]
-        name = f"{phase} of {columns[0]} columns" if columns else phase
+        rows = [x.ids_BT.shape[1] for x in args if isinstance(x, Rollout)]
+        columns = dict.fromkeys(prompts or rows)  # two where the teacher reads prompts of its own
+        name = f"{phase} of {' and '.join(map(str, columns))} columns" if columns else phase
         if name in self.compiled or not columns:  # a phase without a batch compiles nothing
             return contextlib.nullcontext()
         self.compiled.add(name)
@@ -408,9 +368,15 @@ class _Loop:
 
     def _write_samples(self, state: TrainState, answers: Rollout, batch: Batch, step: int) -> None:
         """Decode the first answers of this batch with the KL of every token; print one."""
-        teacher = resting.awake(self.teacher)
-        _, tokens = steps.eval_step(state.params, teacher, answers, state.rock, cfg=self.parts.cfg)
-        host, kl_BT = meshlib.to_host((answers, tokens.reverse_BT))
+        kl_BT = None
+        if self.teacher is not None:
+            teacher = resting.awake(self.teacher)
+            seen = answering.seen(self.parts, batch, answers, step)
+            _, tokens = steps.eval_step(
+                state.params, teacher, answers, state.rock, seen, cfg=self.parts.cfg
+            )
+            kl_BT = tokens.reverse_BT
+        host, kl_BT = meshlib.to_host((answers, kl_BT))
         chosen = digest.of_step(self.run_cfg, host, kl_BT, self.parts.tokenizer, batch, step)
         self.journal.samples(step, chosen)
         if chosen:

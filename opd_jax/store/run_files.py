@@ -90,8 +90,8 @@ class Sample(TypedDict):
     prompt: str
     answer: str
     ids: list[int]
-    kl_nats: list[float]  # of each id
     truncated: bool
+    kl_nats: NotRequired[list[float]]  # of each id, where there is a teacher
 
 
 class SamplesLine(TypedDict):

@@ -12,7 +12,7 @@ from layouts import LAYOUTS
 from opd_jax import cli, mesh
 from opd_jax.models import memory, params, resting, transformer
 from opd_jax.plan import chips, programs
-from opd_jax.run import assemble, guards, initial, train
+from opd_jax.run import assemble, guards, initial, iteration, train
 from opd_jax.spec import ConfigError
 
 tiny = tiny_run.tiny
@@ -73,7 +73,7 @@ def watched(monkeypatch):
     seen = []
 
     def watching(name):
-        real = getattr(train.Programs(), name)
+        real = getattr(iteration.Programs(), name)
 
         def call(*args, **kwargs):
             kinds_now = [

@@ -8,6 +8,7 @@ import pytest
 import tiny_run
 from safetensors.numpy import load_file, save_file
 
+from opd_jax.data import rows
 from opd_jax.models import hf
 from opd_jax.run import assemble, initial
 from opd_jax.spec import ConfigError
@@ -138,3 +139,34 @@ def test_the_state_lies_on_the_mesh(tiny):
 def test_a_batch_that_does_not_divide_is_refused(tiny, keys):
     with pytest.raises(ConfigError, match=r"do not divide over \d batch shards"):
         make(tiny, **keys)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_each_file_of_prompts_is_read_once(tiny, monkeypatch):
+    counted, read = [], rows.read
+    monkeypatch.setattr(rows, "read", lambda path: counted.append(path) or read(path))
+    make(tiny)
+    assert [path.name for path in counted] == ["prompts.jsonl"]
+
+
+def cells(folder, **keys):
+    """Bytes of keys and values that a run is said to need."""
+    found = assemble.needs(make(folder, **keys))
+    return next(need.num_bytes for need in found if need.what == assemble.CELLS)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_keys_and_values_are_those_that_are_sampled(tiny, tmp_path):
+    completed = tmp_path / "completed.jsonl"
+    lines = tiny_run.read_lines(tiny / "prompts.jsonl")
+    tiny_run.write_lines(completed, [row | {"completion": row["answer"]} for row in lines])
+    off = {"data__prompts": completed, "train__stage": "off_policy"}
+    plain, width = cells(tiny), make(tiny).prompt_widths[-1]
+    assert plain > 0
+    assert cells(tiny, **off) == 0
+    assert cells(tiny, **off | {"train__stage": "mixed"}) == plain
+    assert cells(tiny, eval__every=1) == plain
+    assert cells(tiny, **off, eval__every=1) == plain
+    longer = cells(tiny, eval__every=1, eval__max_new=26)
+    assert longer == pytest.approx(plain * (width + 26) / (width + 6))
+    assert cells(tiny, eval__every=1, eval__samples=3) == 3 * plain

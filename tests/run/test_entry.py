@@ -10,7 +10,7 @@ import tiny_run
 
 from opd_jax import optim
 from opd_jax.models import hf
-from opd_jax.run import entry, train
+from opd_jax.run import entry, iteration, train
 from opd_jax.store import fingerprint
 from opd_jax.store import workdir as workdirs
 
@@ -174,7 +174,7 @@ def test_a_run_that_ended_before_its_first_step_does_not_own_the_workdir(
         raise ValueError("RESOURCE_EXHAUSTED")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "one_step", out_of_memory)
+        patch.setattr(iteration, "one_step", out_of_memory)
         assert tiny_run.train(tiny, workdir, eval__every=4, eval__batch=8) == 1
     assert workdirs.read_run(workdir)["config"]["optim.lr"] == 1e-2
     assert tiny_run.train(tiny, workdir, optim__lr=2e-2, train__prompts=2) == 0

@@ -108,6 +108,36 @@ def test_cross_entropy_alone_runs_no_teacher(tiny, answers, tmp_path):
 
 
 @pytest.mark.usefixtures("one_device")
+def test_cross_entropy_alone_needs_no_teacher(tiny, answers, tmp_path, capsys):
+    keys = {"data__prompts": answers, "train__steps": 2, "train__stage": "off_policy"}
+    keys |= {"kl__ce": 1.0, "log__samples_every": 1, "teacher__path": ""}
+    assert tiny_run.train(tiny, tmp_path / "alone", **keys) == 0
+    assert "teacher: none" in capsys.readouterr().out
+    record = json.loads((tmp_path / "alone" / "run.json").read_text())
+    assert sorted(record["inputs"]) == ["prompts", "student"]
+    samples = tiny_run.read_lines(tmp_path / "alone" / "samples.jsonl")
+    assert samples[0]["samples"]
+    assert not any("kl_nats" in sample for line in samples for sample in line["samples"])
+    beside = keys | {"teacher__path": tmp_path / "none"}  # named, but nothing compares with it
+    beside |= {"eval__every": 2, "eval__kl_prompts": 0, "eval__teacher": False}
+    beside |= {"data__heldout": tiny / "prompts.jsonl"}
+    assert tiny_run.train(tiny, tmp_path / "graded", **beside) == 0
+    curves = [
+        [{k: v for k, v in x.items() if "eval/" not in k} for x in tiny_run.curve(tmp_path / name)]
+        for name in ("alone", "graded")
+    ]
+    assert curves[0] == [line for line in curves[1] if "loss" in line]
+    capsys.readouterr()
+    for more in ({"eval__every": 2, "data__heldout": tiny / "prompts.jsonl"}, {"kl__ce": 0.9}):
+        assert tiny_run.train(tiny, tmp_path / "new", **keys | more) == 1
+        assert "teacher.path is ''" in capsys.readouterr().err
+    assert tiny_run.train(tiny, tmp_path / "new", **keys, data__teacher_prompt="{prompt}") == 1
+    message = capsys.readouterr().err
+    assert "data.teacher_prompt is '{prompt}'" in message
+    assert "nothing here compares with a teacher" in message
+
+
+@pytest.mark.usefixtures("one_device")
 def test_a_mix_goes_by_step_number_also_after_a_resume(tiny, answers, tmp_path):
     keys = {"data__prompts": answers, "train__stage": "mixed", "train__on_policy_share": 0.25}
     keys |= {"kl__direction": "jsd", "checkpoint__every": 1}
