@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["distill", "export", "generate", "rocks", "table"]
+__all__ = ["distill", "eval", "export", "generate", "knockout", "rocks", "sweep", "table"]
 
 if TYPE_CHECKING:
-    from opd_jax.api import distill, export, generate, rocks, table
+    from opd_jax.api import distill, eval, export, generate, knockout, rocks, sweep, table
 
 
 def __getattr__(name: str) -> Any:

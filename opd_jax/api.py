@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from opd_jax import command, config, files
+from opd_jax.evaluate import benchmark, tasks
 from opd_jax.evaluate.generate import generate as generate
 from opd_jax.instrument import stages
 from opd_jax.instrument.flags import Flags
+from opd_jax.instrument.knockout import census
+from opd_jax.instrument.knockout.request import Request
 from opd_jax.report.build import report as report
+from opd_jax.run import sweep as sweeps
 from opd_jax.run import train
 from opd_jax.store import workdir as workdirs
 from opd_jax.store.export import export as export
 from opd_jax.store.table import table as table
 
+# What says how answers are sampled and how tasks are asked, among the keywords below.
+_SETTINGS = {field.name for field in dataclasses.fields(benchmark.Settings)}
+_FORM = {field.name for field in dataclasses.fields(tasks.Form)}
 Prompts = str | os.PathLike[str] | Sequence[str | Mapping[str, Any]]
 
 
@@ -75,6 +85,118 @@ def rocks(out: str, *, say: Callable[[str], None] = print, **flags: Any) -> dict
     """
     command.keep_programs()
     return stages.run(Flags(out=files.path_of(out), **flags), say=say)
+
+
+def eval(
+    model: str,
+    task_files: str,
+    out: str | os.PathLike[str],
+    *,
+    grader: str = "math",
+    limit: int = 0,
+    say: Callable[[str], None] = print,
+    **flags: Any,
+) -> dict[str, Any]:
+    """Answer tasks and grade the answers, or go on; what ``opd-jax eval`` does.
+
+    Args:
+      model: a folder, a name on the Hub, ``embedded:NAME``, or RUN[@STEP].
+      task_files: JSON lines with questions and answers; several with commas between.
+      out: folder of the evaluation.
+      grader, limit: how tasks are read, see ``tasks.read_all``.
+      say: receives progress.
+      flags: fields of ``benchmark.Settings`` (``samples``, ``max_new``, ``temperature``, ...) and
+        of ``tasks.Form`` (``format``, ``instruction``, ...), and ``batch``, ``mesh``, ``dtype``.
+
+    Returns:
+      ``metrics.summarise`` of every task, by name.
+
+    Raises:
+      ValueError, OSError: as :func:`opd_jax.evaluate.benchmark.evaluate`.
+    """
+    command.keep_programs()
+    settings, form, rest = _sorted(flags)
+    return benchmark.evaluate(
+        model,
+        tasks.read_all(task_files, grader=grader, limit=limit),
+        Path(files.path_of(out)),
+        settings=settings,
+        form=form,
+        say=say,
+        **rest,
+    )
+
+
+def knockout(
+    model: str,
+    task_files: str,
+    types: str,
+    out: str | os.PathLike[str],
+    *,
+    plan: bool = False,
+    mesh: Mesh | None = None,
+    say: Callable[[str], None] = print,
+    **flags: Any,
+) -> dict[str, Any] | None:
+    """Forbid a model certain tokens and see which answers flip; what ``opd-jax knockout`` does.
+
+    Args:
+      model, task_files, types, out: as fields of ``knockout.request.Request`` of that name
+        (``tasks`` is ``task_files``).
+      plan: answer without a ban, say what the rest costs, stop.
+      mesh: default: all devices along ``data``.
+      say: receives lines.
+      flags: further fields of it, of ``benchmark.Settings`` and of ``tasks.Form``.
+
+    Returns:
+      What ``summary.json`` in ``out`` holds; None of a plan.
+
+    Raises:
+      ValueError, OSError: as :func:`opd_jax.instrument.knockout.census.run`.
+    """
+    command.keep_programs()
+    settings, form, rest = _sorted(flags)
+    request = Request(
+        model=model,
+        tasks=task_files,
+        types=types,
+        out=files.path_of(out),
+        settings=settings,
+        form=form,
+        **rest,
+    )
+    return census.run(request, mesh=mesh, plan=plan, say=say)
+
+
+def sweep(
+    config_file: str,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    workdir: str | os.PathLike[str],
+    **flags: Any,
+) -> dict[str, Any] | None:
+    """Train arms x seeds and compare them; what ``opd-jax sweep`` does, one run at a time.
+
+    Args:
+      config_file, arms, seeds, workdir, flags: those of :func:`opd_jax.run.sweep.sweep`.
+
+    Returns:
+      What ``sweep.json`` holds; None where a signal stopped it.
+
+    Raises:
+      ValueError, OSError, RuntimeError: as there.
+    """
+    command.keep_programs()
+    return sweeps.sweep(
+        config_file, arms, seeds, files.path_of(workdir), command=["opd_jax.sweep"], **flags
+    )
+
+
+def _sorted(flags: Mapping[str, Any]) -> tuple[benchmark.Settings, tasks.Form, dict[str, Any]]:
+    """Keywords of an evaluation: how it samples, how it asks, and the rest."""
+    settings = benchmark.Settings(**{k: v for k, v in flags.items() if k in _SETTINGS})
+    form = tasks.Form(**{k: v for k, v in flags.items() if k in _FORM})
+    return settings, form, {k: v for k, v in flags.items() if k not in _SETTINGS | _FORM}
 
 
 def _kept(prompts: Prompts, path: Path) -> str:

@@ -9,6 +9,8 @@ import tiny_run
 
 import opd_jax
 from opd_jax import api, cli
+from opd_jax.data import tokenizer as tokenizers
+from opd_jax.evaluate import results
 
 tiny, one_device = tiny_run.tiny, tiny_run.one_device
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -68,6 +70,42 @@ def test_every_function_does_what_its_command_does(tiny, tmp_path):
     assert result == json.loads((tmp_path / "rocks" / "summary.json").read_text())
     api.report([run], tmp_path / "page.html", rocks=tmp_path / "rocks")
     assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+def test_models_are_evaluated_and_knocked_out_as_by_the_commands(tiny, tmp_path):
+    task = tmp_path / "sums.jsonl"
+    tiny_run.write_lines(
+        task, [{"question": f"{i} + 2 = ?", "answer": str(i + 2)} for i in range(24)]
+    )
+    model, quiet = f"{tiny}/student", {"say": lambda line: None}
+    flags = {"max_new": 8, "temperature": 0.6, "samples": 2, "format": "raw"}
+    found = opd_jax.eval(model, str(task), tmp_path / "eval", grader="exact", **flags, **quiet)
+    argv = ["--max-new=8", "--temperature=0.6", "--samples=2", "--format=raw", "--grader=exact"]
+    assert cli.main(["eval", model, f"--tasks={task}", f"--out={tmp_path / 'b'}", *argv]) == 0
+    assert (tmp_path / "eval" / results.LINES).read_bytes() == (
+        tmp_path / "b" / results.LINES
+    ).read_bytes()
+    assert found["sums"]["pass@1"].value is not None
+    ids = ",".join(str(i) for i in held(tiny, tmp_path / "eval"))
+    more = {"effect": 1.0, "power": 0.2, "batch": 16, "families": ("single",)}
+    result = opd_jax.knockout(model, str(task), ids, tmp_path / "k", **flags, **more, **quiet)
+    argv = [*argv[:-1], "--effect=1", "--power=0.2", "--batch=16", "--arms=single"]
+    argv += [f"--model={model}", f"--tasks={task}", f"--types={ids}", f"--out={tmp_path / 'c'}"]
+    assert cli.main(["knockout", *argv]) == 0
+    written = json.loads((tmp_path / "c" / "summary.json").read_text())
+    own = json.loads(json.dumps(result))
+    assert {k: v for k, v in own.items() if k != "time"} == {
+        k: v for k, v in written.items() if k != "time"
+    }
+    with pytest.raises(TypeError, match="tempreature"):
+        opd_jax.knockout(model, str(task), ids, tmp_path / "d", tempreature=1.0)
+
+
+def held(tiny, folder):
+    """The ids of the first answer, which are some that occur."""
+    tokenizer = tokenizers.load(f"{tiny}/student")
+    text = tiny_run.read_lines(folder / results.LINES)[0]["response"]
+    return sorted({*tokenizer.encode(text, add_special_tokens=False)})[:3]
 
 
 def test_importing_the_package_imports_nothing_else():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ from opd_jax.evaluate import finding, grading, tasks
 from opd_jax.evaluate.grading import Verdict
 from opd_jax.evaluate.results import EvalRecord
 from opd_jax.evaluate.tasks import Form, Problem, Task
-from opd_jax.files import path_of
 from opd_jax.store import fingerprint, pair, workdir
 from opd_jax.store.pair import Model
 
@@ -118,9 +116,8 @@ def record(
 def _own_graders(given: Sequence[Task]) -> dict[str, str]:
     """Fingerprints of the files of the user's own graders."""
     names = {problem.grader for task in given for problem in task.problems}
-    paths = {name: Path(path_of(name.rpartition(":")[0])) for name in names}
     return {
         f"grader {name}": fingerprint.of_file(path)
-        for name, path in sorted(paths.items())
-        if path.suffix == ".py" and path.is_file()
+        for name in sorted(names)
+        if (path := grading.source(name))
     }

@@ -216,6 +216,12 @@ def named(name: str) -> Grader:
     return GRADERS[name] if name in GRADERS else _imported(name)
 
 
+def source(name: str) -> Path | None:
+    """The file of a user's own grader; None of one that is a part of a package."""
+    place = Path(path_of(name.rpartition(":")[0]))
+    return place if place.suffix == ".py" and place.is_file() else None
+
+
 @functools.cache
 def _imported(name: str) -> Grader:
     """A user's own grader, imported once."""

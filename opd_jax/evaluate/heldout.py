@@ -137,6 +137,18 @@ class EvalPlan:
         )
 
 
+def evaluation_key(seed: int, number: int = 0) -> jax.Array:
+    """Of the draws of the evaluations of a run with a seed.
+
+    Args:
+      seed: of the run.
+      number: evaluation seed; the run itself draws with 0.
+    """
+    # Rollouts fold the same key by step, ``steps`` by 2^32 - 2.
+    key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
+    return jax.random.fold_in(key, number) if number else key
+
+
 def grade(
     rows: Sequence[Example],
     answers: Sequence[str],

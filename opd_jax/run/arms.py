@@ -3,15 +3,14 @@
 No difference found is not yet "as good as": that takes a margin, the smallest difference that
 counts, and a test that the difference is below it.
 
-The unit is a run's workdir; what is read are its ``summary.json``, ``metrics.jsonl`` and
-``graded.jsonl``.
+The unit is a run's workdir; what is read are its ``summary.json``, ``metrics.jsonl``,
+``graded.jsonl`` and, where it was evaluated with further seeds, ``evaluations/``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from opd_jax import stats
+from opd_jax.run import repeats
 from opd_jax.spec import RunConfig
 from opd_jax.store import run_files
 from opd_jax.store import workdir as workdirs
@@ -35,8 +35,6 @@ METRICS = (
     "seconds",
     "step_s",
 )
-_COLUMNS = 100
-_MANY_UNPARSED = 0.01  # share of answers without a recognisable one that is worth a line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +63,24 @@ class Margins:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run of a sweep, and its workdir."""
+    """One run of a sweep.
+
+    Attributes:
+      arm: its name.
+      run: its config.
+      folder: its workdir.
+      evaluations: evaluation seeds, over which its evaluations are averaged; see ``repeats``.
+    """
 
     arm: str
     run: RunConfig
     folder: Path
+    evaluations: tuple[int, ...] = (0,)
+
+    @property
+    def name(self) -> str:
+        """``ARM/seed-N``, below the sweep's workdir."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
 
 
 MARGINS = Margins()
@@ -86,7 +97,8 @@ def summarise(jobs: Sequence[Job], baseline: str, *, margins: Margins = MARGINS)
 
     With one seed a mean of anything but accuracy has no interval, KL is not tested, and what is
     said of accuracy stands for these two runs on further problems, not for the arms: by McNemar's
-    exact test where every problem has one answer.
+    exact test where every problem has one answer. Evaluation seeds are averaged within a run, for
+    each problem: they take the luck of the draws out of it, and are no seeds of training.
 
     Args:
       jobs: finished runs; those of one seed pair up.
@@ -106,11 +118,11 @@ def summarise(jobs: Sequence[Job], baseline: str, *, margins: Margins = MARGINS)
         own = [job for job in jobs if job.arm == arm]
         metrics = {}
         for name in METRICS:
-            values = [_value(summaries[job], lines[job], name) for job in own]
+            values = [_value(job, lines[job], name) for job in own]
             ends = {k: v for k, v in over_seeds(values).items() if k != "p"}
             if name == "accuracy":
                 ends |= accuracy_interval([graded[job][1] for job in own])
-            metrics[name] = ends | {"values": values}
+            metrics[name] = ends | {"values": values} | _spread(own, name)
         rows.append(
             {
                 "arm": arm,
@@ -118,6 +130,7 @@ def summarise(jobs: Sequence[Job], baseline: str, *, margins: Margins = MARGINS)
                 "normaliser": own[0].run.train.normaliser,
                 "runs": [str(job.folder) for job in own],
                 "seeds": [job.run.seed for job in own],
+                "evaluation_seeds": list(own[0].evaluations),
                 "metrics": metrics,
             }
         )
@@ -133,18 +146,37 @@ def summarise(jobs: Sequence[Job], baseline: str, *, margins: Margins = MARGINS)
         "start_interval": accuracy_interval([_mean_of(graded_before)]),
         "teacher": next((s.get("teacher") for s in summaries.values() if s.get("teacher")), None),
         "comparisons": _comparisons(jobs, rows, graded, baseline, margins),
-        "note": _note(len({job.run.seed for job in jobs}), baseline, margins),
+        "note": _note(
+            len({job.run.seed for job in jobs}), len(jobs[0].evaluations), baseline, margins
+        ),
     }
 
 
-def _value(
-    summary: run_files.Summary, lines: Sequence[Mapping[str, Any]], name: str
-) -> float | None:
+def _value(job: Job, lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
     if name == "seconds":
-        return summary["seconds"]
+        return run_files.summary(job.folder)["seconds"]
     if name == "step_s":
         return statistics.median(line["step_s"] for line in lines) if lines else None
-    return summary["after"].get(name)
+    return evaluated(job, name)
+
+
+def evaluated(job: Job, name: str) -> float | None:
+    """A field of a run's last evaluation, its mean over evaluation seeds; None: not measured."""
+    found = [result.get(name) for result in repeats.results(job.folder, job.evaluations)]
+    values = [value for value in found if value is not None]
+    return statistics.fmean(values) if values and len(values) == len(found) else None
+
+
+def _spread(jobs: Sequence[Job], name: str) -> dict[str, float]:
+    """Standard deviation between evaluation seeds of one run, pooled; {} where it is not known."""
+    found = [
+        [result.get(name) for result in repeats.results(job.folder, job.evaluations)]
+        for job in jobs
+    ]
+    known = [[x for x in values if x is not None] for values in found]
+    if any(len(values) < 2 for values in known):
+        return {}
+    return {"evaluation_sd": statistics.fmean(statistics.variance(v) for v in known) ** 0.5}
 
 
 def _check_alike(
@@ -324,13 +356,13 @@ def _masked_share(job: Job, lines: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def graded_problems(job: Job, *, step: int | None = None) -> tuple[list[int], np.ndarray]:
-    """Indices of the prompts graded last (or at a step), and the share of right answers to each."""
-    path = job.folder / "graded.jsonl"
-    lines = run_files.load_lines(path, run_files.GradedLine) if path.exists() else []
-    lines = [line for line in lines if step in (None, line["step"])]
-    if not lines:
+    """Indices of the prompts graded at the end (or at a step), and shares of right answers."""
+    if step is None:
+        return repeats.problems(job.folder, job.evaluations)
+    line = run_files.last_graded(job.folder, step=step)
+    if line is None:
         return [], np.zeros(0)
-    return lines[-1]["index"], np.asarray([np.mean(right) for right in lines[-1]["correct"]])
+    return line["index"], np.asarray([np.mean(right) for right in line["correct"]])
 
 
 def _mean_of(right: Sequence[np.ndarray]) -> np.ndarray:
@@ -344,8 +376,9 @@ def _trained(job: Job) -> list[dict[str, Any]]:
     return [line for line in run_files.metrics(job.folder) if "loss" in line]
 
 
-def _note(seeds: int, baseline: str, margins: Margins) -> str:
+def _note(seeds: int, evaluations: int, baseline: str, margins: Margins) -> str:
     level = f"{stats.LEVEL:.0%}"
+    each = f"; each run evaluated {evaluations} times, averaged" * (evaluations > 1)
     counts = (
         f"equivalent: a difference below {100 * margins.accuracy:g} points of accuracy, or "
         f"{margins.kl:.0%} of the KL of {baseline}, by two one-sided tests; p-values adjusted over "
@@ -355,66 +388,10 @@ def _note(seeds: int, baseline: str, margins: Margins) -> str:
         return (
             f"one seed: {level} intervals and p-values of accuracy stand for these runs on further "
             "problems, not for the arms, which other seeds would train otherwise; other values "
-            f"have none; run more seeds. {counts}"
+            f"have none; run more seeds{each}. {counts}"
         )
     return (
         f"{level} intervals over {seeds} seeds: Student's t for means and for changes of KL, "
         "paired by seed; these and a bootstrap over problems, paired too, for accuracy and its "
-        f"changes against {baseline}. {counts}"
+        f"changes against {baseline}{each}. {counts}"
     )
-
-
-def table(result: dict[str, Any]) -> list[str]:
-    """The result for a reader: accuracy of the arms, then KL, with intervals and verdicts.
-
-    Changes of accuracy are in percentage points.
-    """
-    width = max(len(row["arm"]) for row in result["arms"])
-    against, margins = f"against {result['baseline']}", result["margins"]
-    of = "p, problems" if max(len(row["seeds"]) for row in result["arms"]) == 1 else "p adj."
-    changes = {(found["arm"], found["metric"]): found for found in result["comparisons"]}
-    lines = []
-    for name, head, spec, unit, form, margin in (
-        ("accuracy", "accuracy", ".1%", 0.01, "+.1f", f"{100 * margins['accuracy']:g} points"),
-        ("kl_nats", "KL, nats", ".4f", 1.0, "+.4f", f"{margins['kl']:.0%}"),
-    ):
-        within = f"p >= {margin}"
-        lines.append(
-            f"{'arm':<{width}} {'masked':>7} {head:>24} {against:>26} {of:>11} {within:>12}"
-        )
-        for row in result["arms"]:
-            change = changes.get((row["arm"], name), {})
-            shown = _interval(row["metrics"][name], "mean", spec, 1.0)
-            moved = _interval(change, "delta", form, unit) if change else ""
-            tested = (_show(change.get(f"{p}_adjusted"), ".2g") for p in ("p", "p_equivalent"))
-            p, away = tested if change else ("", "")
-            lines.append(
-                f"{row['arm']:<{width}} {_show(row['masked_share'], '.1%'):>7} {shown:>24} "
-                f"{moved:>26} {p:>11} {away:>12}  {change.get('verdict', '')}".rstrip()
-            )
-    start = {"mean": result["start"]["accuracy"], **result["start_interval"]}
-    lines.append(
-        f"before training: accuracy {_interval(start, 'mean', '.1%', 1.0)}, "
-        f"KL {_show(result['start']['kl_nats'], '.4f')} nats"
-    )
-    if result.get("teacher"):
-        ends = {end: result["teacher"].get(f"accuracy_{end}") for end in ("low", "high")}
-        told = _interval({"mean": result["teacher"]["accuracy"], **ends}, "mean", ".1%", 1.0)
-        lines.append(f"the teacher: accuracy {told}")
-    for row in result["arms"]:
-        unparsed = (row["metrics"].get("unparsed_share") or {}).get("mean")
-        if unparsed is not None and unparsed >= _MANY_UNPARSED:
-            lines.append(f"{row['arm']}: {unparsed:.1%} of the answers hold none that can be read")
-    return [*lines, *textwrap.wrap(result["note"], _COLUMNS)]
-
-
-def _interval(row: Mapping[str, Any], middle: str, spec: str, unit: float) -> str:
-    """A value and its interval in a unit: ``59.4% [53.3%, 65.2%]``."""
-    values = (row.get(name) for name in (middle, "low", "high"))
-    value, low, high = (None if x is None else x / unit for x in values)
-    text = _show(value, spec)
-    return text if low is None or high is None else f"{text} [{low:{spec}}, {high:{spec}}]"
-
-
-def _show(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)

@@ -53,7 +53,7 @@ def compare(
     for arm, control in controls.items():
         pair = [[job for job in jobs if job.arm == name] for name in (control, arm)]
         right = [[arms.graded_problems(job)[1] for job in own] for own in pair]
-        kl = [[run_files.summary(job.folder)["after"]["kl_nats"] for job in own] for own in pair]
+        kl = [[arms.evaluated(job, "kl_nats") for job in own] for own in pair]
         known = {"arm": arm, "against": control, **_costs(pair[1])}
         found += [known | change for change in arms.compare_pair(right, kl, margins)]
     arms.judge(found)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -19,12 +21,17 @@ from opd_jax.models import resting
 from opd_jax.pytrees import Params
 from opd_jax.run.assemble import Assembly
 from opd_jax.store import run_files
+from opd_jax.store import workdir as workdirs
 
 FILE = run_files.TEACHER
 
 
 def measured(
-    parts: Assembly, teacher: Params | None, folder: Path, key: jax.Array
+    parts: Assembly,
+    teacher: Params | None,
+    folder: Path,
+    key: jax.Array,
+    others: Sequence[Path] = (),
 ) -> dict[str, float | None] | None:
     """The teacher's evaluation: read where it was measured in the same way, else measured now.
 
@@ -33,6 +40,8 @@ def measured(
       teacher: its parameters.
       folder: workdir of the run.
       key: that of the student's evaluations.
+      others: workdirs of further runs: what one measured of the same teacher, on the same problems
+        and in the same way, is taken over.
 
     Returns:
       ``heldout.FIELDS``, without what compares with a teacher; None where nothing is graded.
@@ -62,10 +71,12 @@ def measured(
         plan = dataclasses.replace(plan, width=plan.teacher_width)
         how |= {"teacher_prompt": parts.run.data.teacher_prompt}
         how |= {"teacher_system": parts.run.data.teacher_system}
-    if processes.agreed(int(path.exists())):
-        known = run_files.load(path, run_files.TeacherFile)
-        if known["how"] == how:
-            return dict(known["result"])
+    told: list[str] = []
+    processes.on_first(lambda: told.append(json.dumps(_known(folder, how, others))))
+    known = json.loads(processes.agreed_text("".join(told)))
+    if known is not None:
+        _write(path, known)
+        return dict(known["result"])
     result, graded = heldout.answered(
         resting.awake(teacher),
         rows,
@@ -75,8 +86,30 @@ def measured(
         cfg=cfg,
         plan=plan,
     )
+    _write(path, {"how": how, "result": result, **dataclasses.asdict(graded)})
+    return result
+
+
+def _known(folder: Path, how: Mapping[str, Any], others: Sequence[Path]) -> dict[str, Any] | None:
+    """What this run, else another, measured in the same way."""
+    own = _inputs(folder)
+    for place in (folder, *others):
+        path = place / FILE
+        if not path.exists() or (place != folder and (not own or _inputs(place) != own)):
+            continue
+        known = run_files.load(path, run_files.TeacherFile)
+        if known["how"] == how:
+            return dict(known)
+    return None
+
+
+def _inputs(folder: Path) -> dict[str, Any]:
+    """Fingerprints of what answers and of what is asked, as far as they are known."""
+    known = (workdirs.read_run(folder) or {}).get("inputs") or {}
+    return {name: known[name]["files"] for name in ("teacher", "heldout") if name in known}
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
     if jax.process_index() == 0:
-        value = {"how": how, "result": result, **dataclasses.asdict(graded)}
         files.write_atomic(path, json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
     processes.meet("teacher")
-    return result

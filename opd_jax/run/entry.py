@@ -16,6 +16,7 @@ import pydantic
 
 from opd_jax import config, processes
 from opd_jax.data import prompts as prompt_files
+from opd_jax.evaluate import grading
 from opd_jax.run import initial
 from opd_jax.run.assemble import Assembly
 from opd_jax.store import fingerprint, hub
@@ -135,4 +136,7 @@ def inputs(parts: Assembly) -> dict[str, Any]:
         if rows:
             files = {Path(path).name: prompt_files.digest(rows)}
             found[name] = {"path": path, "files": files}
+    if run.eval.every and (source := grading.source(run.eval.grader)):
+        files = {source.name: fingerprint.of_file(source)}
+        found["grader"] = {"path": run.eval.grader, "files": files}
     return found

@@ -1,16 +1,16 @@
-"""Arms x seeds: train them one after another, then compare the arms with one of them.
+"""Arms x seeds x evaluation seeds: one queue of runs, then the arms compared with one of them.
 
 An arm is a value of the argument ``arm`` of a config file (see ``configs/opd.py``). Each run is an
-ordinary workdir, ``WORKDIR/ARM/seed-N``: it resumes, and a finished one is not run again.
+ordinary workdir, ``WORKDIR/ARM/seed-N``: it resumes, and a finished one is not run again. Several
+at once are processes of this command, each on its part of the machine and told which run is its.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import fnmatch
-import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +20,13 @@ from opd_jax import command as commands
 from opd_jax import config, files, processes
 from opd_jax.processes import say
 from opd_jax.run import arms as comparison
-from opd_jax.run import budget, train
+from opd_jax.run import budget, comparable, crew, repeats, standings, train
 from opd_jax.run.arms import Job, Margins
 from opd_jax.spec import ConfigError, RunConfig
-from opd_jax.store import hub, run_files
-from opd_jax.store import workdir as workdirs
+from opd_jax.store import hub
 
 _MOST_SEEDS = 10_000
 BASELINE = "full"  # plain distillation, where it is among the arms
-# What the arms are about; everything else must be equal between them.
-_OF_AN_ARM = ("rock.*", "position.*", "rollout.max_new", "train.normaliser", "prediction")
-_OF_AN_ARM += ("kl.direction", "kl.ce", "train.stage", "train.on_policy_share")
-# What a run that is there already may differ in from what is asked for now: nothing of the result,
-# except that runs of fewer steps are gone on with (all of them: see ``check_lengths``).
-_OF_NO_RESULT = (
-    "eval.margin",
-    "eval.margin_kl",
-    "log.*",
-    "checkpoint.*",
-    "mesh.*",
-    "profile",
-    "train.steps",
-    "optim.steps",
-)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,6 +44,27 @@ def main(argv: Sequence[str]) -> int:
         help="names for the file's argument arm, a,b,c; NAME:key=value sets further arguments",
     )
     parser.add_argument("--seeds", type=int, default=1, help="how many: 0, 1, ...; default 1")
+    parser.add_argument(
+        "--eval-seeds",
+        type=int,
+        default=1,
+        help="how often each run is evaluated, with other draws each time, at its end; default 1; "
+        "more can be asked for afterwards",
+    )
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        help="runs at once, each a process with its part of the GPUs or CPU cores; default 1",
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="ARM/seed-N",
+        help="train this run of the sweep alone and compare nothing: to spread a sweep over "
+        "machines; the command without it compares",
+    )
+    parser.add_argument("--pins", default="{}", help=argparse.SUPPRESS)  # of the process that asks
     parser.add_argument("--workdir", required=True, help="a new folder, or that of the sweep")
     parser.add_argument("--baseline", default="", help="the arm to compare with; default: full")
     parser.add_argument(
@@ -82,6 +87,8 @@ def main(argv: Sequence[str]) -> int:
     if flags.seeds > _MOST_SEEDS:
         raise ConfigError(f"seeds {flags.seeds}: expected at most {_MOST_SEEDS}; set --seeds")
     stop = processes.Stop()
+    if flags.at_once > 1:  # this process trains nothing and leaves the devices to its children
+        jax.config.update("jax_platforms", "cpu")
     sweep(
         flags.config,
         [arm.strip() for arm in flags.arms.split(",") if arm.strip()],
@@ -92,6 +99,10 @@ def main(argv: Sequence[str]) -> int:
         margin=flags.margin,
         margin_kl=flags.margin_kl,
         has_controls=not flags.no_controls,
+        eval_seeds=flags.eval_seeds,
+        at_once=flags.at_once,
+        only=flags.only,
+        known_pins=json.loads(flags.pins),
         command=["opd-jax", "sweep", *argv],
         stop=stop,
     )
@@ -109,6 +120,10 @@ def sweep(
     margin: float | None = None,
     margin_kl: float | None = None,
     has_controls: bool = True,
+    eval_seeds: int = 1,
+    at_once: int = 1,
+    only: str = "",
+    known_pins: Mapping[str, str] | None = None,
     command: Sequence[str] = (),
     stop: processes.Stop | None = None,
 ) -> dict[str, Any] | None:
@@ -128,17 +143,28 @@ def sweep(
         default: those of the baseline's config.
       has_controls: whether every arm that weighs positions is run again with the same weights
         dealt out at random.
-      command: goes into every ``run.json``.
+      eval_seeds: how often each run is evaluated at its end, with other draws each time.
+      at_once: runs at once, each a process of ``command``; see ``crew``.
+      only: ``ARM/seed-N``, the one run to train.
+      known_pins: commits of Hub names that are known already, see ``hub.pins``.
+      command: goes into every ``run.json``; what the processes are started with.
       stop: the wish to stop, where the caller wants to know of it.
 
     Returns:
-      The content of ``sweep.json``; None where a signal stopped it (the same call goes on).
+      The content of ``sweep.json``; None where a signal stopped it (the same call goes on), and
+      where one run alone was asked for.
 
     Raises:
       ConfigError: an arm that cannot be resolved, or runs that cannot be compared; nothing has run.
+      CrewError: the machine has no room for so many at once, or one of them failed.
       WorkdirError: a folder holds a run with another config, other problems or another schedule.
       NonFiniteError, CheckpointError: as ``train.train``.
     """
+    if eval_seeds < 1 or at_once < 1:
+        raise ConfigError(
+            f"eval_seeds {eval_seeds}, at_once {at_once}: expected at least 1 of both; set "
+            "--eval-seeds / --at-once"
+        )
     if not seeds or len({*seeds}) < len(seeds):
         raise ConfigError(f"seeds {[*seeds]}: expected different ones, at least one; set --seeds")
     arms, baseline = list(arms), _baseline(arms, baseline)
@@ -155,31 +181,40 @@ def sweep(
     for arm, control in controls.items():
         say(f"arm {arm} weighs positions: {control}, its control of equal budget, is run too")
     for arm in arms:
-        check_comparable(baseline, runs[baseline], arm, runs[arm])
+        comparable.check_comparable(baseline, runs[baseline], arm, runs[arm])
     folders = [Path(workdir) / folder_name(arm) / f"seed-{seed}" for seed in seeds for arm in arms]
     models = {model.path for run in runs.values() for model in (run.student, run.teacher)}
-    pins = hub.pins(sorted(models), folders, say=say)  # once: all runs are of the same models
+    # Once: all runs are of the same models.
+    pins = dict(known_pins or {}) or hub.pins(sorted(models), folders, say=say)
     jobs = [
         Job(
             arm,
             hub.pinned_run(dataclasses.replace(runs[arm], seed=seed), pins),
             Path(workdir) / folder_name(arm) / f"seed-{seed}",
+            tuple(range(eval_seeds)),
         )
         for seed in seeds
         for arm in arms
     ]
-    todo = [job for job in jobs if not is_finished(job)]
-    check_lengths(jobs)
-    say(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished, in {workdir}")
+    todo = [job for job in jobs if not comparable.is_finished(job)]
+    comparable.check_lengths(jobs)
+    if only:
+        todo = [job for job in _named(only, jobs) if job in todo]
+    else:
+        say(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished, in {workdir}")
+    if eval_seeds > 1 and not any(run.eval.temperature for run in runs.values()):
+        say(
+            "graded answers are greedy (eval.temperature is 0): evaluation seeds change what KL is "
+            "measured on, and no accuracy"
+        )
     # One for all runs: a signal also counts where a run is at its end.
     with stop or processes.Stop() as stop:
-        for number, job in enumerate(todo):
-            say(f"== {number + 1}/{len(todo)}: arm {job.arm}, seed {job.run.seed}")
-            done = train.train(job.run, str(job.folder), command=command, stop=stop, pins=pins)
-            left = len(todo) - number - done["is_finished"]
-            if left and stop.everywhere():
-                say(f"stopped by {stop.signal}, {left} runs left; the same command goes on")
-                return None
+        if at_once > 1:
+            is_done = _several(todo, jobs, at_once, pins, command, stop)
+        else:
+            is_done = _one_by_one(todo, jobs, pins, command, stop)
+    if only or not is_done:
+        return None
     processes.meet("sweep")  # what process 0 has written is there before others read it
     result = comparison.summarise(jobs, baseline, margins=margins)
     result["predictions"] = budget.predictions(runs)
@@ -188,12 +223,87 @@ def sweep(
     if jax.process_index() == 0:
         text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
         files.write_atomic(path, text + "\n")
-    for line in (*comparison.table(result), *budget.table(result["budget"])):
+    for line in (*standings.table(result), *budget.table(result["budget"])):
         say(line)
     for arm, text in result["predictions"].items():
         say(f"predicted of {arm}: {text}")
     say(f"more in {path}")
     return result
+
+
+def _one_by_one(
+    todo: Sequence[Job],
+    jobs: Sequence[Job],
+    pins: Mapping[str, str],
+    command: Sequence[str],
+    stop: processes.Stop,
+) -> bool:
+    """Train and evaluate in this process; False where a signal stopped it."""
+    others = [job.folder for job in jobs]
+    for number, job in enumerate(todo):
+        say(f"== {number + 1}/{len(todo)}: arm {job.arm}, seed {job.run.seed}")
+        is_done = (
+            comparable.has_trained(job)
+            or train.train(
+                job.run, str(job.folder), command=command, stop=stop, pins=pins, others=others
+            )["is_finished"]
+        )
+        if is_done:
+            is_done = repeats.measure(
+                job.run, job.folder, job.evaluations, pins=pins, stop=stop, say=say
+            )
+        left = len(todo) - number - is_done
+        if left and stop.everywhere():
+            say(f"stopped by {stop.signal}, {left} runs left; the same command goes on")
+            return False
+    return True
+
+
+def _several(
+    todo: Sequence[Job],
+    jobs: Sequence[Job],
+    at_once: int,
+    pins: Mapping[str, str],
+    command: Sequence[str],
+    stop: processes.Stop,
+) -> bool:
+    """Train and evaluate in processes of their own; False where a signal stopped them."""
+    if list(command[:2]) != ["opd-jax", "sweep"] or jax.process_count() > 1:
+        raise ConfigError(
+            f"{at_once} runs at once: expected the command opd-jax sweep, in one process; leave "
+            "--at-once out"
+        )
+    by_name = {job.name: job for job in todo}
+    places = crew.places(min(at_once, max(len(todo), 1)))
+    tasks = [
+        crew.Task(
+            name,
+            crew.command(
+                *command[1:], "--at-once=1", f"--only={name}", f"--pins={json.dumps(dict(pins))}"
+            ),
+            job.folder.with_suffix(".log"),
+        )
+        for name, job in by_name.items()
+    ]
+
+    def ended(task: crew.Task) -> str:
+        job = by_name[task.name]
+        found = {name: comparison.evaluated(job, name) for name in ("accuracy", "kl_nats")}
+        return ", ".join(f"{name} {x:.4f}" for name, x in found.items() if x is not None)
+
+    is_done = crew.run(tasks, places, stop, say=say, ended=ended)
+    if not is_done:
+        left = sum(not comparable.is_finished(job) for job in jobs)
+        say(f"stopped by {stop.signal}, {left} runs left; the same command goes on")
+    return is_done
+
+
+def _named(name: str, jobs: Sequence[Job]) -> list[Job]:
+    found = [job for job in jobs if job.name == name]
+    if not found:
+        known = ", ".join(job.name for job in jobs[:4]) + ", ..." * (len(jobs) > 4)
+        raise ConfigError(f"only {name!r}: expected a run of this sweep, {known}; set --only")
+    return found
 
 
 def folder_name(arm: str) -> str:
@@ -231,76 +341,3 @@ def _resolve(config_file: str, arm: str, overrides: Sequence[str]) -> RunConfig:
             "set --config.eval.every"
         )
     return run
-
-
-def check_comparable(base_arm: str, base: RunConfig, arm: str, run: RunConfig) -> None:
-    """Check that two arms differ in what is weighed, and how, alone.
-
-    Raises:
-      ConfigError: they do not; names each differing key with both values.
-    """
-    old, new = config.describe(base), config.describe(run)
-    for found in (old, new):  # what it comes to
-        found["eval.max_new"] = found["eval.max_new"] or found["rollout.max_new"]
-    keys = [key for key in old if old[key] != new[key]]
-    keys = [k for k in keys if not any(fnmatch.fnmatchcase(k, name) for name in _OF_AN_ARM)]
-    if keys:
-        lines = [f"  {k}: {old[k]!r} in {base_arm}, {new[k]!r} in {arm}" for k in keys]
-        raise ConfigError(
-            "\n".join([f"arms {base_arm} and {arm} cannot be compared:", *lines])
-            + "\nexpected equal values of everything but "
-            + ", ".join(_OF_AN_ARM)
-            + "; give the "
-            "arms the same, or sweep them apart"
-        )
-
-
-def check_lengths(jobs: Sequence[Job]) -> None:
-    """Check that all runs were meant to have the same numbers of steps, one after another.
-
-    A run that is gone on with had the learning rates of a shorter one: others do not compare.
-
-    Raises:
-      WorkdirError: they were not.
-    """
-    first, *others = ((job, _lengths(job)) for job in jobs)
-    for job, lengths in others:
-        if lengths != first[1]:
-            raise workdirs.WorkdirError(
-                f"train.steps was {_then(first[1])} for {first[0].folder} and {_then(lengths)} for "
-                f"{job.folder}: expected the same for all runs of a sweep, since learning rates "
-                "follow from it; set --config.train.steps back, or give another --workdir"
-            )
-
-
-def _lengths(job: Job) -> list[int]:
-    """Every number of steps that a run was meant to have, the one asked for now last."""
-    record = workdirs.read_run(job.folder) or {}
-    asked = [again["changed"] for again in record.get("resumed", [])]
-    started = record.get("config", {}).get("train.steps", job.run.train.steps)
-    lengths = [started, *(changed.get("train.steps", started) for changed in asked)]
-    lengths.append(job.run.train.steps)
-    return [new for old, new in itertools.pairwise([0, *lengths]) if new != old]
-
-
-def _then(lengths: Sequence[int]) -> str:
-    return ", then ".join(map(str, lengths))
-
-
-def is_finished(job: Job) -> bool:
-    """Whether a run is there whose result counts.
-
-    Raises:
-      WorkdirError: the folder holds a run of another config.
-    """
-    record = workdirs.read_run(job.folder)
-    if record is None:
-        return False
-    given = record["config"]
-    for again in record.get("resumed", []):
-        given = record["config"] | again["changed"]
-    workdirs.check_same_run(given, config.describe(job.run), _OF_NO_RESULT)
-    if not (job.folder / "summary.json").exists():
-        return False
-    done = run_files.summary(job.folder)
-    return done["is_finished"] and done["steps"] == job.run.train.steps

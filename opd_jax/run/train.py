@@ -56,6 +56,7 @@ def train(
     stop: processes.Stop | None = None,
     on_step: Callable[[int, Mapping[str, float]], None] | None = None,
     pins: Mapping[str, str] | None = None,
+    others: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Run (or resume) a distillation and return what ``summary.json`` holds.
 
@@ -68,6 +69,8 @@ def train(
       on_step: called with the number of finished steps and their metrics, on every process.
       pins: Hub names of models with their commits, see ``hub.pins``; default: those that the run
         was started on, else the newest.
+      others: workdirs of further runs, from which the teacher's own accuracy is taken over where it
+        was measured there.
 
     Raises:
       ConfigError, ValueError, FileNotFoundError: something does not fit; nothing has been written.
@@ -90,7 +93,7 @@ def train(
         stop or processes.Stop() as stop,
     ):
         entry.enter(folder, parts, saves, command=command, now=now, pins=pins, say=say)
-        loop = _Loop(parts, folder, saves, stop, started, on_step)
+        loop = _Loop(parts, folder, saves, stop, started, on_step, others)
         try:
             return loop.run()
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
@@ -110,10 +113,11 @@ class _Loop:
         stop: processes.Stop,
         started: float,
         on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+        others: Sequence[Path] = (),
     ):
         run = parts.run
         self.parts, self.run_cfg, self.folder = parts, run, folder
-        self.saves, self.stop, self.on_step = saves, stop, on_step
+        self.saves, self.stop, self.on_step, self.others = saves, stop, on_step, others
         self.timer = progress.Timer()
         self.profile = progress.Profile(folder / "profile", run.profiled, say)
         self.took: list[dict[str, float]] = []  # seconds by phase of every step of this process
@@ -317,14 +321,10 @@ class _Loop:
         self.took += [self.between, seconds]
         return seconds | self.between
 
-    def _evaluation_key(self) -> jax.Array:
-        return jax.random.fold_in(jax.random.key(self.run_cfg.seed), 2**32 - 1)
-
     def _measure_teacher(self) -> None:
+        key = heldout.evaluation_key(self.run_cfg.seed)
         with self.timer.phase("eval"), progress.announced("the teacher answers ...", say):
-            self.ceiling = ceiling.measured(
-                self.parts, self.teacher, self.folder, self._evaluation_key()
-            )
+            self.ceiling = ceiling.measured(self.parts, self.teacher, self.folder, key, self.others)
         if self.ceiling is not None:
             say(f"teacher, held out: {narrate.evaluation_text(self.ceiling)}")
 
@@ -337,7 +337,7 @@ class _Loop:
                 state.rock,
                 self.parts.heldout,
                 self.parts.tokenizer,
-                self._evaluation_key(),
+                heldout.evaluation_key(self.run_cfg.seed),
                 self.parts.mesh,
                 cfg=self.parts.cfg,
                 plan=self.parts.plan,

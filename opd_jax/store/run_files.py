@@ -82,6 +82,7 @@ class Summary(TypedDict):
     rocks: list[RockRow]
     teacher: NotRequired[Evaluation | None]  # None: not measured
     padding_share: NotRequired[float | None]
+    rocks_steps: NotRequired[int | None]  # that ``rocks`` reaches back
 
 
 class Sample(TypedDict):
@@ -108,7 +109,19 @@ class GradedLine(TypedDict):
     step: int
     index: list[int]
     correct: list[list[bool]]
+    reason: NotRequired[list[list[str]]]
+    unparsed: NotRequired[list[list[bool]]]
     text: NotRequired[list[list[str]]]
+
+
+@pydantic.with_config(records.OPEN)
+class EvaluationFile(TypedDict):
+    """What ``evaluations/seed-N.json`` holds: a finished run, evaluated with other draws."""
+
+    step: int
+    result: Evaluation
+    index: list[int]
+    correct: list[list[bool]]
 
 
 TEACHER, QUESTIONS = "teacher.json", "questions.json"
@@ -229,6 +242,18 @@ def metrics(workdir: Path) -> list[MetricValues]:
                 f"expected a whole number; {_CHANGE}"
             )
     return found
+
+
+def last_graded(workdir: Path, *, step: int | None = None) -> GradedLine | None:
+    """What was graded last, or at a step; None where nothing was.
+
+    Raises:
+      WorkdirError: ``graded.jsonl`` is damaged.
+    """
+    path = workdir / "graded.jsonl"
+    lines = load_lines(path, GradedLine) if path.exists() else []
+    lines = [line for line in lines if step in (None, line["step"])]
+    return lines[-1] if lines else None
 
 
 def load(path: Path, kind: type[T]) -> T:

@@ -274,6 +274,7 @@ _INPUTS = {
     "student": "another student",
     "teacher": "another teacher",
     "prompts": "other prompts",
+    "grader": "another grader",
     "heldout": "other held-out prompts",
 }
 

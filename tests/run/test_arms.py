@@ -10,7 +10,7 @@ from scipy import stats as reference
 
 from opd_jax import spec, stats
 from opd_jax.rock import RockConfig
-from opd_jax.run import arms
+from opd_jax.run import arms, standings
 from opd_jax.store import workdir as workdirs
 
 SEEDS = 3
@@ -191,7 +191,7 @@ def test_one_seed_has_no_interval_of_kl(made):
     low, high = (result["arms"][0]["metrics"]["accuracy"][end] for end in ("low", "high"))
     right = made[1]["full"]["right"][0].mean(axis=1)
     assert (low, high) == pytest.approx(stats.share_interval(right))
-    assert "p, problems" in arms.table(result)[0]
+    assert "p, problems" in standings.table(result)[0]
 
 
 def one_answer_each(tmp_path, lost, won, alike):
@@ -263,7 +263,7 @@ def test_without_answers_only_kl_is_compared(tmp_path):
     result = arms.summarise(jobs, "full")
     assert [x["metric"] for x in result["comparisons"]] == ["kl_nats"]
     assert result["arms"][0]["metrics"]["accuracy"]["mean"] is None
-    assert arms.table(result)
+    assert standings.table(result)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_over_seeds_says_nothing_it_does_not_know(values, expected):
 
 def test_the_table_shows_every_arm_and_the_note(made):
     result = arms.summarise(made[0], "full")
-    lines = arms.table(result)
+    lines = standings.table(result)
     assert "against full" in lines[0]
     assert lines[1].startswith("full ")
     assert "35.0%" in lines[2]

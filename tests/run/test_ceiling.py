@@ -68,3 +68,20 @@ def test_samples_say_what_was_expected_and_whether_it_came(tiny, tmp_path, keys,
         assert sample["correct"] == (sum(map(ord, sample["text"])) % 2 == 0)
     assert line["samples"][0]["prompt"] == line["samples"][1]["prompt"]  # two answers to each
     assert f"expected '{line['samples'][0]['gold']}'" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_does_not_go_on_with_another_grader(tiny, tmp_path, keys, capsys):
+    run = tmp_path / "run"
+    assert tiny_run.train(tiny, run, **keys | {"checkpoint__every": 1}) == 0
+    own = tmp_path / "graders.py"
+    kept = own.read_text()
+    own.write_text(kept.replace("== 0", "== 1"))
+    before = (run / "metrics.jsonl").read_bytes()
+    assert tiny_run.train(tiny, run, **keys | {"checkpoint__every": 1, "train__steps": 3}) == 1
+    told = capsys.readouterr().err
+    assert "was started on another grader than" in told
+    assert "graders.py is another" in told
+    assert (run / "metrics.jsonl").read_bytes() == before
+    own.write_text(kept)
+    assert tiny_run.train(tiny, run, **keys | {"checkpoint__every": 1, "train__steps": 3}) == 0

@@ -9,7 +9,7 @@ import pytest
 import tiny_run
 from scipy import stats as reference
 
-from opd_jax.run import sweep, train
+from opd_jax.run import comparable, sweep, train
 from opd_jax.spec import ConfigError
 from opd_jax.store import checkpoint
 from opd_jax.store import workdir as workdirs
@@ -286,9 +286,9 @@ def test_a_config_file_without_arms_is_refused(tiny, tmp_path):
 def test_arms_may_differ_in_gate_and_normaliser_alone(tiny):
     base = tiny_run.resolved(tiny)
     gated = tiny_run.resolved(tiny, rock__mode="ema", train__normaliser="weight")
-    sweep.check_comparable("a", base, "b", gated)
+    comparable.check_comparable("a", base, "b", gated)
     with pytest.raises(ConfigError, match=r"train.prompts: 4 in a, 2 in b\n.*give the arms"):
-        sweep.check_comparable("a", base, "b", tiny_run.resolved(tiny, train__prompts=2))
+        comparable.check_comparable("a", base, "b", tiny_run.resolved(tiny, train__prompts=2))
 
 
 def test_arms_that_weigh_positions_bring_their_controls(file, tmp_path, capsys):
