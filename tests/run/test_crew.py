@@ -49,9 +49,13 @@ def start(tiny, tmp_path, *flags, arms="full,ema", seeds=2):
     )
 
 
+def read(path):
+    return json.loads(path.read_text())
+
+
 def without_clock(path):
     """``sweep.json`` without times and folders."""
-    found = json.loads(path.read_text())
+    found = read(path)
     for row in found["arms"]:
         del row["runs"], row["metrics"]["seconds"], row["metrics"]["step_s"]
     return found
@@ -93,14 +97,19 @@ def test_a_signal_reaches_all_of_them_and_the_same_command_goes_on(tiny, tmp_pat
     child.send_signal(signal.SIGTERM)
     out = child.communicate(timeout=120)[0]
     assert child.returncode == 128 + signal.SIGTERM, out
-    assert "stopped by SIGTERM, 2 runs left; the same command goes on" in out
-    for arm in ("full", "ema"):
-        console = (workdir / arm / "seed-0.log").read_text()
+    # On a busy machine one may be at its end before the other has begun.
+    told = {path: path.parent / "summary.json" for path in lines}
+    done = {path for path, end in told.items() if end.exists() and read(end)["is_finished"]}
+    left = [path for path in lines if path not in done]
+    assert left
+    assert f"stopped by SIGTERM, {len(left)} runs left; the same command goes on" in out
+    for path in left:
+        console = path.parent.with_suffix(".log").read_text()
         assert "stopped by SIGTERM at step" in console
     again = start(tiny, tmp_path, *flags, seeds=1)
     out = again.communicate(timeout=300)[0]
     assert again.returncode == 0, out
-    assert "resuming" in (workdir / "ema/seed-0.log").read_text()
+    assert "resuming" in left[0].parent.with_suffix(".log").read_text()
     assert (workdir / "sweep.json").exists()
 
 

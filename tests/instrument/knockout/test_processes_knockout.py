@@ -1,5 +1,6 @@
 """A knockout over two processes and over one: the same answers, arms and conclusions."""
 
+import collections
 import json
 
 import layouts
@@ -9,7 +10,7 @@ from layouts import LAYOUTS
 from opd_jax.instrument.knockout import ledger
 
 tiny = tiny_run.tiny
-NUM = 16
+NUM = 24
 
 
 def test_two_processes_write_what_one_does(tiny, tmp_path):
@@ -27,8 +28,9 @@ def test_two_processes_write_what_one_does(tiny, tmp_path):
     tokens = tmp_path / "plan"
     # None of these occurs, and the answers without a ban are kept.
     layouts.run(LAYOUTS["one"], [*argv, "--types=5,6,7", f"--out={tokens}", "--plan"], status=1)
-    held = sorted({i for line in tiny_run.read_lines(tokens / ledger.LINES) for i in line["ids"]})
-    types = ",".join(map(str, held[:6]))
+    lines = tiny_run.read_lines(tokens / ledger.LINES)
+    held = collections.Counter(i for line in lines for i in {*line["ids"]})
+    types = ",".join(str(i) for i, _ in held.most_common(4))  # others are held by too few problems
     found = {}
     for name in ("one", "two-processes"):
         out = tmp_path / name
@@ -40,7 +42,7 @@ def test_two_processes_write_what_one_does(tiny, tmp_path):
         lines = tiny_run.read_lines(out / ledger.LINES)
         found[name] = (summary, [{k: v for k, v in line.items() if k != "logp"} for line in lines])
     (one, one_lines), (two, two_lines) = found["one"], found["two-processes"]
-    assert len(one_lines) > 5 * NUM  # arms beside the baseline
+    assert len(one_lines) > 3 * NUM  # arms beside the baseline
     assert [line["ids"] for line in one_lines] == [line["ids"] for line in two_lines]
     assert one_lines == two_lines
     assert {*one} == {*two}
