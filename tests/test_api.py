@@ -10,8 +10,8 @@ import tiny_run
 
 import opd_jax
 from opd_jax import api, cli
-from opd_jax.data import tokenizer as tokenizers
 from opd_jax.evaluate import results
+from opd_jax.instrument.knockout import ledger
 
 tiny, one_device = tiny_run.tiny, tiny_run.one_device
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -87,7 +87,9 @@ def test_models_are_evaluated_and_knocked_out_as_by_the_commands(tiny, tmp_path)
         tmp_path / "b" / results.LINES
     ).read_bytes()
     assert found["sums"]["pass@1"].value is not None
-    ids = ",".join(str(i) for i in held(tiny, tmp_path / "eval"))
+    with pytest.raises(ValueError, match="none of 1 types occurs"):  # the answers are kept
+        opd_jax.knockout(model, str(task), "5", tmp_path / "none", **flags, effect=1.0, **quiet)
+    ids = held(tmp_path / "none")
     more = {"effect": 1.0, "power": 0.2, "batch": 16, "families": ("single",)}
     result = opd_jax.knockout(model, str(task), ids, tmp_path / "k", **flags, **more, **quiet)
     argv = [*argv[:-1], "--effect=1", "--power=0.2", "--batch=16", "--arms=single"]
@@ -102,12 +104,11 @@ def test_models_are_evaluated_and_knocked_out_as_by_the_commands(tiny, tmp_path)
         opd_jax.knockout(model, str(task), ids, tmp_path / "d", tempreature=1.0)
 
 
-def held(tiny, folder):
+def held(folder):
     """The ids that most answers hold."""
-    tokenizer = tokenizers.load(f"{tiny}/student")
-    texts = [line["response"] for line in tiny_run.read_lines(folder / results.LINES)]
-    found = [{*tokenizer.encode(text, add_special_tokens=False)} for text in texts]
-    return [i for i, _ in collections.Counter(i for ids in found for i in ids).most_common(3)]
+    lines = tiny_run.read_lines(folder / ledger.LINES)
+    found = collections.Counter(i for line in lines for i in {*line["ids"]})
+    return ",".join(str(i) for i, _ in found.most_common(3))
 
 
 def test_importing_the_package_imports_nothing_else():

@@ -23,14 +23,14 @@ def test_two_processes_write_what_one_does(tiny, tmp_path):
     )
     argv = ["knockout", f"--model={tiny / 'student'}", f"--tasks={tmp_path / 'sums.jsonl'}"]
     argv += [f"--grader={tmp_path / 'own.py'}:even", "--max-new=8", "--batch=16", "--format=raw"]
-    argv += ["--temperature=0.6", "--samples=2", "--effect=1", "--power=0.2", "--top=4"]
-    argv += ["--arms=single,control,local", "--local=2"]
+    argv += ["--temperature=0.6", "--samples=2", "--effect=1", "--power=0.2", "--top=2"]
+    argv += ["--arms=single,local", "--local=1"]
     tokens = tmp_path / "plan"
     # None of these occurs, and the answers without a ban are kept.
     layouts.run(LAYOUTS["one"], [*argv, "--types=5,6,7", f"--out={tokens}", "--plan"], status=1)
     lines = tiny_run.read_lines(tokens / ledger.LINES)
     held = collections.Counter(i for line in lines for i in {*line["ids"]})
-    types = ",".join(str(i) for i, _ in held.most_common(4))  # others are held by too few problems
+    types = ",".join(str(i) for i, _ in held.most_common(2))  # others are held by too few problems
     found = {}
     for name in ("one", "two-processes"):
         out = tmp_path / name
@@ -42,7 +42,7 @@ def test_two_processes_write_what_one_does(tiny, tmp_path):
         lines = tiny_run.read_lines(out / ledger.LINES)
         found[name] = (summary, [{k: v for k, v in line.items() if k != "logp"} for line in lines])
     (one, one_lines), (two, two_lines) = found["one"], found["two-processes"]
-    assert len(one_lines) > 3 * NUM  # arms beside the baseline
+    assert len(one_lines) > 2 * NUM + 10  # arms beside the baseline
     assert [line["ids"] for line in one_lines] == [line["ids"] for line in two_lines]
     assert one_lines == two_lines
     assert {*one} == {*two}
