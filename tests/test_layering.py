@@ -44,6 +44,7 @@ ORDER: list[str | tuple[str, list]] = [
             "memory",
             "hf_rope",
             "hf_layers",
+            "hf_composite",
             "hf_config",
             "hf_weights",
             "hf_folder",

@@ -8,9 +8,11 @@ experts.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from opd_jax.models.families import FAMILIES
 from opd_jax.models.params import ParamSpec, Specs
@@ -202,6 +204,36 @@ def specs(cfg: ModelConfig) -> Specs:
     if not cfg.tied:
         tree["head"] = ParamSpec((V, D), ("model", "fsdp"), INIT_STD)
     return tree
+
+
+def check_mesh(cfg: ModelConfig, mesh: Mesh, who: str = "the model") -> None:
+    """Check that a mesh divides a model, in the words of its config.json.
+
+    Raises:
+      ValueError: it does not; names all sizes that an axis does not divide, and what would do.
+    """
+    for axis, sizes in _split(cfg).items():
+        shards = mesh.shape[axis]
+        found = [f"{size} {what}" for what, size in sizes.items() if size % shards]
+        if found:
+            raise ValueError(
+                f"{who} has {' and '.join(found)}, which does not divide over {shards} shards of "
+                f"mesh axis '{axis}': expected a divisor of {math.gcd(*sizes.values())}; choose "
+                f"--config.mesh.{axis}"
+            )
+
+
+def _split(cfg: ModelConfig) -> dict[str, dict[str, int]]:
+    """What of a model each axis of a mesh splits: :func:`specs` in words."""
+    found = {
+        "key/value heads (num_key_value_heads)": cfg.num_kv_heads,
+        "rows of the vocabulary (vocab_size)": cfg.vocab_size,
+    }
+    if layers_with(cfg, "gate"):
+        found["features of the feed-forward (intermediate_size)"] = cfg.ffn
+    if cfg.experts is not None and layers_with(cfg, "router"):
+        found["experts (num_experts)"] = cfg.experts.num
+    return {"model": found, "fsdp": {"features of the residual stream (hidden_size)": cfg.width}}
 
 
 def _out_std(cfg: ModelConfig) -> float:

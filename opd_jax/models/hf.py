@@ -24,17 +24,13 @@ from opd_jax import mesh as meshlib
 from opd_jax import processes
 from opd_jax.files import new_folder
 from opd_jax.models import hf_folder, params, streaming
-from opd_jax.models.architecture import ModelConfig, layers_with, specs
+from opd_jax.models.architecture import ModelConfig, check_mesh, layers_with, specs
 from opd_jax.models.families import FAMILIES, HEAD, Row
-from opd_jax.models.hf_config import (
-    generation_eos,
-    model_folder,
-    read_config,
-)
+from opd_jax.models.hf_config import composite, generation_eos, model_folder, read_config
 from opd_jax.models.hf_weights import INDEX, SINGLE, Weights, reader
 from opd_jax.pytrees import Params
 
-__all__ = ["generation_eos", "load", "read_config", "save"]
+__all__ = ["check", "generation_eos", "load", "read_config", "save"]
 
 
 def table(cfg: ModelConfig, written: Collection[str] = ()) -> list[Row]:
@@ -80,6 +76,31 @@ def _drop_equal_head(weights: Weights, source: Path) -> None:
     del weights.files[HEAD.name]
 
 
+@contextlib.contextmanager
+def _opened(path, cfg: ModelConfig) -> Iterator[tuple[Weights, list[Row]]]:
+    """The weights of a folder, checked by name, shape and type, and how they are read."""
+    path, declared = model_folder(path), specs(cfg)
+    whole = composite(path)
+    named = str if whole is None else whole.own_name
+    with contextlib.closing(Weights(path, named)) as weights:
+        if cfg.tied:
+            _drop_equal_head(weights, path)
+        rows = table(cfg, weights.files)
+        shapes = {row: row.shape(_at(declared, row.leaf)) for row in rows}
+        weights.check({name: shapes[row] for row in rows for name in _names(row, cfg).values()})
+        yield weights, rows
+
+
+def check(path) -> None:
+    """Check all of a folder that can be checked without reading values.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`load`.
+    """
+    with _opened(path, read_config(path)):
+        pass
+
+
 def load(
     path, *, dtype=jnp.float32, mesh: Mesh | None = None, num_ids: int | None = None
 ) -> tuple[ModelConfig, Params]:
@@ -101,18 +122,15 @@ def load(
       ValueError: a damaged file; an unsupported model; an unknown, missing, duplicate or mis-shaped
         tensor; one whose values are not finite; a mesh that does not divide a dimension.
     """
-    path = model_folder(path)
     cfg = read_config(path, dtype=dtype)
     declared, dtype = specs(cfg), jnp.dtype(dtype)
-    placed = None if mesh is None else params.shardings(declared, mesh)
+    placed = None
+    if mesh is not None:
+        check_mesh(cfg, mesh)
+        placed = params.shardings(declared, mesh)
     tree: Params = {"layers": {}}
-    with contextlib.closing(Weights(path)) as weights:
-        if cfg.tied:
-            _drop_equal_head(weights, path)
-        rows = table(cfg, weights.files)
+    with _opened(path, cfg) as (weights, rows):
         names = {row: _names(row, cfg) for row in rows}
-        shapes = {row: row.shape(_at(declared, row.leaf)) for row in rows}
-        weights.check({name: shapes[row] for row in rows for name in names[row].values()})
         order = {file: number for number, file in enumerate(weights.files.values())}
         steps = []
         for number, row in enumerate(rows):

@@ -14,9 +14,10 @@ import pydantic
 from typing_extensions import TypedDict
 
 from opd_jax import records
-from opd_jax.models import hf_layers, hf_rope
+from opd_jax.models import hf_composite, hf_layers, hf_rope
 from opd_jax.models.architecture import ModelConfig
 from opd_jax.models.families import FAMILIES, Family
+from opd_jax.models.hf_composite import Composite
 
 Size = Annotated[int, pydantic.Field(ge=1, le=1 << 26)]
 Positive = hf_rope.Positive
@@ -59,13 +60,15 @@ class HubConfig(TypedDict, total=False):
     decoder_sparse_step: Size | None
     mlp_only_layers: list[int] | None
     eos_token_id: Ids
+    text_config: dict[str, Any] | None
 
 
 @pydantic.with_config(records.OPEN)
 class Stops(TypedDict, total=False):
-    """The ids that end generation, in generation_config.json."""
+    """The ids that end generation, in generation_config.json or config.json."""
 
     eos_token_id: Ids
+    text_config: Stops | None
 
 
 def read_json(path: Path, kind: Any = dict[str, Any]) -> Any:
@@ -109,7 +112,9 @@ def generation_eos(path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         if name != "config.json" and not (path / name).exists():
             continue
-        eos = read_json(path / name, Stops).get("eos_token_id")
+        found = read_json(path / name, Stops)
+        eos = found.get("eos_token_id")
+        eos = (found.get("text_config") or {}).get("eos_token_id") if eos is None else eos
         if eos is not None:
             return tuple(eos) if isinstance(eos, list) else (eos,)
     return ()
@@ -126,12 +131,32 @@ def read_config(path, *, dtype=jnp.float32) -> ModelConfig:
     return parse_config(dict(read_json(path, HubConfig)), dtype=dtype, source=str(path))
 
 
+def composite(path) -> Composite | None:
+    """What a folder is where its model has several parts, of which one is read; None: it is one.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`read_config`.
+    """
+    path = model_folder(path) / "config.json"
+    return hf_composite.of(read_json(path, HubConfig), str(path))
+
+
+def text_fields(path) -> dict[str, Any]:
+    """The fields of a folder's config.json, of a model of several parts those of the text part."""
+    raw, whole = read_json(model_folder(path) / "config.json"), composite(path)
+    return raw if whole is None else whole.text_fields(raw)
+
+
 def parse_config(raw: dict[str, Any], *, dtype=jnp.float32, source="config.json") -> ModelConfig:
     """The model config that the fields of a config.json mean, with transformers' own defaults.
 
     Raises:
       ValueError: a missing field, or one that asks for something that is not implemented here.
     """
+    if (whole := hf_composite.of(raw, source)) is not None:
+        source += ": text_config"
+        change = "fetch the model's original config.json"
+        raw = records.check(whole.text_fields(raw), HubConfig, where=source, change=change)
     kind = raw.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_jax.models.hf_config import config_json, model_folder, read_json
+from opd_jax.models.hf_config import config_json, model_folder, read_json, text_fields
 from opd_jax.models.transformer import ModelConfig
 
 # Every file that transformers reads a tokenizer of text from, and those it is made from.
@@ -57,7 +57,7 @@ def write(
     if source is not None:
         source = model_folder(source)
         _copy_tokenizer(source, folder)
-        fields = read_json(source / "config.json")
+        fields = text_fields(source)
         if (source / "generation_config.json").exists():
             generation = read_json(source / "generation_config.json")
     elif tokenizer is not None:

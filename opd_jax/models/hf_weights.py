@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -40,19 +41,29 @@ class Weights:
       files: tensor -> file, in the order of the files.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, own_name: Callable[[str], str | None] = str):
+        """Open a folder.
+
+        Args:
+          folder: that holds them.
+          own_name: what a tensor is called here; None: it is left out.
+        """
         self.folder = folder
         self.files: dict[str, Path] = {}
+        self._written: dict[str, str] = {}  # tensor -> its name in the file
         self._open: dict[Path, Any] = {}  # the one used last is the last
         for file in self._listed():
-            names = set(self._handle(file).keys())
-            twice = sorted(self.files.keys() & names)
+            pairs = [(own_name(name), name) for name in sorted(self._handle(file).keys())]
+            found = [(name, written) for name, written in pairs if name is not None]
+            counts = collections.Counter([*self.files, *(name for name, _ in found)])
+            twice = [name for name, count in sorted(counts.items()) if count > 1]
             if twice:
                 raise ValueError(
                     f"{file} repeats tensors of another file: {_some(twice)}; expected each tensor "
                     "once; remove the stale file or save the model again"
                 )
-            self.files |= dict.fromkeys(sorted(names), file)
+            self.files |= dict.fromkeys(sorted(name for name, _ in found), file)
+            self._written |= dict(found)
 
     def _handle(self, file: Path) -> Any:
         handle = self._open.pop(file, None)
@@ -110,7 +121,7 @@ class Weights:
 
     def slice(self, name: str):
         """A tensor of which nothing has been read yet."""
-        return self._handle(self.files[name]).get_slice(name)
+        return self._handle(self.files[name]).get_slice(self._written[name])
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Raise unless exactly the expected tensors are there, in their shapes, as floats."""

@@ -20,7 +20,7 @@ from opd_jax import mesh as meshlib
 from opd_jax import steps
 from opd_jax.data.batches import Batch
 from opd_jax.data.prompts import Example
-from opd_jax.models import resting
+from opd_jax.models import architecture, resting
 from opd_jax.plan import known_models
 from opd_jax.plan.chips import Machine
 from opd_jax.pytrees import Prompt, Rollout
@@ -84,6 +84,7 @@ def assembly(
         dtype = jnp.dtype(auto if spec.dtype == "auto" else spec.dtype)
         shapes = known_models.shapes(given or spec.path, dtype, f"--{who}-config")
         say(f"{who}: {shapes.source}")
+        architecture.check_mesh(shapes.cfg, mesh, f"the {who}")
         cfg = dataclasses.replace(shapes.cfg, remat=spec.remat)
         found.append(dataclasses.replace(shapes, cfg=cfg))
     own, other = found[0], found[-1]  # the student's again where nothing compares with a teacher

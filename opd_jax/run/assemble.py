@@ -23,7 +23,7 @@ from opd_jax.data import tokenizer as tokenizers
 from opd_jax.data import widths
 from opd_jax.data.prompts import Example
 from opd_jax.evaluate.heldout import EvalPlan
-from opd_jax.models import hf_config, memory, params, resting, transformer
+from opd_jax.models import architecture, hf, hf_config, memory, resting
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.rollout import decode, sampling
@@ -84,14 +84,15 @@ def assemble(
     mesh = meshlib.make(run.mesh.data, run.mesh.fsdp, run.mesh.model)
     check_batches(run, meshlib.batch_shards(mesh))
     path = hub.folder(run.student.path)
-    student, teacher = model_config(run.student, path), None
-    params.shardings(transformer.specs(student), mesh)
+    student, teacher = _fitting(run.student, path, "student", mesh, say), None
+    folders = [path]
     tokenizer, other = tokenizers.load(path), None
     own_eos = hf_config.generation_eos(path)
     if run.has_teacher:
         path = hub.folder(run.teacher.path)
-        teacher, other = model_config(run.teacher, path), tokenizers.load(path)
-        params.shardings(transformer.specs(teacher), mesh)
+        folders.append(path)
+        teacher = _fitting(run.teacher, path, "teacher", mesh, say)
+        other = tokenizers.load(path)
         if tokenizers.lend_template(tokenizer, other):
             say("the student has no chat template: prompts are written by the teacher's")
         vocab_size = tokenizers.compare(tokenizer, other, student.vocab_size, teacher.vocab_size)
@@ -116,6 +117,8 @@ def assemble(
         )
     for is_scoring in (False, True):
         memory.check(needs(parts, is_scoring=is_scoring), mesh)
+    for path in folders:
+        hf.check(path)
     return parts
 
 
@@ -281,6 +284,17 @@ def needs(parts: Assembly, *, is_scoring: bool = False) -> list[memory.Need]:
             both.append(cfg.teacher)
         cells += [memory.Need(CELLS, memory.cache(c, asked, slots, mesh), fewer) for c in both]
     return [*found, max(cells, key=lambda need: need.num_bytes)]
+
+
+def _fitting(
+    spec: ModelSpec, path: str, who: str, mesh: Mesh, say: Callable[[str], None]
+) -> ModelConfig:
+    """The config of a model that the mesh divides."""
+    cfg = model_config(spec, path)
+    if whole := hf_config.composite(path):
+        say(f"the {who} is a {whole.architecture}: its text part is read, and no other")
+    architecture.check_mesh(cfg, mesh, f"the {who}")
+    return cfg
 
 
 def model_config(spec: ModelSpec, path: str) -> ModelConfig:

@@ -25,7 +25,7 @@ from opd_jax import mesh as meshlib
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.files import EMBEDDED, path_of
 from opd_jax.kl import KLSpec
-from opd_jax.models import hf, hf_config, params, transformer
+from opd_jax.models import architecture, hf, hf_config, params, transformer
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Params
@@ -258,6 +258,8 @@ def open_pair(
     mesh = meshlib.make() if mesh is None else mesh
     ours, theirs = resolve(student), resolve(teacher)
     ours_cfg, theirs_cfg = _config(ours, dtype), _config(theirs, dtype)
+    architecture.check_mesh(ours_cfg, mesh, "the student")
+    architecture.check_mesh(theirs_cfg, mesh, "the teacher")
     tokenizer, other = tokenizers.load(ours.folder), tokenizers.load(theirs.folder)
     tokenizers.lend_template(tokenizer, other)  # as the run did
     vocab_size = tokenizers.compare(tokenizer, other, ours_cfg.vocab_size, theirs_cfg.vocab_size)

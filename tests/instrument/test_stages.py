@@ -329,7 +329,9 @@ def test_a_mesh_that_does_not_fit(tiny, tmp_path, refused, capsys):
     message = refused(argv(tiny, tmp_path / "out", "--mesh-fsdp=3"))
     assert "--mesh-fsdp is 3 and --mesh-model 1 on 8 devices" in message
     assert cli.main(argv(tiny, tmp_path / "out", "--mesh-model=8")) == 1
-    assert "2 does not divide over 8 shards" in (message := capsys.readouterr().err)
+    message = capsys.readouterr().err
+    assert "the student has 2 key/value heads" in message
+    assert "does not divide over 8 shards" in message
     assert "choose --mesh-model" in message
 
 

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from opd_jax import mesh
-from opd_jax.models import params, transformer
+from opd_jax.models import architecture, params, transformer
+from opd_jax.models.architecture import Experts, LayerKind
 from opd_jax.models.params import ParamSpec
 
 SPECS = {
@@ -72,6 +75,30 @@ def test_a_mesh_that_does_not_divide_is_named(sizes, words):
         params.shardings(transformer.specs(cfg), mesh.make(data=1, **sizes))
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("experts", [0, 3, 4])
+def test_what_is_told_in_words_is_what_does_not_divide(experts):
+    """A mesh is refused where, and only where, some parameter does not divide."""
+    more = {"experts": Experts(experts, 2, 4), "pattern": (LayerKind(is_sparse=True),)}
+    cfg = transformer.ModelConfig("llama", 16, 12, 6, 1, 4, 4, 8, **(more if experts else {}))
+    refused = 0
+    for model in (1, 2, 3, 4):
+        for fsdp in (1, 2):
+            grid = mesh.make(1, fsdp, model, devices=jax.devices()[: fsdp * model])
+            found = []
+            for check in (
+                lambda grid: params.shardings(transformer.specs(cfg), grid),
+                lambda grid: architecture.check_mesh(cfg, grid),
+            ):
+                try:
+                    check(grid)
+                    found.append("")
+                except ValueError as error:
+                    found.append(re.findall(r"--config\.mesh\.\w+", str(error))[0])
+            assert found[0] == found[1], (fsdp, model)
+            refused += bool(found[0])
+    assert 0 < refused < 8
 
 
 def test_a_spec_needs_one_axis_per_dimension():
