@@ -80,7 +80,7 @@ def test_a_mesh_that_does_not_divide_is_named(sizes, words):
 @pytest.mark.parametrize("experts", [0, 3, 4])
 def test_what_is_told_in_words_is_what_does_not_divide(experts):
     """A mesh is refused where, and only where, some parameter does not divide."""
-    more = {"experts": Experts(experts, 2, 4), "pattern": (LayerKind(is_sparse=True),)}
+    more = {"experts": Experts(max(experts, 2), 2, 4), "pattern": (LayerKind(is_sparse=True),)}
     cfg = transformer.ModelConfig("llama", 16, 12, 6, 1, 4, 4, 8, **(more if experts else {}))
     refused = 0
     for model in (1, 2, 3, 4):

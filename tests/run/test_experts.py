@@ -1,19 +1,12 @@
-"""A dense student learns from a teacher of experts, with the real commands, on one device and four.
+"""A dense student and a teacher of experts that cannot be used together, or on a mesh."""
 
-On the mesh two devices share the experts of each layer.
-"""
-
-import csv
 import dataclasses
 import functools
 import json
 
 import jax
-import layouts
-import numpy as np
 import pytest
 import tiny_run
-from layouts import LAYOUTS
 from safetensors.numpy import load_file, save_file
 
 from opd_jax import mesh
@@ -30,18 +23,6 @@ MODEL = dataclasses.replace(
     experts=EXPERTS,
     pattern=(LayerKind(), LayerKind(is_sparse=True)),
 )
-PLAN = {
-    "train__steps": 2,
-    "rock__mode": "ema",
-    "rock__top_k": 8,
-    "rock__every": 1,
-    "eval__every": 2,
-    "rollout__samples": 1,
-    "eval__prompts": 4,
-    "eval__kl_prompts": 4,
-}
-NAMES = ("one", "fsdp2-model2")
-RTOL = 2e-3  # of the resume matrix: on another mesh sums are taken in another order
 
 
 def write_model(folder, cfg, seed):
@@ -60,70 +41,6 @@ def pair(tiny, tmp_path_factory):
         file.unlink()
     write_model(folder / "teacher", MODEL, 3)
     return folder
-
-
-def together(commands):
-    """Run one command on each of several layouts at the same time; their outputs."""
-    started = [(name, layouts.start(LAYOUTS[name], argv)) for name, argv in commands]
-    results = [(name, *layouts.finish(processes)) for name, processes in started]
-    for name, (status, text) in results:
-        assert status == 0, f"{name}: {text[-3000:]}"
-    return [text for _, (_, text) in results]
-
-
-@pytest.fixture(scope="module")
-def trained(pair, tmp_path_factory):
-    """The workdirs of one run on either layout."""
-    folder = tmp_path_factory.mktemp("trained")
-    plan = [
-        (name, [*tiny_run.argv(pair, folder / name, **PLAN), *LAYOUTS[name].flags])
-        for name in NAMES
-    ]
-    together(plan)
-    return [folder / name for name in NAMES]
-
-
-def test_a_run_gives_the_same_numbers_on_a_mesh(trained):
-    one, four = map(tiny_run.curve, trained)
-    assert [line["step"] for line in one] == [line["step"] for line in four]
-    compared = 0
-    for line, other in zip(one, four, strict=True):
-        for name in ("loss", "kl_nats", "grad_norm", "eval/kl_nats"):
-            if name in line:
-                np.testing.assert_allclose(other[name], line[name], rtol=RTOL, err_msg=name)
-                assert line[name] > 1e-3  # the two models differ
-                compared += 1
-    assert compared > 3 * PLAN["train__steps"]
-    for workdir in trained:
-        assert json.loads((workdir / "summary.json").read_text())["is_finished"]
-
-
-def table(out):
-    with (out / "types.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def test_rocks_and_export_of_a_run_are_the_same_on_a_mesh(trained, tmp_path):
-    run = f"--run={trained[1]}"
-    rocks = ["rocks", run, "--k=4", "--max-new=6", "--batch=4"]
-    together(
-        [
-            ("one", [*rocks, f"--out={tmp_path / 'one'}"]),
-            (
-                "fsdp2-model2",
-                [*rocks, f"--out={tmp_path / 'four'}", "--mesh-fsdp=2", "--mesh-model=2"],
-            ),
-            ("one", ["export", f"--workdir={trained[1]}", f"--out={tmp_path / 'model'}"]),
-        ]
-    )
-    one, four = table(tmp_path / "one"), table(tmp_path / "four")
-    assert len(one) > 4
-    assert [row["token_id"] for row in one] == [row["token_id"] for row in four]
-    for column, rtol in {"count": 0, "kl_sum": RTOL, "kl_mean": RTOL}.items():
-        pairs = [(float(b[column]), float(a[column])) for a, b in zip(one, four, strict=True)]
-        np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=rtol, err_msg=column)
-    cfg, _ = hf.load(tmp_path / "model")
-    assert (cfg.model_type, cfg.experts) == ("qwen3", None)
 
 
 # --- what cannot be used: told in one message, before anything is written -------------------------
