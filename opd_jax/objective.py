@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax import kl, mesh, position, rock, rules
 from opd_jax.kl import KLSpec
-from opd_jax.models import transformer
+from opd_jax.models import moe, transformer
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.position import PositionSpec
 from opd_jax.pytrees import Mean, Params, RockState, Rollout, TokenKL
@@ -43,6 +43,9 @@ class ObjectiveConfig:
         the code published with arXiv 2605.09253 does, for comparison only. Sequences without a
         scored token do not count.
       microbatches: equal pieces the batch is scanned in; does not change the result.
+      load_balance: what the load-balancing loss of a student with experts is multiplied by before
+        it is added to the loss (``models.moe``): over all layers and tokens that are no padding, of
+        prompts too.
       stop_ids: that end an answer, whose share of the KL is measured.
     """
 
@@ -53,6 +56,7 @@ class ObjectiveConfig:
     position: PositionSpec = PositionSpec()  # noqa: RUF009 (frozen)
     normaliser: str = "tokens"
     microbatches: int = 1
+    load_balance: float = 0.0
     stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -61,6 +65,7 @@ class ObjectiveConfig:
             "train",
             ("normaliser", self.normaliser in NORMALISERS, f"one of {NORMALISERS}"),
             ("microbatches", self.microbatches >= 1, "at least 1"),
+            ("load_balance", self.load_balance >= 0, "at least 0 (0: not trained on)"),
         )
 
 
@@ -133,6 +138,24 @@ def targets(
     return Targets(ids_BT, mask_BT, gated_BT, weight_BT, importance_BT)
 
 
+def written(rollout: Rollout) -> Bool[Array, "B T"]:
+    """Which predicting positions hold a token of the prompt or the answer: no padding."""
+    slot_1T = jnp.arange(rollout.ids_BT.shape[1])[None, :]
+    end_B = jnp.max(jnp.where(rollout.mask_BT, slot_1T + 1, 0), axis=1)
+    _, _, valid_BT = inputs(rollout)
+    return valid_BT & (slot_1T[:, :-1] < end_B[:, None])
+
+
+def load(params: Params, rollout: Rollout, *, cfg: ObjectiveConfig) -> moe.Load | None:
+    """How the tokens of a batch spread over the student's experts; None where it has none.
+
+    **Sharding**: batch rows over ``data`` and ``fsdp``, the result everywhere.
+    """
+    return transformer.hidden_head_and_load(
+        params, *inputs(rollout), written(rollout), cfg=cfg.student
+    )[2]
+
+
 def teacher_states(
     teacher: Params, rollout: Rollout, seen: Rollout | None = None, *, cfg: ObjectiveConfig
 ) -> Float[Array, "B T E"]:
@@ -179,19 +202,38 @@ def weighted_loss(
     *,
     cfg: ObjectiveConfig,
 ) -> tuple[Float[Array, ""], TokenKL]:
+    """:func:`weighted_loss_and_load` without the load."""
+    return weighted_loss_and_load(params, teacher, states_BTE, rollout, goal, cfg=cfg)[:2]
+
+
+def weighted_loss_and_load(
+    params: Params,
+    teacher: Params | None,
+    states_BTE: Float[Array, "B T E"] | None,
+    rollout: Rollout,
+    goal: Targets,
+    *,
+    cfg: ObjectiveConfig,
+    is_counted: bool = False,
+) -> tuple[Float[Array, ""], TokenKL, moe.Load | None]:
     """Sum of weight x divergence over (a micro-batch of) the batch, not yet divided by Z.
+
+    The load of the student's experts is with it where ``is_counted``.
 
     ``per_sequence`` divides each row's weights by their sum first: rows are never split.
     Gradients flow to ``params`` only; ``states_BTE`` are the teacher's from :func:`teacher_states`.
     """
-    hs_BTD, head_VD = transformer.hidden_and_head(params, *inputs(rollout), cfg=cfg.student)
+    counted_BT = written(rollout) if is_counted else None
+    hs_BTD, head_VD, load = transformer.hidden_head_and_load(
+        params, *inputs(rollout), counted_BT, cfg=cfg.student
+    )
     head_VE = None
     if cfg.teacher is not None and teacher is not None and states_BTE is not None:
         head_VE = jax.lax.stop_gradient(transformer.head(teacher, cfg.teacher))
     weight_BT = goal.weight_BT
     if cfg.normaliser == "per_sequence":
         weight_BT /= jnp.maximum(jnp.sum(weight_BT, axis=1, keepdims=True), 1.0)
-    return kl.weighted_kl(
+    total, tokens = kl.weighted_kl(
         hs_BTD,
         head_VD,
         states_BTE,
@@ -201,6 +243,7 @@ def weighted_loss(
         measure_BT=goal.importance_BT > 0,
         labels_BT=goal.ids_BT,
     )
+    return total, tokens, load
 
 
 def loss(

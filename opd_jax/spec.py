@@ -103,6 +103,7 @@ class TrainSpec:
     stage: str = "on_policy"  # off_policy: completions of the file of prompts; mixed: both by turns
     on_policy_share: float = 0.5  # of the steps, where the stage is mixed
     normaliser: str = "tokens"  # or weight; per_sequence for comparison
+    load_balance: float = 0.0  # weight of the load-balancing loss of a student with experts
     max_truncated: float = 1.0  # share of answers cut by length above which the run stops
     truncated_steps: int = 20  # steps over which that share is averaged
 
@@ -114,6 +115,7 @@ class TrainSpec:
             ("prompts", self.prompts >= 1, "at least 1"),
             ("microbatches", self.microbatches >= 1, "at least 1"),
             ("normaliser", self.normaliser in NORMALISERS, f"one of {NORMALISERS}"),
+            ("load_balance", self.load_balance >= 0, "at least 0 (0: not trained on)"),
             ("stage", self.stage in STAGES, f"one of {STAGES}"),
             ("on_policy_share", 0 < self.on_policy_share < 1, "a share between 0 and 1"),
             ("max_truncated", 0 < self.max_truncated <= 1, "a share above 0, up to 1 (never)"),

@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Float
 
 from opd_jax import objective, rock
+from opd_jax.models import moe
 from opd_jax.objective import ObjectiveConfig, Targets
 from opd_jax.pytrees import Mean, Params, Rollout, TokenKL, TrainState
 
@@ -87,7 +88,8 @@ def distill_step(
 
     Returns:
       The new state, and measurements as (total, weight) pairs: see :func:`measure` and
-      :func:`membership`, with ``loss``, ``grad_norm``, where parameters have 16 bits
+      :func:`membership`, with ``loss``, ``grad_norm``, of a student with experts
+      ``load_balance_loss`` and ``fullest_expert_share``, where parameters have 16 bits
       ``rounded_share`` (of the entries, updates lost to rounding), and ``nonfinite`` (index in
       :func:`leaf_names` of the first tensor whose gradient is not finite; -1: all are; -2: only the
       loss is not).
@@ -146,6 +148,10 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
         goal = objective.targets(rollout, state.rock, jax.random.clone(key), cfg=cfg, tokens=before)
     norm = objective.normaliser(goal, cfg=cfg)
     scale = 1.0 / jnp.maximum(norm, 1e-9)
+    has_experts = cfg.student.has_experts
+    whole = None
+    if cfg.load_balance and cfg.microbatches > 1:  # every piece needs the counts of all
+        whole = _load(state.params, rollout, cfg)
 
     def micro(grads, piece):
         rollout, goal, states_BTE = piece
@@ -153,24 +159,30 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
             states_BTE = objective.teacher_states(teacher, rollout, cfg=cfg)
 
         def scaled(params):
-            total, tokens = objective.weighted_loss(
-                params, teacher, states_BTE, rollout, goal, cfg=cfg
+            total, tokens, load = objective.weighted_loss_and_load(
+                params, teacher, states_BTE, rollout, goal, cfg=cfg, is_counted=has_experts
             )
-            return total * scale, tokens
+            loss = total * scale
+            if cfg.load_balance:
+                assert load is not None
+                loss += cfg.load_balance * moe.imbalance(load, load if whole is None else whole)
+            return loss, (tokens, load)
 
-        (loss, tokens), new = jax.value_and_grad(scaled, has_aux=True)(state.params)
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new), (loss, tokens)
+        (loss, (tokens, load)), new = jax.value_and_grad(scaled, has_aux=True)(state.params)
+        grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new)
+        return grads, (loss, tokens, load)
 
-    whole = (_rows_of(rollout), goal, states_BTE if cfg.kl.ce < 1 else None)
+    batch = (_rows_of(rollout), goal, states_BTE if cfg.kl.ce < 1 else None)
     if cfg.microbatches == 1:
         zeros = jax.tree.map(lambda p: jnp.zeros((), p.dtype), state.params)
-        grads, (loss, tokens) = micro(zeros, whole)
+        grads, (loss, tokens, load) = micro(zeros, batch)
     else:
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params)
-        grads, (losses, tokens) = jax.lax.scan(
-            micro, zeros, objective.split(whole, cfg.microbatches)
+        grads, (losses, tokens, loads) = jax.lax.scan(
+            micro, zeros, objective.split(batch, cfg.microbatches)
         )
         loss, tokens = jnp.sum(losses), objective.join(tokens)
+        load = jax.tree.map(lambda x_N: jnp.sum(x_N, axis=0), loads)
 
     num_trained = jnp.sum(goal.importance_BT > 0, dtype=jnp.float32)
     if before is not None:  # of all positions, and not only of those that are trained on
@@ -190,6 +202,8 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
         "grad_norm": Mean.of(optax.tree.norm(grads)),
         "nonfinite": Mean.of(_first_nonfinite(loss, grads)),
     }
+    if load is not None:
+        metrics |= _spread(load, cfg)
     if cfg.position.mode != "off":
         metrics |= _budget(goal, num_trained, is_measured=before is not None)
     params = optax.apply_updates(state.params, updates)
@@ -223,6 +237,25 @@ def _measured(
 def _rows_of(rollout: Rollout | None) -> Rollout | None:
     """What has rows of a batch, to be split into pieces."""
     return None if rollout is None else rollout.replace(policy_step=None)
+
+
+def _load(params, rollout, cfg: ObjectiveConfig) -> moe.Load:
+    """How the whole batch spreads over the student's experts, without gradient."""
+    pieces = objective.split(_rows_of(rollout), cfg.microbatches)
+    loads = jax.lax.map(lambda piece: objective.load(params, piece, cfg=cfg), pieces)
+    return jax.tree.map(lambda x_N: jnp.sum(x_N, axis=0), loads)
+
+
+def _spread(load: moe.Load, cfg: ObjectiveConfig) -> dict[str, Mean]:
+    """Of a student with experts: the load-balancing loss, and the share that the fullest one got.
+
+    Both over all tokens and layers of the step; the share is 1 / experts at its least.
+    """
+    most = jnp.max(load.count_X)
+    return {
+        "load_balance_loss": Mean.of(moe.imbalance(load, load)),
+        "fullest_expert_share": Mean(most, jnp.sum(load.count_X)),
+    }
 
 
 def _in_pieces(function, whole, cfg: ObjectiveConfig):

@@ -39,6 +39,7 @@ ORDER: list[str | tuple[str, list]] = [
             "architecture",
             "grouped",
             "moe",
+            "embedding",
             "transformer",
             "resting",
             "memory",

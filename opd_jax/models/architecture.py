@@ -172,6 +172,11 @@ class ModelConfig:
         return self.pattern or (LayerKind(),) * self.num_layers
 
     @property
+    def has_experts(self) -> bool:
+        """Whether the feed-forward of any layer is of experts."""
+        return any(kind.is_sparse for kind in self.kinds)
+
+    @property
     def score_scale(self) -> float:
         """What attention scores are multiplied by."""
         return (self.head_dim if self.query_scalar is None else self.query_scalar) ** -0.5

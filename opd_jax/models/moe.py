@@ -1,8 +1,8 @@
 """A feed-forward of experts: each token uses its top few of many.
 
 No token is dropped and no buffer has a capacity: the pairs of token and expert are sorted by expert
-and multiplied group by group (``grouped``). There is no load-balancing loss: a student's router is
-trained by the divergence from its teacher alone.
+and multiplied group by group (``grouped``). How evenly they spread is measured by :func:`load`, of
+which :func:`imbalance` makes the loss that a student's router may be trained on too.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax import mesh
 from opd_jax.models import grouped
@@ -33,8 +34,7 @@ def ffn(
     **Sharding**: rows over the batch axes, experts over ``model``: every device computes its own
     experts for all its rows, and one sum over ``model`` adds them up.
     """
-    logits_RX = jnp.dot(x_RD, layer["router"], preferred_element_type=jnp.float32)
-    prob_RX = jax.nn.softmax(logits_RX, axis=-1)
+    prob_RX = _probabilities(layer, x_RD)
     weights = tuple(layer[name] for name in ("expert_gate", "expert_up", "expert_down"))
     local = functools.partial(_local, experts, activation, mesh.is_active())
     if not mesh.is_active():
@@ -43,6 +43,65 @@ def ffn(
     specs = (rows, rows, parts, parts, parts)
     summed = jax.shard_map(local, in_specs=specs, out_specs=rows, check_vma=False)
     return summed(x_RD, prob_RX, *weights)
+
+
+def _probabilities(layer: Params, x_RD: jax.Array) -> jax.Array:
+    logits_RX = jnp.dot(x_RD, layer["router"], preferred_element_type=jnp.float32)
+    return jax.nn.softmax(logits_RX, axis=-1)
+
+
+class Load(struct.PyTreeNode):
+    """What fell on each expert, summed over tokens and layers; add up those of micro-batches."""
+
+    count_X: jax.Array  # [X] f32, times that it was chosen; without gradient
+    prob_X: jax.Array  # [X] f32, its probabilities
+    num: jax.Array  # [] f32, pairs of token and layer
+
+    def __add__(self, other: Load) -> Load:
+        return jax.tree.map(jnp.add, self, other)
+
+
+def load(
+    layer: Params, x_RD: Float[Array, "R D"], counted_R: Bool[Array, " R"], *, experts: Experts
+) -> Load:
+    """How the counted rows spread over the experts of a layer.
+
+    **Sharding**: rows over the batch axes, the result everywhere.
+    """
+    prob_RX, counted_R = _probabilities(layer, x_RD), counted_R.astype(jnp.float32)
+
+    def counts(prob_RX, counted_R):
+        _, choice_RK = choose(prob_RX, experts)
+        counted_RK = jnp.broadcast_to(counted_R[:, None], choice_RK.shape)
+        count_X = jnp.zeros(experts.num, jnp.float32).at[choice_RK].add(counted_RK)
+        return jax.lax.psum(count_X, mesh.BATCH) if is_sharded else count_X
+
+    if is_sharded := mesh.is_active():
+        specs = P(mesh.BATCH, None), P(mesh.BATCH)
+        counts = jax.shard_map(counts, in_specs=specs, out_specs=P(None), check_vma=False)
+    return Load(
+        count_X=counts(jax.lax.stop_gradient(prob_RX), counted_R),
+        prob_X=jnp.sum(prob_RX * counted_R[:, None], axis=0),
+        num=jnp.sum(counted_R),
+    )
+
+
+def imbalance(load: Load, whole: Load) -> Float[Array, ""]:
+    r"""The load-balancing loss :math:`X \sum_x f_x P_x`, of which this is the part of ``load``.
+
+    f is the mean number of times that a token chose expert x, P its mean probability, both over all
+    tokens and layers with experts of ``whole``; the gradient flows through P. At its least, where
+    all experts get the same, it is the number of experts per token. Switch Transformers, eq. 4, as
+    ``load_balancing_loss_func`` of transformers has it; f and P there are those of a micro-batch,
+    here those of the whole batch, so that pieces and shards do not change it (arXiv 2501.11873).
+
+    Args:
+      load: of some of the tokens.
+      whole: of all of them; only its counts are used.
+    """
+    num = jnp.maximum(whole.num, 1.0)
+    share_X = jax.lax.stop_gradient(whole.count_X) / num
+    return share_X.shape[0] * jnp.sum(share_X * load.prob_X) / num
 
 
 def choose(

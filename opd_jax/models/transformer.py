@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax import mesh
-from opd_jax.models import attention, kv_cache, linear, moe
+from opd_jax.models import attention, embedding, kv_cache, linear, moe
 from opd_jax.models.architecture import REMAT, LayerKind, ModelConfig, layers_with, specs
 from opd_jax.models.attention import Span
 from opd_jax.models.kv_cache import Cache
@@ -38,6 +39,7 @@ __all__ = [
     "head",
     "hidden",
     "hidden_and_head",
+    "hidden_head_and_load",
     "logits",
     "positions",
     "specs",
@@ -156,15 +158,20 @@ def _ffn(layer: Params, x_RD, cfg: ModelConfig):
 
 
 def _layer(
-    h_RD, layer: Params, rotation, attend: _Attend, cfg: ModelConfig
-) -> tuple[jax.Array, Any]:
+    h_RD, layer: Params, rotation, attend: _Attend, cfg: ModelConfig, counted_R=None
+) -> tuple[jax.Array, Any, moe.Load | None]:
+    """The stream after a layer, what ``attend`` keeps, and the load of its experts if counted."""
+
     def norm(x_RD, name: str):
         return rms_norm(x_RD, layer[name], cfg) if name in layer else x_RD
 
     out_RD, kept = _attention(layer, norm(h_RD, "attn_norm"), rotation, attend, cfg)
     h_RD += norm(out_RD, "attn_post_norm")
-    h_RD += norm(_ffn(layer, norm(h_RD, "ffn_norm"), cfg), "ffn_post_norm")
-    return h_RD, kept
+    x_RD, load = norm(h_RD, "ffn_norm"), None
+    if counted_R is not None and "router" in layer and cfg.experts is not None:
+        load = moe.load(layer, x_RD, counted_R, experts=cfg.experts)
+    h_RD += norm(_ffn(layer, x_RD, cfg), "ffn_post_norm")
+    return h_RD, kept, load
 
 
 def _flat(x_BT: jax.Array, *axes) -> jax.Array:
@@ -193,36 +200,13 @@ def _rematerialised(step, cfg: ModelConfig):
     return jax.checkpoint(step, policy=policy, prevent_cse=False)
 
 
-@jax.custom_vjp
-def _look_up(table_VD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows of the table, and the table itself for its other uses.
-
-    Those uses must take what is returned: then their gradient is there first, and that of the rows
-    is added to it in place. Left to autodiff there are two arrays of the table's size and a third
-    for their sum.
-    """
-    return table_VD.at[ids_BT].get(out_sharding=mesh.out("data", None, "fsdp")), table_VD
-
-
-def _look_up_backward(ids_BT, cotangents):
-    drows_BTD, dtable_VD = cotangents
-    # A frequent id adds up thousands of rows: in bfloat16 the sum would soon stand still.
-    sums_VD = dtable_VD.astype(jnp.float32)
-    placed = mesh.out("model", "fsdp")
-    sums_VD = sums_VD.at[ids_BT].add(drows_BTD.astype(jnp.float32), out_sharding=placed)
-    return sums_VD.astype(dtable_VD.dtype), None
-
-
-_look_up.defvjp(lambda table_VD, ids_BT: (_look_up(table_VD, ids_BT), ids_BT), _look_up_backward)
-
-
 def _embedded(params: Params, ids_BT: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Token embeddings in the compute dtype, and the table for its other uses.
 
     **Sharding**: rows are looked up where the table lies (width over ``fsdp``) and then exchanged,
     so the table is never gathered; its gradient is summed in f32.
     """
-    x_BTD, table_VD = _look_up(params["embed"], mesh.constrain(ids_BT, "data", None))
+    x_BTD, table_VD = embedding.look_up(params["embed"], mesh.constrain(ids_BT, "data", None))
     x_BTD = mesh.constrain(x_BTD.astype(cfg.compute_dtype), mesh.BATCH, None, None)
     if cfg.scaled_embed:  # by a number of the compute dtype, as these models were trained
         x_BTD *= jnp.asarray(math.sqrt(cfg.width), cfg.compute_dtype)
@@ -263,7 +247,7 @@ def hidden(
             "model.for_decoding(params) with a cache, params themselves without"
         )
     h_BTD, _ = _embedded(params, ids_BT, cfg)
-    return _through_layers(params, h_BTD, positions_BT, valid_BT, cfg, cache, room)
+    return _through_layers(params, h_BTD, positions_BT, valid_BT, cfg, cache, room)[:2]
 
 
 def hidden_and_head(
@@ -278,13 +262,41 @@ def hidden_and_head(
 
     **Sharding**: as theirs.
     """
+    h_BTD, head_VD, _ = hidden_head_and_load(params, ids_BT, positions_BT, valid_BT, None, cfg=cfg)
+    return h_BTD, head_VD
+
+
+def hidden_head_and_load(
+    params: Params,
+    ids_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    valid_BT: Bool[Array, "B T"],
+    counted_BT: Bool[Array, "B T"] | None,
+    *,
+    cfg: ModelConfig,
+) -> tuple[Float[Array, "B T D"], Float[Array, "V D"], moe.Load | None]:
+    """:func:`hidden_and_head`, and how the counted tokens spread over the experts of all layers.
+
+    The load is None where nothing is counted or no layer has experts.
+
+    **Sharding**: as theirs; the load everywhere.
+    """
     h_BTD, table_VD = _embedded(params, ids_BT, cfg)
-    h_BTD, _ = _through_layers(params, h_BTD, positions_BT, valid_BT, cfg)
-    return h_BTD, head({**params, "embed": table_VD}, cfg)
+    h_BTD, _, load = _through_layers(
+        params, h_BTD, positions_BT, valid_BT, cfg, counted_BT=counted_BT
+    )
+    return h_BTD, head({**params, "embed": table_VD}, cfg), load
 
 
 def _through_layers(
-    params: Params, h_BTD, positions_BT, valid_BT, cfg: ModelConfig, cache=None, room=0
+    params: Params,
+    h_BTD,
+    positions_BT,
+    valid_BT,
+    cfg: ModelConfig,
+    cache=None,
+    room=0,
+    counted_BT=None,
 ):
     """All layers and the final norm."""
     positions_BT = mesh.constrain(positions_BT, mesh.BATCH, None)
@@ -292,17 +304,29 @@ def _through_layers(
     rotation = rotations(positions_BT, cfg.rope, cfg.head_dim)
     local = rotations(positions_BT, cfg.local_rope, cfg.head_dim) if cfg.local_rope else rotation
     h_RD, layers = _flat(h_BTD, None), params["layers"]
+    load = None
     if cache is None:
-        h_RD, cache = _from_start(h_RD, layers, rotation, local, valid_BT, room, cfg)
+        counted_R = None if counted_BT is None else _rows(counted_BT)
+        h_RD, cache, load = _from_start(
+            h_RD, layers, rotation, local, valid_BT, room, cfg, counted_R
+        )
     else:
         assert not room  # the cache that is there has its size
         h_RD, cache = _continued(h_RD, layers, rotation, local, valid_BT, cache, cfg)
     final_D = mesh.constrain(params["final_norm"], None)
     h_BTD = jax.lax.reshape(h_RD, h_BTD.shape, out_sharding=mesh.out(mesh.BATCH, None, None))
-    return rms_norm(h_BTD, final_D, cfg), cache
+    return rms_norm(h_BTD, final_D, cfg), cache, load
 
 
-def _from_start(h_RD, layers, rotation, local, valid_BT, room: int, cfg: ModelConfig):
+def _rows(x_BT: jax.Array) -> jax.Array:
+    """[B, T] to [R], as :func:`_flat` does with states."""
+    placed_BT = mesh.constrain(x_BT, mesh.BATCH, None)
+    return jax.lax.reshape(placed_BT, (x_BT.size,), out_sharding=mesh.out(mesh.BATCH))
+
+
+def _from_start(
+    h_RD, layers, rotation, local, valid_BT, room: int, cfg: ModelConfig, counted_R=None
+):
     """All layers over tokens that have none before them."""
     span = Span(cfg.score_scale, cfg.window)
 
@@ -317,9 +341,10 @@ def _from_start(h_RD, layers, rotation, local, valid_BT, room: int, cfg: ModelCo
             return mixed_BTKGH, kept
 
         turn = _chosen(is_sliding, local, rotation)
-        return _layer(h_RD, _gathered(layer, cfg), turn, attend, cfg)
+        h_RD, kept, load = _layer(h_RD, _gathered(layer, cfg), turn, attend, cfg, counted_R)
+        return h_RD, (kept, load)
 
-    kept = []
+    kept, loads = [], []
     for first, kinds in _runs(cfg):
         part = _part(layers, first, kinds, cfg)
         slides = [kind.is_sliding for kind in kinds]
@@ -327,12 +352,15 @@ def _from_start(h_RD, layers, rotation, local, valid_BT, room: int, cfg: ModelCo
             body = functools.partial(step, is_sliding=slides[0])
         else:
             body, part = functools.partial(step, is_sliding=None), (part, jnp.array(slides))
-        h_RD, more = jax.lax.scan(_rematerialised(body, cfg), h_RD, part)
+        h_RD, (more, load_L) = jax.lax.scan(_rematerialised(body, cfg), h_RD, part)
         kept.append(more)
+        if load_L is not None:
+            loads.append(jax.tree.map(lambda x_L: jnp.sum(x_L, axis=0), load_L))
+    load = functools.reduce(operator.add, loads) if loads else None
     if not room:
-        return h_RD, None
+        return h_RD, None, load
     k_LBKHT, v_LBKTH = kept[0] if len(kept) == 1 else jax.tree.map(_joined, *kept)
-    return h_RD, kv_cache.start(k_LBKHT, v_LBKTH, valid_BT, room)
+    return h_RD, kv_cache.start(k_LBKHT, v_LBKTH, valid_BT, room), load
 
 
 def _joined(*parts: jax.Array) -> jax.Array:
@@ -383,7 +411,7 @@ def _continued(h_RD, layers, rotation, local, valid_BT, cache: Cache, cfg: Model
     for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
         attend = functools.partial(_attend_cached, cache, index, masks[kind.is_sliding], cfg)
         turn = local if kind.is_sliding else rotation
-        h_RD, cache = _layer(h_RD, layer, turn, attend, cfg)
+        h_RD, cache, _ = _layer(h_RD, layer, turn, attend, cfg)
     return h_RD, cache
 
 

@@ -158,6 +158,11 @@ def composed(
       ConfigError, ValueError: the first thing that does not fit.
     """
     vocab_size, stop_ids = words.vocab_size, words.stop_ids
+    if run.train.load_balance and not student.has_experts:
+        raise ConfigError(
+            f"train.load_balance is {run.train.load_balance}: expected 0, since the student "
+            f"({student.model_type}) has no experts; set --config.train.load_balance=0"
+        )
     shards = meshlib.batch_shards(mesh)
     check_batches(run, shards)
     run = _ended(run, len(rows), say)
@@ -186,6 +191,7 @@ def composed(
         position=run.position,
         normaliser=run.train.normaliser,
         microbatches=run.train.microbatches,
+        load_balance=run.train.load_balance,
         stop_ids=stop_ids,
     )
     if cfg.kl.stop_ids:

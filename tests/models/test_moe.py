@@ -183,3 +183,77 @@ def test_experts_on_a_mesh_give_the_same_with_one_sum(axes):
 def test_more_experts_than_there_are_cannot_be_chosen():
     with pytest.raises(ValueError, match="5 experts per token of 4"):
         Experts(num=4, top_k=5, ffn=8)
+
+
+# --- how evenly they are used ---------------------------------------------------------------------
+
+
+def balance_loss(logits_LRX, counted_R, top_k):
+    """Switch Transformers' loss over all layers and counted rows, in float64."""
+    logits = np.asarray(logits_LRX, np.float64)[:, counted_R]
+    prob = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    chosen = np.argsort(-prob, axis=-1)[..., :top_k]
+    num = prob.shape[-1]
+    share = np.stack([(chosen == x).any(-1) for x in range(num)], -1).mean((0, 1))
+    return num * (share * prob.mean((0, 1))).sum()
+
+
+COUNTED = np.arange(R) % 3 != 1
+
+
+def loads(layers, x, counted):
+    """Of some layers that all read the same rows."""
+    each = [moe.load(one, x, counted, experts=EXPERTS) for one in layers]
+    return functools.reduce(lambda a, b: a + b, each)
+
+
+def loss_of(layers, x, counted):
+    load = loads(layers, x, counted)
+    return moe.imbalance(load, load)
+
+
+def test_the_load_balancing_loss_is_that_of_the_formula():
+    layers, x = [layer(0), layer(20, scale=2.0)], draw(7, R, D)
+    logits = np.stack([x @ one["router"] for one in layers])
+    expected = balance_loss(logits, COUNTED, K)
+    assert jax.jit(loss_of)(layers, x, COUNTED) == pytest.approx(expected, rel=1e-5)
+    assert balance_loss(logits, np.ones(R, bool), K) != pytest.approx(expected, rel=1e-3)
+    even = [{"router": np.zeros((D, X), np.float32)}]
+    assert loss_of(even, x, COUNTED) == pytest.approx(K)  # at its least
+
+
+@pytest.mark.ci
+def test_the_load_balancing_loss_is_that_of_transformers():
+    import torch
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+    layers, x = [layer(0), layer(20, scale=2.0)], draw(7, R, D)
+    mask = torch.tensor(COUNTED.reshape(2, R // 2)).long()
+    logits = tuple(torch.tensor(x @ one["router"]) for one in layers)
+    theirs = load_balancing_loss_func(logits, X, K, mask)
+    assert jax.jit(loss_of)(layers, x, COUNTED) == pytest.approx(float(theirs), rel=1e-5)
+    for one in logits:
+        one.requires_grad_()
+    load_balancing_loss_func(logits, X, K, mask).backward()
+    grads = jax.grad(loss_of)(layers, x, COUNTED)
+    for ours, one in zip(grads, logits, strict=True):
+        np.testing.assert_allclose(ours["router"], x.T @ one.grad.numpy(), atol=1e-5)
+
+
+def test_pieces_and_shards_do_not_change_the_load_balancing_loss():
+    layers, x = [layer(0), layer(20)], draw(7, R, D)
+    expected = jax.value_and_grad(loss_of)(layers, x, COUNTED)
+
+    def in_pieces(layers, x, counted):
+        halves = [loads(layers, x[i::2], counted[i::2]) for i in range(2)]
+        whole = halves[0] + halves[1]
+        return sum(moe.imbalance(half, whole) for half in halves)
+
+    assert_same(jax.value_and_grad(in_pieces)(layers, x, COUNTED), expected)
+    with jax.set_mesh(mesh.make(2, 2, 2, devices=jax.devices())):
+        placed = spread(x, P(mesh.BATCH, None)), spread(COUNTED, P(mesh.BATCH))
+        specs = {name: P(*[None] * leaf.ndim) for name, leaf in layers[0].items()}
+        found = jax.jit(jax.value_and_grad(loss_of))(
+            [spread(one, specs) for one in layers], *placed
+        )
+    assert_same(found, expected)
