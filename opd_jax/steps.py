@@ -203,7 +203,7 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
         "nonfinite": Mean.of(_first_nonfinite(loss, grads)),
     }
     if load is not None:
-        metrics |= _spread(load, cfg)
+        metrics |= _spread(load)
     if cfg.position.mode != "off":
         metrics |= _budget(goal, num_trained, is_measured=before is not None)
     params = optax.apply_updates(state.params, updates)
@@ -246,7 +246,7 @@ def _load(params, rollout, cfg: ObjectiveConfig) -> moe.Load:
     return jax.tree.map(lambda x_N: jnp.sum(x_N, axis=0), loads)
 
 
-def _spread(load: moe.Load, cfg: ObjectiveConfig) -> dict[str, Mean]:
+def _spread(load: moe.Load) -> dict[str, Mean]:
     """Of a student with experts: the load-balancing loss, and the share that the fullest one got.
 
     Both over all tokens and layers of the step; the share is 1 / experts at its least.
