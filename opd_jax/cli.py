@@ -20,10 +20,11 @@ class Command(NamedTuple):
 
     function: str  # module:name
     purpose: str
+    has_config: bool = False  # else a mesh is asked for by flags of its own
 
 
 COMMANDS = {
-    "train": Command("run.launch:main", "distil on-policy, or resume"),
+    "train": Command("run.launch:main", "distil on-policy, or resume", True),
     "export": Command("store.export:main", "write a checkpoint as a Hugging Face folder"),
     "generate": Command("evaluate.generate:main", "sample answers to a file of prompts"),
     "eval": Command("evaluate.command:main", "grade models on tasks, and compare two of them"),
@@ -31,10 +32,12 @@ COMMANDS = {
     "rocks": Command("instrument.stages:main", "find the tokens that carry most of the KL"),
     "knockout": Command("instrument.knockout.command:main", "ban tokens, see which answers flip"),
     "table": Command("store.table:main", "write a checkpoint's rock state, type by type"),
-    "sweep": Command("run.sweep:main", "train arms x seeds and compare them"),
+    "sweep": Command("run.sweep:main", "train arms x seeds and compare them", True),
     "report": Command("report.command:report", "one page of runs, rocks and a sweep"),
     "figure": Command("report.command:figure", "draw a run's training curves and rock tokens"),
-    "plan": Command("plan.command:main", "say what a run takes on a machine, without having it"),
+    "plan": Command(
+        "plan.command:main", "say what a run takes on a machine, without having it", True
+    ),
 }
 
 
@@ -109,6 +112,8 @@ def _run(name: str, argv: list[str]) -> int:
         message = _message(error)
         if message is None or os.environ.get("OPD_JAX_TRACE"):
             raise
+        if not COMMANDS[name].has_config:
+            message = message.replace("--config.mesh.", "--mesh-")
         print(f"opd-jax {name}: {message}", file=sys.stderr)
         print("(OPD_JAX_TRACE=1 shows where it was raised)", file=sys.stderr)
         return 1

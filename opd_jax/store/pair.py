@@ -217,14 +217,17 @@ def open_model(ref: str, *, mesh: Mesh | None = None, dtype: str | None = None) 
 
     Raises:
       ModelError, FileNotFoundError: a reference that means nothing.
-      ValueError: a config or a tokenizer that cannot be used, or more ids than the model has rows.
+      ValueError: a config or a tokenizer that cannot be used, more ids than the model has rows, or
+        a mesh that does not divide it.
     """
     found = resolve(ref)
     cfg, tokenizer = _config(found, dtype), tokenizers.load(found.folder)
+    mesh = meshlib.make() if mesh is None else mesh
+    architecture.check_mesh(cfg, mesh)
     return Model(
         reference=found,
         cfg=cfg,
-        mesh=meshlib.make() if mesh is None else mesh,
+        mesh=mesh,
         tokenizer=tokenizer,
         num_ids=tokenizers.num_ids(tokenizer, cfg.vocab_size, "model"),
         stop_ids=found.stop_ids

@@ -9,7 +9,7 @@ import pytest
 import tiny_run
 from safetensors.numpy import load_file, save_file
 
-from opd_jax import mesh
+from opd_jax import cli, mesh
 from opd_jax.models import hf, params, transformer
 from opd_jax.models.architecture import Experts, LayerKind
 
@@ -112,3 +112,15 @@ def test_bad_input_is_told_before_anything_is_written(pair, tmp_path, what, monk
         assert word in message
     assert "Traceback" not in message
     assert not (tmp_path / "run").exists()
+
+
+def test_commands_without_a_config_name_their_own_flags(pair, tmp_path, capsys):
+    """Eight devices share two heads: told before answers are begun."""
+    out, prompts = tmp_path / "answers.jsonl", pair / "prompts.jsonl"
+    argv = ["generate", f"--model={pair / 'teacher'}", f"--prompts={prompts}", f"--out={out}"]
+    assert cli.main([*argv, "--mesh-model=8"]) == 1
+    message = capsys.readouterr().err
+    assert "the model has 2 key/value heads" in message
+    assert "choose --mesh-model" in message
+    assert "--config" not in message
+    assert list(tmp_path.iterdir()) == []
