@@ -426,4 +426,10 @@ def _check(run: RunConfig) -> None:
         rule(bool(run.data.heldout), "data.heldout", "a JSONL file, since eval.every is above 0")
     else:
         rule(not run.checkpoint.best, "checkpoint.best", "empty, since eval.every is 0")
+    rule(
+        not (run.lora.rank and "optimizer" in run.kept),
+        "init_keep",
+        "no optimizer where lora.rank is above 0: adapters are new at the start of a run, and so "
+        "are their moments",
+    )
     _ = run.profiled, run.kept  # raise

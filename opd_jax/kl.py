@@ -22,6 +22,7 @@ from opd_jax import agreement, mesh, rounds
 from opd_jax.divergence import KLSpec, VocabSweep, project
 from opd_jax.pytrees import TokenKL
 
+_BOTH = ("hs", "ws")  # what a loss may have gradients to
 # One [C, V] f32 buffer of a chunk stays below this where 256 rows do; see auto_chunk.
 _CHUNK_BYTES, _CHUNK_BYTES_ON_ACCELERATORS = 64 * 2**20, 320 * 2**20
 
@@ -48,7 +49,7 @@ def token_kl(
     weight_BT = mask_BT.astype(jnp.float32)
     spec = dataclasses.replace(spec, ce=0.0)
     _check(hs_BTD, ws_VD, ht_BTE, wt_VE, spec)
-    return _run(spec, False, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, mask_BT, labels_BT)[1]
+    return _run(spec, (), hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, mask_BT, labels_BT)[1]
 
 
 def weighted_kl(
@@ -81,6 +82,8 @@ def weighted_kl(
 
     Raises:
       ValueError: shapes that do not belong together, or an input that ``spec`` needs is missing.
+
+    The gradient of a head that is not differentiated is not formed, at a quarter of the work.
 
     Sharding: as in :func:`token_kl`; the gradient of the head is reduced once, after the loop.
     """
@@ -121,34 +124,38 @@ def _check(hs_BTD, ws_VD, ht_BTE, wt_VE, spec: KLSpec) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted(spec, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT):
-    return _run(spec, False, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT)[:2]
+    return _run(spec, (), hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT)[:2]
 
 
-def _weighted_fwd(spec, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT):
-    result = _run(spec, True, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT)
+def _weighted_fwd(spec, hs_BTD, ws_VD, *constants):
+    # A head that nothing is asked of, such as a frozen one, has no gradient of its size.
+    wanted = _BOTH if ws_VD.perturbed else _BOTH[:1]
+    values = jax.tree.map(lambda x: x.value, (hs_BTD, ws_VD, *constants), is_leaf=_is_primal)
+    result = _run(spec, wanted, *values)
     return result[:2], result[2:]
 
 
+def _is_primal(x) -> bool:
+    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
+
+
 def _weighted_bwd(spec, residuals, cotangents):
-    dhs_BTD, dws_VD = residuals
     scale = cotangents[0]  # those of the TokenKL are dropped: it is a measurement
-    return (
-        (dhs_BTD * scale.astype(dhs_BTD.dtype)),
-        (dws_VD * scale.astype(dws_VD.dtype)),
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
+    if isinstance(scale, jax.custom_derivatives.SymbolicZero):
+        scale = jnp.zeros(())
+    found = [x * scale.astype(x.dtype) for x in residuals]
+    return (*found, *[None] * (7 - len(found)))
 
 
-_weighted.defvjp(_weighted_fwd, _weighted_bwd)
+_weighted.defvjp(_weighted_fwd, _weighted_bwd, symbolic_zeros=True)
 
 
-def _run(spec, has_grad, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT):
-    """Dispatch to the local loop, once per shard where there is a mesh."""
-    local = functools.partial(_local, spec, has_grad, mesh.is_active())
+def _run(spec, wanted, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT):
+    """Dispatch to the local loop, once per shard where there is a mesh.
+
+    ``wanted`` are the gradients that follow loss and measurements, of ``_BOTH`` all or the first.
+    """
+    local = functools.partial(_local, spec, wanted, mesh.is_active())
     if not mesh.is_active():
         return local(hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT)
     rows, tokens, heads = P(mesh.BATCH, None, None), P(mesh.BATCH, None), P("model", None)
@@ -156,12 +163,12 @@ def _run(spec, has_grad, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, label
     return jax.shard_map(
         local,
         in_specs=(rows, heads, rows, heads, tokens, tokens, tokens),
-        out_specs=outs if has_grad else outs[:2],
+        out_specs=outs[: 2 + len(wanted)],
         check_vma=False,
     )(hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT)
 
 
-def _local(spec, has_grad, is_sharded, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT):
+def _local(spec, wanted, is_sharded, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT):
     """Loop over the kept rows of one shard."""
     shape = weight_BT.shape
     num_rows, num_ids = weight_BT.size, ws_VD.shape[0]
@@ -198,8 +205,9 @@ def _local(spec, has_grad, is_sharded, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, 
             )
             stats_CN = jnp.concatenate([stats_CN, more_CN], axis=1)
         stats_RN = stats_RN.at[index_C].set(stats_CN, mode="drop")
-        if has_grad:
-            dz_CV, dws_VD = rows.gradient(pick(weight_R), hs_CD, dws_VD)
+        if wanted:
+            both = () if dws_VD is None else (hs_CD, dws_VD)
+            dz_CV, dws_VD = rows.gradient(pick(weight_R), *both)
             dh_CD = jnp.matmul(dz_CV.astype(hs_CD.dtype), ws_VD, preferred_element_type=jnp.float32)
             dh_CD = lax.psum(dh_CD, over_vocab) if over_vocab else dh_CD
             dhs_RD = dhs_RD.at[index_C].set(dh_CD.astype(dhs_RD.dtype), mode="drop")
@@ -207,8 +215,8 @@ def _local(spec, has_grad, is_sharded, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, 
 
     carry = (
         jnp.zeros((num_rows, 6 + len(beside)), jnp.float32),
-        jnp.zeros_like(hs_RD) if has_grad else None,
-        jnp.zeros(ws_VD.shape, jnp.float32) if has_grad else None,
+        jnp.zeros_like(hs_RD) if wanted else None,
+        jnp.zeros(ws_VD.shape, jnp.float32) if wanted == _BOTH else None,
     )
     with rounds.expected(-(-num_rows // chunk), scored=True):
         stats_RN, dhs_RD, dws_VD = lax.fori_loop(0, -(-num_kept // chunk), body, carry)
@@ -222,11 +230,12 @@ def _local(spec, has_grad, is_sharded, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, 
     own, more = stats_RN[:, :6].T, stats_RN[:, 6:].T
     further = {f"{name}_BT": x_R.reshape(shape) for name, x_R in zip(beside, more, strict=True)}
     tokens = TokenKL(*(x_R.reshape(shape) for x_R in own), **further)
-    if not has_grad:
+    if not wanted:
         return loss, tokens
-    if is_sharded:
+    if dws_VD is not None and is_sharded:
         dws_VD = lax.psum(dws_VD, mesh.BATCH)
-    return loss, tokens, dhs_RD.reshape(hs_BTD.shape), dws_VD.astype(ws_VD.dtype)
+    found = (loss, tokens, dhs_RD.reshape(hs_BTD.shape))
+    return found if dws_VD is None else (*found, dws_VD.astype(ws_VD.dtype))
 
 
 def kept_first(keep_R, chunk: int):

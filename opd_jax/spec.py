@@ -13,6 +13,7 @@ from fractions import Fraction
 from opd_jax import rules
 from opd_jax.data.prompts import DataSpec
 from opd_jax.kl import KLSpec
+from opd_jax.models.lora import LoraSpec
 from opd_jax.models.transformer import REMAT
 from opd_jax.objective import NORMALISERS
 from opd_jax.optim import OptimSpec
@@ -32,7 +33,7 @@ class ModelSpec:
     """A model folder and how to run it: groups ``student`` and ``teacher``."""
 
     path: str = ""  # Hugging Face folder, owner/name[@REVISION] on the Hub, or embedded:NAME
-    param_dtype: str = "auto"  # of stored weights; auto: float32 (student) or dtype (teacher)
+    param_dtype: str = "auto"  # of stored weights; auto: float32 if trained, dtype if frozen
     dtype: str = "auto"  # compute dtype; auto: bfloat16 on accelerators, float32 on CPU
     remat: str = "dots"  # what the backward pass keeps: none (all), dots, full (least memory)
 
@@ -219,6 +220,7 @@ class RunConfig:
     kl: KLSpec
     rock: RockConfig
     position: PositionSpec
+    lora: LoraSpec
     optim: OptimSpec
     train: TrainSpec
     eval: EvalSpec
@@ -228,6 +230,13 @@ class RunConfig:
     init_from: str = ""  # RUN[@STEP]: start from the weights of another run, not from student.path
     prediction: str = ""  # what the run is expected to show, written down before it is known
     init_keep: str = ""  # what else to take over of it: optimizer, rock, or optimizer,rock
+
+    def student_dtype(self, compute: str) -> str:
+        """Dtype that the student's own weights are held in: a base is frozen, as a teacher is.
+
+        ``compute`` is the student's compute dtype.
+        """
+        return self.student.stored_dtype(compute if self.lora.rank else "float32")
 
     @property
     def rows_read(self) -> int:
@@ -296,6 +305,7 @@ GROUPS: dict[str, type] = {
     "kl": KLSpec,
     "rock": RockConfig,
     "position": PositionSpec,
+    "lora": LoraSpec,
     "optim": OptimSpec,
     "train": TrainSpec,
     "eval": EvalSpec,

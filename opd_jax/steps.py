@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float
 
 from opd_jax import objective, rock
-from opd_jax.models import moe
+from opd_jax.models import lora, moe
 from opd_jax.objective import ObjectiveConfig, Targets
 from opd_jax.pytrees import Mean, Params, Rollout, TokenKL, TrainState
 
@@ -34,6 +34,8 @@ def init(
 ) -> TrainState:
     """Wrap student parameters into a fresh state at step 0 (call under jit to place it).
 
+    Of parameters with adapters those alone are trained, see :mod:`opd_jax.models.lora`.
+
     The state's key is derived from ``key``, whose folds by step remain for the caller's rollouts.
 
     **Sharding**: optimizer state follows the parameters, the rest is replicated.
@@ -41,7 +43,7 @@ def init(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt=tx.init(params),
+        opt=tx.init(lora.trained(params)),
         rock=rock.init(cfg.student.vocab_size, cfg=cfg.rock),
         key=jax.random.fold_in(key, _STEPS),
     )
@@ -148,6 +150,7 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
         goal = objective.targets(rollout, state.rock, jax.random.clone(key), cfg=cfg, tokens=before)
     norm = objective.normaliser(goal, cfg=cfg)
     scale = 1.0 / jnp.maximum(norm, 1e-9)
+    trained = lora.trained(state.params)
     has_experts = cfg.student.has_experts
     whole = None
     if cfg.load_balance and cfg.microbatches > 1:  # every piece needs the counts of all
@@ -159,6 +162,7 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
             states_BTE = objective.teacher_states(teacher, rollout, cfg=cfg)
 
         def scaled(params):
+            params = lora.with_trained(state.params, params)
             total, tokens, load = objective.weighted_loss_and_load(
                 params, teacher, states_BTE, rollout, goal, cfg=cfg, is_counted=has_experts
             )
@@ -168,16 +172,16 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
                 loss += cfg.load_balance * moe.imbalance(load, load if whole is None else whole)
             return loss, (tokens, load)
 
-        (loss, (tokens, load)), new = jax.value_and_grad(scaled, has_aux=True)(state.params)
+        (loss, (tokens, load)), new = jax.value_and_grad(scaled, has_aux=True)(trained)
         grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new)
         return grads, (loss, tokens, load)
 
     batch = (_rows_of(rollout), goal, states_BTE if cfg.kl.ce < 1 else None)
     if cfg.microbatches == 1:
-        zeros = jax.tree.map(lambda p: jnp.zeros((), p.dtype), state.params)
+        zeros = jax.tree.map(lambda p: jnp.zeros((), p.dtype), trained)
         grads, (loss, tokens, load) = micro(zeros, batch)
     else:
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params)
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), trained)
         grads, (losses, tokens, loads) = jax.lax.scan(
             micro, zeros, objective.split(batch, cfg.microbatches)
         )
@@ -187,7 +191,7 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
     num_trained = jnp.sum(goal.importance_BT > 0, dtype=jnp.float32)
     if before is not None:  # of all positions, and not only of those that are trained on
         tokens, goal = before, goal.replace(importance_BT=goal.mask_BT.astype(jnp.float32))
-    updates, opt = tx.update(grads, state.opt, state.params)
+    updates, opt = tx.update(grads, state.opt, trained)
     new_rock = rock.update(state.rock, goal.ids_BT, tokens.kl_BT, goal.importance_BT, cfg=cfg.rock)
     if cfg.rock.is_refreshed:
         new_rock = jax.lax.cond(
@@ -206,12 +210,12 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
         metrics |= _spread(load)
     if cfg.position.mode != "off":
         metrics |= _budget(goal, num_trained, is_measured=before is not None)
-    params = optax.apply_updates(state.params, updates)
-    if any(p.dtype.itemsize < 4 for p in jax.tree.leaves(state.params)):
-        metrics["rounded_share"] = _rounded(state.params, updates, params)
+    moved = optax.apply_updates(trained, updates)
+    if any(p.dtype.itemsize < 4 for p in jax.tree.leaves(trained)):
+        metrics["rounded_share"] = _rounded(trained, updates, moved)
     state = state.replace(
         step=state.step + 1,
-        params=params,
+        params=lora.with_trained(state.params, moved),
         opt=opt,
         rock=new_rock,
     )
@@ -346,8 +350,8 @@ def membership(old: rock.RockState, new: rock.RockState) -> dict[str, Mean]:
 
 
 def leaf_names(params: Params) -> list[str]:
-    """Names of the parameter tensors in the order that ``nonfinite`` counts them."""
-    paths = jax.tree_util.tree_leaves_with_path(params)
+    """Names of the trained tensors in the order that ``nonfinite`` counts them."""
+    paths = jax.tree_util.tree_leaves_with_path(lora.trained(params))
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
 
 

@@ -37,6 +37,8 @@ ORDER: list[str | tuple[str, list]] = [
             "kv_cache",
             "families",
             "architecture",
+            "lora",
+            "arranged",
             "grouped",
             "moe",
             "embedding",
@@ -51,6 +53,7 @@ ORDER: list[str | tuple[str, list]] = [
             "hf_folder",
             "streaming",
             "hf",
+            "peft",
         ],
     ),
     (

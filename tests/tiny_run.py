@@ -197,7 +197,7 @@ def saved(folder: Path, workdir: Path, step: int | None = None, **keys):
     """(leaves by name as numpy, the other saved state, step) of a checkpoint of the run."""
     parts = assemble.assemble(resolved(folder, **keys), say=lambda line: None)
     with checkpoint.open(workdir) as saves, jax.set_mesh(parts.mesh):
-        state, rest, step = saves.restore(initial.state_template(parts), step)
+        state, rest, step = saves.restore(initial.saved(initial.state_template(parts)), step)
     leaves = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)

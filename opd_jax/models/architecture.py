@@ -21,6 +21,8 @@ from opd_jax.models.rope import Rope
 REMAT = ("none", "full", "dots")
 INIT_STD = 0.02  # initializer_range of all families' published configs
 DENSE = ("gate", "up", "down")
+# Of each weight that rows are multiplied by, how many dimensions are inputs.
+NUM_INPUTS = {"q": 1, "k": 1, "v": 1, "o": 3, "gate": 1, "up": 1, "down": 1}
 SPARSE = ("router", "expert_gate", "expert_up", "expert_down")
 
 

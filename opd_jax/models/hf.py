@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -24,10 +25,11 @@ from opd_jax import mesh as meshlib
 from opd_jax import processes
 from opd_jax.files import new_folder
 from opd_jax.models import hf_folder, params, streaming
-from opd_jax.models.architecture import ModelConfig, check_mesh, layers_with, specs
+from opd_jax.models.architecture import NUM_INPUTS, ModelConfig, check_mesh, layers_with, specs
 from opd_jax.models.families import FAMILIES, HEAD, Row
 from opd_jax.models.hf_config import composite, generation_eos, model_folder, read_config
 from opd_jax.models.hf_weights import INDEX, SINGLE, Weights, reader
+from opd_jax.models.linear import Adapted
 from opd_jax.pytrees import Params
 
 __all__ = ["check", "generation_eos", "load", "read_config", "save"]
@@ -102,7 +104,12 @@ def check(path) -> None:
 
 
 def load(
-    path, *, dtype=jnp.float32, mesh: Mesh | None = None, num_ids: int | None = None
+    path,
+    *,
+    dtype=jnp.float32,
+    mesh: Mesh | None = None,
+    num_ids: int | None = None,
+    placed: Params | None = None,
 ) -> tuple[ModelConfig, Params]:
     """Read a Hugging Face folder into (config, parameters), both in ``dtype``.
 
@@ -116,6 +123,7 @@ def load(
       mesh: where given, each device reads its own part of each tensor.
       num_ids: ids that the tokenizer has: rows of the vocabulary from there on are unused, and may
         hold anything.
+      placed: the sharding of each parameter, where it is another than the mesh gives.
 
     Raises:
       FileNotFoundError: no folder, no config.json, no weights, or a listed shard is missing.
@@ -124,7 +132,6 @@ def load(
     """
     cfg = read_config(path, dtype=dtype)
     declared, dtype = specs(cfg), jnp.dtype(dtype)
-    placed = None
     if mesh is not None:
         check_mesh(cfg, mesh)
         placed = params.shardings(declared, mesh)
@@ -192,10 +199,16 @@ class _Fetch:
         leaf, (layer, *rest) = _at(self.tree, tensor.row.leaf), tensor.index or (None,)
         key = (tensor.row.leaf, layer)
         if self.held[0] != key:
-            self.held = (key, meshlib.to_host(leaf if layer is None else leaf[layer]))
+            part = leaf if layer is None else jax.tree.map(lambda x: x[layer], leaf)
+            self.held = (key, _merged(meshlib.to_host(part), tensor.row.leaf[-1]))
         value = self.held[1][tuple(rest)]
         order = [axis for group in tensor.row.groups for axis in group]
         return np.ascontiguousarray(value.transpose(order).reshape(tensor.shape).astype(self.dtype))
+
+
+def _merged(value: Any, leaf: str) -> np.ndarray:
+    """An array on the host; of a layer's adapted weight what it stands for."""
+    return np.asarray(value.merged(NUM_INPUTS[leaf])) if isinstance(value, Adapted) else value
 
 
 def _shards(entries: list[_Tensor], itemsize: int, limit: int) -> Iterator[list[_Tensor]]:
@@ -230,7 +243,7 @@ def save(
     Args:
       path: a folder that does not exist yet, or is empty.
       cfg: the model.
-      tree: its parameters, stacked by layer.
+      tree: its parameters, stacked by layer; adapted ones are merged, layer by layer.
       source: Hugging Face folder that the model was made from. Its tokenizer files are taken over
         as they are, and so are the fields of its configs that say nothing of the weights.
       tokenizer: without ``source``, a transformers tokenizer to put beside the weights; gives the
@@ -278,13 +291,18 @@ def _save_weights(folder: Path | None, cfg, tree, dtype, limit: int) -> None:
             total += value.nbytes
             weight_map[tensor.name] = file
         if folder is not None:
-            _write_shard(folder / file, values)
+            write_shard(folder / file, values)
     if folder is not None and len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         hf_folder.write_json(folder / INDEX, index)
 
 
-def _write_shard(file: Path, values: dict[str, np.ndarray]) -> None:
+def write_shard(file: Path, values: dict[str, np.ndarray], beside: str = "config.json") -> None:
+    """Write tensors as a file of a model folder, with the mode of the file ``beside`` it.
+
+    Raises:
+      OSError: they cannot be written.
+    """
     try:
         save_file(values, file, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -294,4 +312,4 @@ def _write_shard(file: Path, values: dict[str, np.ndarray]) -> None:
             "room; free space or choose another folder"
         ) from error
     # The library makes files that only their owner can read; give them the folder's usual mode.
-    shutil.copymode(file.parent / "config.json", file)
+    shutil.copymode(file.parent / beside, file)

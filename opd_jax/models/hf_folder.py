@@ -56,7 +56,7 @@ def write(
     generation: dict[str, Any] | None = None
     if source is not None:
         source = model_folder(source)
-        _copy_tokenizer(source, folder)
+        copy_tokenizer(source, folder)
         fields = text_fields(source)
         if (source / "generation_config.json").exists():
             generation = read_json(source / "generation_config.json")
@@ -79,7 +79,7 @@ def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the tokenizer byte for byte; links, as in a download cache, become files."""
     for path in sorted({path for pattern in TOKENIZER for path in source.glob(pattern)}):
         if path.is_symlink() and not path.exists():

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from opd_jax import mesh
 from opd_jax.models import attention, embedding, kv_cache, linear, moe
 from opd_jax.models.architecture import REMAT, LayerKind, ModelConfig, layers_with, specs
+from opd_jax.models.arranged import for_decoding, gathered, sliced, with_vocab_rows
 from opd_jax.models.attention import Span
 from opd_jax.models.kv_cache import Cache
 from opd_jax.models.rope import rotate, rotations
@@ -48,66 +49,10 @@ __all__ = [
 
 # Mixes the values of [B, T, ...] queries, keys and values, and says what to keep of them.
 _Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-# Of each weight, how many dimensions are inputs.
-_NUM_INPUTS = {"q": 1, "k": 1, "v": 1, "o": 3, "gate": 1, "up": 1, "down": 1}
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-
-
-def for_decoding(params: Params, *, cfg: ModelConfig) -> Params:
-    """The same parameters for a loop over tokens: ``layers`` as a tuple of per-layer dicts, in the
-    compute dtype, off the ``fsdp`` axis, and turned.
-
-    Done once before the loop: inside, every token would slice, cast and gather all weights.
-    """
-    layers = params["layers"]
-    place = {name: {i: at for at, i in enumerate(layers_with(cfg, name))} for name in layers}
-    split = [
-        _gathered({name: w[place[name][i]] for name, w in layers.items() if i in place[name]}, cfg)
-        for i in range(cfg.num_layers)
-    ]
-    return {**params, "layers": tuple(_turned(layer, cfg) for layer in split)}
-
-
-def _turned(layer: Params, cfg: ModelConfig) -> Params:
-    declared = specs(cfg)["layers"]
-    return layer | {
-        name: linear.turn(layer[name], num, axes=declared[name].axes[1:])
-        for name, num in _NUM_INPUTS.items()
-        if name in layer
-    }
-
-
-def _unsharded(w: jax.Array, axes: tuple, cfg: ModelConfig) -> jax.Array:
-    kept = (None if axis == "fsdp" else axis for axis in axes)
-    return mesh.constrain(w.astype(cfg.compute_dtype), *kept)
-
-
-def _gathered(layer: Params, cfg: ModelConfig) -> Params:
-    declared = specs(cfg)["layers"]
-    return {name: _unsharded(w, declared[name].axes[1:], cfg) for name, w in layer.items()}
-
-
-def with_vocab_rows(params: Params, rows: int) -> Params:
-    """The same parameters with ``rows`` vocabulary rows: padding cut off, or zero rows added.
-
-    For a teacher whose table is padded to another size than the student's; the caller masks the
-    padded ids, and has checked that no real id is cut.
-
-    Sharding: as in :func:`specs`.
-    """
-
-    def fit(w_VD):
-        extra = max(rows - w_VD.shape[0], 0)
-        whole_VD = mesh.constrain(w_VD, None, "fsdp")
-        return mesh.constrain(jnp.pad(whole_VD[:rows], ((0, extra), (0, 0))), "model", "fsdp")
-
-    if params["embed"].shape[0] == rows:
-        return params
-    tables = {name: fit(params[name]) for name in ("embed", "head") if name in params}
-    return {**params, **tables}
 
 
 def rms_norm(x: Float[Array, "*rows D"], weight_D: jax.Array, cfg: ModelConfig):
@@ -341,7 +286,7 @@ def _from_start(
             return mixed_BTKGH, kept
 
         turn = _chosen(is_sliding, local, rotation)
-        h_RD, kept, load = _layer(h_RD, _gathered(layer, cfg), turn, attend, cfg, counted_R)
+        h_RD, kept, load = _layer(h_RD, gathered(layer, cfg), turn, attend, cfg, counted_R)
         return h_RD, (kept, load)
 
     kept, loads = [], []
@@ -393,7 +338,7 @@ def _part(layers: Params, first: int, kinds: list[LayerKind], cfg: ModelConfig) 
         held = layers_with(cfg, name)
         if first in held:
             at = held.index(first)
-            part[name] = w[at : at + len(kinds)]
+            part[name] = sliced(w, slice(at, at + len(kinds)))
     return part
 
 

@@ -23,7 +23,7 @@ from opd_jax.data import tokenizer as tokenizers
 from opd_jax.data import widths
 from opd_jax.data.prompts import Example
 from opd_jax.evaluate.heldout import EvalPlan
-from opd_jax.models import architecture, hf, hf_config, memory, resting
+from opd_jax.models import architecture, hf, hf_config, lora, memory, params, resting
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.rollout import decode, sampling
@@ -86,6 +86,7 @@ def assemble(
     path = hub.folder(run.student.path)
     student, teacher = _fitting(run.student, path, "student", mesh, say), None
     folders = [path]
+    adapter_specs(run, student)  # raises
     tokenizer, other = tokenizers.load(path), None
     own_eos = hf_config.generation_eos(path)
     if run.has_teacher:
@@ -254,14 +255,16 @@ def needs(parts: Assembly, *, is_scoring: bool = False) -> list[memory.Need]:
     """
     run, cfg, mesh = parts.run, parts.cfg, parts.mesh
     f32 = jnp.float32
-    stored = run.student.stored_dtype("float32")
+    stored, adapters = run.student_dtype(cfg.student.dtype), adapter_specs(run, cfg.student)
+    trained = memory.weights(cfg.student, f32, mesh, part=lambda whole: adapters or whole)
     moments = {"adamw": 2, "sgd": 1, "signsgd": 1}[run.optim.name]
     is_resting = run.teacher.offload and not is_scoring
     is_answering = is_resting or not run.teacher.offload  # the student
     split = "raise --config.mesh.fsdp or .model, which split it"
     found = [
         memory.Need("the student", memory.weights(cfg.student, stored, mesh), split),
-        memory.Need("its optimizer", moments * memory.weights(cfg.student, f32, mesh), split),
+        *[memory.Need("its adapters", trained, split)] * bool(adapters),
+        memory.Need("its optimizer", moments * trained, split),
     ]
     if cfg.teacher is not None:
         dtype = run.teacher.stored_dtype(cfg.teacher.dtype)
@@ -312,6 +315,20 @@ def model_config(spec: ModelSpec, path: str) -> ModelConfig:
 def programs() -> dict[str, int]:
     """How often each program of the loop has been compiled in this process."""
     return steps.programs() | {"sample": decode.compiles()}
+
+
+def adapter_specs(run: RunConfig, student: ModelConfig) -> params.Specs | None:
+    """Declarations of the student's adapters; None where the whole student is trained.
+
+    Raises:
+      ConfigError: the model cannot have them.
+    """
+    if not run.lora.rank:
+        return None
+    try:
+        return lora.specs(student, run.lora)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_batches(run: RunConfig, shards: int) -> None:

@@ -19,10 +19,12 @@ from opd_jax.data import prompts as prompt_files
 from opd_jax.evaluate import grading
 from opd_jax.run import initial
 from opd_jax.run.assemble import Assembly
+from opd_jax.spec import RunConfig
 from opd_jax.store import fingerprint, hub
 from opd_jax.store import pair as pairs
 from opd_jax.store import workdir as workdirs
 from opd_jax.store.checkpoint import CheckpointError, Checkpoints
+from opd_jax.store.pair import Reference
 
 # The schedule's horizon follows from train.steps, which may change.
 MAY_CHANGE = (*workdirs.MAY_CHANGE, "optim.steps", "profile")
@@ -103,6 +105,8 @@ def _enter(
                 f"{workdir / 'metrics.jsonl'} tells of {told} steps and {lost}: expected the "
                 "checkpoints of that run; put them back, or give another --workdir"
             )
+        if old and (told or saves.steps()):
+            base_of(workdir, parts.run)  # raises
         saves.claim()  # from here on nobody else writes
         has_begun = bool(told or saves.steps())
         record["inputs"] = inputs(parts)
@@ -118,6 +122,11 @@ def _enter(
         say(f"{workdir} holds a run that ended before its first step: this one takes its place")
     elif told and not saves.steps():
         say(f"{workdir} ended after step {told} and before its first checkpoint: it starts over")
+
+
+def base_of(workdir: Path, run: RunConfig) -> Reference | None:
+    """What the adapters of a begun run belong to, see ``pair.base_of``; None without adapters."""
+    return pairs.base_of(workdir, workdirs.require_run(workdir)) if run.lora.rank else None
 
 
 def inputs(parts: Assembly) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Reads what ``assemble`` has checked: the student's folder, or another run's step
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,14 +16,19 @@ import numpy as np
 from opd_jax import mesh as meshlib
 from opd_jax import optim, steps
 from opd_jax.data import tokenizer as tokenizers
-from opd_jax.models import hf, params, resting, transformer
+from opd_jax.models import hf, lora, params, resting, transformer
 from opd_jax.pytrees import Params, TrainState
-from opd_jax.run import precision
+from opd_jax.run import assemble, precision
 from opd_jax.run.assemble import Assembly
 from opd_jax.spec import ConfigError, RunConfig
 from opd_jax.store import checkpoint, hub
 from opd_jax.store import pair as pairs
+from opd_jax.store.checkpoint import Checkpoints
 from opd_jax.store.pair import Reference
+
+# Folded into the key of a run for fresh adapters; steps of the run fold it by smaller numbers, and
+# ``steps`` and evaluations by the two above.
+_ADAPTERS = 2**32 - 3
 
 
 def teacher_params(parts: Assembly) -> Params | None:
@@ -61,21 +67,54 @@ def state(parts: Assembly) -> TrainState:
       ConfigError: ``init_from`` is no run, or one of another model.
     """
     template, origin = state_template(parts), origin_of(parts.run)
-    dtype = jnp.dtype(parts.run.student.stored_dtype("float32"))
-    kept: dict[str, Any] = {}
-    if origin is None or origin.run is None:
-        folder = hub.folder(parts.run.student.path) if origin is None else origin.folder
-        tree = _load(parts, "student", folder, dtype)
-    else:
-        kept = _taken_over(parts, origin, template)
-        tree = jax.tree.map(lambda x: x.astype(dtype), kept.pop("params"))
+    tree, kept = _weights(parts, origin, template, parts.run.kept)
     with jax.set_mesh(parts.mesh):
-        precision.check(parts.run, tree)
-    placed = jax.tree.map(lambda leaf: leaf.sharding, template)
-    init = jax.jit(_init(parts), donate_argnums=0, out_shardings=placed)
-    with jax.set_mesh(parts.mesh):
-        fresh = init(tree, jax.random.key(parts.run.seed))
-        return fresh.replace(**kept)
+        key = jax.random.key(parts.run.seed)
+        if not parts.run.lora.rank:
+            precision.check(parts.run, tree)
+        else:
+            draw = jax.jit(lora.init, static_argnames=("cfg", "spec"))
+            spec = parts.run.lora
+            fresh = draw(cfg=parts.cfg.student, spec=spec, key=jax.random.fold_in(key, _ADAPTERS))
+            tree = lora.attached(tree, fresh, spec)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, template)
+        init = jax.jit(_init(parts), donate_argnums=0, out_shardings=placed)
+        return init(tree, jax.random.clone(key)).replace(**kept)
+
+
+def saved(state: TrainState) -> TrainState:
+    """What a checkpoint holds of a state, or of its template: of the parameters what is trained."""
+    return state.replace(params=lora.trained(state.params))
+
+
+def restored(
+    parts: Assembly, saves: Checkpoints, base: Reference | None
+) -> tuple[TrainState, Any, int]:
+    """The newest good checkpoint as :meth:`Checkpoints.restore` gives it, the state made whole.
+
+    Args:
+      parts: of the run.
+      saves: its checkpoints.
+      base: what the adapters belong to, see ``entry.base_of``; None where there are none.
+    """
+    template = state_template(parts)
+    state, beside, step = saves.restore(saved(template))
+    if base is not None:
+        tree, _ = _weights(parts, base, template, ())
+        state = state.replace(params=lora.attached(tree, state.params, parts.run.lora))
+    return state, beside, step
+
+
+def _weights(
+    parts: Assembly, source: Reference | None, template: TrainState, keep: Sequence[str]
+) -> tuple[Params, dict[str, Any]]:
+    """The student's own weights, of its folder or of a step of another run, and what is kept."""
+    dtype = jnp.dtype(parts.run.student_dtype(parts.cfg.student.dtype))
+    if source is None or source.run is None:
+        folder = hub.folder(parts.run.student.path) if source is None else source.folder
+        return _load(parts, "student", folder, dtype), {}
+    kept = _taken_over(parts, source, template, keep)
+    return jax.tree.map(lambda x: x.astype(dtype), kept.pop("params")), kept
 
 
 def _load(parts: Assembly, who: str, folder: str, dtype: jnp.dtype) -> Params:
@@ -108,20 +147,26 @@ def origin_of(run: RunConfig) -> Reference | None:
     return found
 
 
-def _taken_over(parts: Assembly, origin: Reference, template: TrainState) -> dict[str, Any]:
+def _taken_over(
+    parts: Assembly, origin: Reference, template: TrainState, keep: Sequence[str]
+) -> dict[str, Any]:
     """Weights of a step of another run, on this run's mesh, and the kept parts of its state."""
     assert origin.run is not None
+    cfg = parts.cfg.student
     stored = jnp.dtype(origin.param_dtype)
-    specs = transformer.specs(parts.cfg.student)
-    wanted: dict[str, Any] = {"params": params.abstract(specs, stored, parts.mesh)}
+    wanted: dict[str, Any] = {}
+    if origin.lora is None:  # one reading for all
+        wanted = {"params": params.abstract(transformer.specs(cfg), stored, parts.mesh)}
     fields = {"optimizer": "opt", "rock": "rock"}
-    wanted |= {fields[name]: getattr(template, fields[name]) for name in parts.run.kept}
+    wanted |= {fields[name]: getattr(template, fields[name]) for name in keep}
     other = tokenizers.load(origin.folder)
-    rows = parts.cfg.student.vocab_size
+    rows = cfg.vocab_size
     try:
         tokenizers.compare(parts.tokenizer, other, rows, rows)
         with checkpoint.open(origin.run) as saves:
-            kept, _, _ = saves.restore(wanted, origin.step, partial=True)
+            kept = saves.restore(wanted, origin.step, partial=True)[0] if wanted else {}
+        if origin.lora is not None:
+            kept["params"] = pairs.parameters(origin, cfg, parts.mesh, parts.policy.vocab_size)
     except ValueError as error:
         raise ConfigError(
             f"init_from: {origin.name} does not fit student.path {parts.run.student.path} "
@@ -144,9 +189,12 @@ def state_template(parts: Assembly) -> TrainState:
 
     A fresh state has the very same, so that a resumed run compiles what a new one does.
     """
-    spec = parts.run.student
-    dtype = spec.stored_dtype("float32")
-    tree = params.abstract(transformer.specs(parts.cfg.student), jnp.dtype(dtype), parts.mesh)
+    cfg, run = parts.cfg.student, parts.run
+    dtype = jnp.dtype(run.student_dtype(cfg.dtype))
+    tree = params.abstract(transformer.specs(cfg), dtype, parts.mesh)
+    if adapters := assemble.adapter_specs(run, cfg):
+        fresh = params.abstract(adapters, jnp.float32, parts.mesh)
+        tree = lora.attached(tree, fresh, run.lora)
     with jax.set_mesh(parts.mesh):
         key = jax.eval_shape(jax.random.key, 0)
         made = jax.eval_shape(_init(parts), tree, key)

@@ -11,10 +11,13 @@ import numpy as np
 
 from opd_jax import optim
 from opd_jax.data import tokenizer as tokenizers
-from opd_jax.models import memory, params, resting, transformer
+from opd_jax.models import lora, memory, params, resting, transformer
+from opd_jax.models.lora import LoraSpec
+from opd_jax.models.transformer import ModelConfig
 from opd_jax.optim import OptimSpec
 from opd_jax.report import accuracy
 from opd_jax.rock import RockConfig
+from opd_jax.run import assemble
 from opd_jax.run.assemble import Assembly
 from opd_jax.spec import RunConfig
 
@@ -35,6 +38,8 @@ def introduction(parts: Assembly) -> list[str]:
             f"{name}: {spec.path}, {part.model_type}, {size / 1e6:.3g} M parameters, "
             f"{part.num_layers} layers, compute {part.dtype}"
         )
+    if adapters := assemble.adapter_specs(run, cfg.student):
+        lines.append(adapters_text(run.lora, cfg.student, params.count(adapters)))
     if run.teacher.offload and cfg.teacher is not None:
         dtype = run.teacher.stored_dtype(cfg.teacher.dtype)
         whole = memory.weights(cfg.teacher, dtype, parts.mesh)
@@ -60,6 +65,16 @@ def introduction(parts: Assembly) -> list[str]:
 def _span(lengths: Iterable[int]) -> str:
     found = sorted({*lengths})
     return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def adapters_text(spec: LoraSpec, student: ModelConfig, number: int) -> str:
+    """What is trained of a student whose own weights are frozen."""
+    names = ", ".join(lora.targets(student, spec))
+    share = number / params.count(transformer.specs(student))
+    return (
+        f"the student is frozen but for adapters of rank {spec.rank} (times {spec.scale:g}) on "
+        f"{names}: {number / 1e6:.3g} M parameters, {share:.1%} of its own"
+    )
 
 
 def columns(parts: Assembly) -> tuple[str, ...]:

@@ -216,7 +216,8 @@ class _Loop:
 
     def _restored(self) -> tuple[TrainState, int]:
         """The newest good checkpoint, the iterator set to it."""
-        state, saved, step = self.saves.restore(initial.state_template(self.parts))
+        base = entry.base_of(self.folder, self.run_cfg)
+        state, saved, step = initial.restored(self.parts, self.saves, base)
         beside = entry.Beside.read(saved, step)
         self.batches.set_state(beside.data)
         self.before, self.latest = beside.before, beside.latest
@@ -266,7 +267,7 @@ class _Loop:
         with jax.profiler.TraceAnnotation("metrics"):
             num_tokens = float(means["length_tokens"].total)
             values = pytrees.reduce(means)
-        guards.check_finite(values, step, self._tensor_names, self.saves.steps)
+        guards.check_finite(values, step, lambda: steps.leaf_names(state.params), self.saves.steps)
         values["mean_length"] = values.pop("length_tokens")
         self.padding.append(values["padding_share"])
         values["lr"] = float(np.asarray(self.schedule(step)))
@@ -280,9 +281,6 @@ class _Loop:
         values["tokens_per_s"] = num_tokens / seconds["step"]
         self.journal.step(step + 1, values | {f"{name}_s": x for name, x in seconds.items()})
         return state, values, seconds
-
-    def _tensor_names(self) -> list[str]:
-        return steps.leaf_names(initial.state_template(self.parts).params)
 
     def _watched(self, phase: str, program: Callable[..., Any]) -> Callable[..., Any]:
         """The program, as a phase of the step, which ends when its last result is there."""
@@ -361,7 +359,8 @@ class _Loop:
         )
         with self.timer.phase("save"):
             numbers = {name: value for name, value in self.latest.items() if value is not None}
-            self.saves.save(step, state, dataclasses.asdict(beside), numbers, force=force)
+            whole = dataclasses.asdict(beside)
+            self.saves.save(step, initial.saved(state), whole, numbers, force=force)
 
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started

@@ -40,7 +40,7 @@ _KL = {
 Record = Mapping[str, Any]  # run.json, or the config in it
 
 
-def text(workdir: Path, record: Record, step: int, name: str) -> str:
+def text(workdir: Path, record: Record, step: int, name: str, *, is_adapter: bool = False) -> str:
     """The model card of a checkpoint, front matter included.
 
     What the run has not measured, or not written yet, is left out.
@@ -50,6 +50,7 @@ def text(workdir: Path, record: Record, step: int, name: str) -> str:
       record: its ``run.json``.
       step: of the checkpoint.
       name: of the exported model.
+      is_adapter: whether it is adapters alone, for PEFT.
 
     Raises:
       WorkdirError: a file of the run is damaged.
@@ -63,13 +64,7 @@ def text(workdir: Path, record: Record, step: int, name: str) -> str:
         f"`{student}`, distilled {way} from the teacher `{teacher}` with opd_jax: the student "
         f"{does} and is trained on its divergence from the teacher's next-token "
         f"distribution over the whole vocabulary. Exported at step {step}.",
-        _block(
-            "python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        ),
+        _block("python", *_loading(name, student if is_adapter else None)),
         *_results(workdir, config, step),
         "## Recipe",
         _table(("", ""), [*_data(record, config), *_recipe(config, step)]),
@@ -80,12 +75,26 @@ def text(workdir: Path, record: Record, step: int, name: str) -> str:
         parts.append("Made with " + ", ".join(f"{k} {v}" for k, v in sorted(versions.items())))
     data = ModelCardData(
         base_model=hub_name(config["student.path"]),  # a name of another place would be no link
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[*TAGS, *[_ON_POLICY] * (way != "off-policy")],
     )
     # It is not validated: the hub does that, over the network.
     return str(ModelCard("\n\n".join([f"---\n{data.to_yaml()}\n---", *parts]) + "\n"))
+
+
+def _loading(name: str, base: str | None) -> list[str]:
+    """Python that loads the model; ``base`` is what adapters belong to."""
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{base or name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+    ]
+    if base is None:
+        return lines
+    lines.insert(0, "from peft import PeftModel")
+    return [*lines, f'model = PeftModel.from_pretrained(model, "{name}")']
 
 
 def public_name(path: str) -> str:
@@ -195,6 +204,10 @@ def _recipe(config: Record, step: int) -> Iterator[tuple[str, str]]:
     )
     if config.get("train.stage") == "mixed":
         yield from told("on-policy", "{:g} of the steps", "train.on_policy_share")
+    if config.get("lora.rank"):
+        yield from told(
+            "LoRA", "rank {}, alpha {:g}, on {}", "lora.rank", "lora.alpha", "lora.targets"
+        )
     yield from told("steps", f"{step} of {{}}", "train.steps")
     yield from told("batch", "{} prompts x {} answers", "train.prompts", "rollout.samples")
     names = ("max_new", "temperature", "top_k", "top_p", "min_p")

@@ -12,7 +12,8 @@ A *model reference* is one of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from opd_jax import mesh as meshlib
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.files import EMBEDDED, path_of
 from opd_jax.kl import KLSpec
-from opd_jax.models import architecture, hf, hf_config, params, transformer
+from opd_jax.models import architecture, hf, hf_config, lora, params, transformer
+from opd_jax.models.lora import LoraSpec
+from opd_jax.models.params import Specs
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Params
@@ -53,6 +56,8 @@ class Reference:
       param_dtype: of the checkpoint's parameters, or what a run's step 0 is stored in.
       stop_ids: that end the answers of the run; empty without one.
       started: when the run was; None without one.
+      lora: the adapters that the checkpoint holds instead of parameters; None: it holds these.
+      base: what they belong to.
     """
 
     name: str
@@ -62,6 +67,8 @@ class Reference:
     param_dtype: str | None = None
     stop_ids: tuple[int, ...] = ()
     started: str | None = None
+    lora: LoraSpec | None = None
+    base: Reference | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,7 +160,46 @@ def resolve(ref: str) -> Reference:
             f"{run} has no checkpoint of step {step!r}: expected one of {[0, *found]} or {LAST}; "
             "give one of them"
         )
+    if adapters := adapters_of(record):
+        of_run |= {"lora": adapters, "base": base_of(workdir, record)}
     return Reference(f"{run}@{int(step)}", folder, workdir, int(step), stored, **of_run)
+
+
+def adapters_of(record: Mapping[str, Any]) -> LoraSpec | None:
+    """The adapters that a ``run.json`` says its run has; None: it has none."""
+    names = [f.name for f in dataclasses.fields(LoraSpec)]
+    spec = LoraSpec(**{name: workdirs.setting(record, f"lora.{name}") for name in names})
+    return spec if spec.rank else None
+
+
+def base_of(workdir: Path, record: Mapping[str, Any]) -> Reference:
+    """What the adapters of a run belong to: its student's folder, or the step that it began from.
+
+    Args:
+      workdir: of the run.
+      record: its ``run.json``.
+
+    Raises:
+      WorkdirError: it is not what it was.
+      ModelError: the step is gone.
+    """
+    origin = record.get("init_from")
+    if not origin:
+        path = workdirs.setting(record, "student.path")
+        folder = hub.folder(path)
+        workdirs.check_model(workdir, record, "student", folder)
+        return Reference(path, folder)
+    needed = f"{workdir} holds adapters of {origin['name']} and no weights of its own"
+    try:
+        found = resolve(origin["name"])
+    except ModelError as error:
+        raise ModelError(f"{needed}: {error}") from error
+    if told := fingerprint.changes(origin["files"], identity(found)):
+        raise workdirs.WorkdirError(
+            f"{needed}, which has changed since: {'; '.join(told[:3])}; expected that step as it "
+            "was; put it back, or start a new run"
+        )
+    return found
 
 
 def identity(ref: Reference) -> dict[str, str]:
@@ -162,6 +208,8 @@ def identity(ref: Reference) -> dict[str, str]:
     if ref.run is not None:
         record = ref.run / "checkpoints" / str(ref.step) / checkpoint_record.RECORD
         found[f"checkpoint {ref.step}"] = fingerprint.of_file(record)  # it has all checksums
+    if ref.base is not None:
+        found |= {f"base: {name}": code for name, code in identity(ref.base).items()}
     return found
 
 
@@ -203,7 +251,7 @@ class Model:
 
     def load(self) -> Params:
         """Read its parameters onto the mesh."""
-        return _params(self.reference, self.cfg, self.mesh, self.num_ids)
+        return parameters(self.reference, self.cfg, self.mesh, self.num_ids)
 
 
 def open_model(ref: str, *, mesh: Mesh | None = None, dtype: str | None = None) -> Model:
@@ -274,8 +322,8 @@ def open_pair(
     )
     if message:
         say(f"warning: {message}")
-    student_params = _params(ours, ours_cfg, mesh, vocab_size)
-    teacher_params = _params(theirs, theirs_cfg, mesh, vocab_size)
+    student_params = parameters(ours, ours_cfg, mesh, vocab_size)
+    teacher_params = parameters(theirs, theirs_cfg, mesh, vocab_size)
     with jax.set_mesh(mesh):
         teacher_params = transformer.with_vocab_rows(
             jax.tree.map(lambda x: x.astype(theirs_cfg.dtype), teacher_params), ours_cfg.vocab_size
@@ -325,7 +373,7 @@ def load(ref: str, pair: Pair) -> Params:
         )
     other = tokenizers.load(found.folder)
     tokenizers.compare(pair.tokenizer, other, expected.vocab_size, cfg.vocab_size)
-    return _params(found, cfg, pair.mesh, pair.vocab_size)
+    return parameters(found, cfg, pair.mesh, pair.vocab_size)
 
 
 def compute_dtype(given: str | None = None) -> jnp.dtype:
@@ -349,10 +397,40 @@ def _stored(ref: Reference, cfg: ModelConfig) -> jnp.dtype:
     return jnp.dtype(ref.param_dtype or cfg.dtype)
 
 
-def _params(ref: Reference, cfg: ModelConfig, mesh: Mesh, num_ids: int) -> Params:
+def parameters(ref: Reference, cfg: ModelConfig, mesh: Mesh, num_ids: int) -> Params:
+    """Read the parameters of a reference onto a mesh; adapters are merged, with sums in f32.
+
+    Raises:
+      CheckpointError: a damaged checkpoint.
+      ValueError: another model than ``cfg`` says, or one that does not fit the mesh.
+    """
+    architecture.check_mesh(cfg, mesh)
+    tree = apart(ref, cfg, functools.partial(params.abstract, mesh=mesh), num_ids)
+    if ref.lora is None:
+        return tree
+    with jax.set_mesh(mesh):
+        dtype = jnp.promote_types(_stored(ref, cfg), cfg.dtype)
+        return jax.jit(lora.merged, static_argnames="dtype")(tree, dtype=dtype)
+
+
+def apart(
+    ref: Reference, cfg: ModelConfig, place: Callable[[Specs, Any], Params], num_ids: int | None
+) -> Params:
+    """The same where ``place`` puts declared parameters of a dtype, adapters left unmerged."""
     stored = _stored(ref, cfg)
-    if ref.run is None:
-        return hf.load(ref.folder, dtype=stored, mesh=mesh, num_ids=num_ids)[1]
-    template = {"params": params.abstract(transformer.specs(cfg), stored, mesh)}
+    if ref.lora is not None:
+        assert ref.base is not None
+        base = apart(dataclasses.replace(ref.base, param_dtype=stored.name), cfg, place, num_ids)
+        wanted = place(lora.specs(cfg, ref.lora), jnp.float32)
+        return lora.attached(base, _restored(ref, wanted), ref.lora)
+    wanted = place(transformer.specs(cfg), stored)
+    if ref.run is not None:
+        return _restored(ref, wanted)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+    return hf.load(ref.folder, dtype=stored, placed=placed, num_ids=num_ids)[1]
+
+
+def _restored(ref: Reference, wanted: Params) -> Params:
+    assert ref.run is not None
     with checkpoint.open(ref.run) as saves:
-        return saves.restore(template, ref.step, partial=True)[0]["params"]
+        return saves.restore({"params": wanted}, ref.step, partial=True)[0]["params"]

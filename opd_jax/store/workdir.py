@@ -63,6 +63,13 @@ def setting(record: Mapping[str, Any], key: str) -> Any:
     return record["config"].get(key, settings.recorded()[key][1])
 
 
+class Origin(TypedDict):
+    """The step of another run that a run began from."""
+
+    name: str
+    files: dict[str, str]  # what makes that model -> fingerprint
+
+
 class Resumed(TypedDict):
     """Another start of a run."""
 
@@ -79,6 +86,7 @@ class RunRecord(TypedDict):
     data: NotRequired[str]  # digest of the training prompts
     stop_ids: NotRequired[list[int]]
     inputs: NotRequired[dict[str, FilesOfModel]]
+    init_from: NotRequired[Origin]
     pinned: NotRequired[dict[str, str]]  # Hub names as they were asked for -> with their commit
     resumed: NotRequired[list[Resumed]]
 

@@ -216,7 +216,7 @@ def _adam(run_dir: str | Path):
     """(student's config, optimizer spec, flat config of the run).
 
     Raises:
-      OptimizerError: a run without Adam.
+      OptimizerError: a run without Adam, or one of adapters.
       WorkdirError: no run.
     """
     told = workdirs.require_run(run_dir)
@@ -225,6 +225,12 @@ def _adam(run_dir: str | Path):
         raise OptimizerError(
             f"{run_dir} was trained with optim.name {record['optim.name']!r}, which keeps no "
             "second moment: expected 'adamw'; give another run, or leave the optimizer stage out"
+        )
+    if record["lora.rank"]:
+        raise OptimizerError(
+            f"{run_dir} trained adapters alone (lora.rank {record['lora.rank']}), and the rows of "
+            "types have no moments: expected a run that trains the whole student; give another "
+            "run, or leave the optimizer stage out"
         )
     spec = OptimSpec(**{f.name: record[f"optim.{f.name}"] for f in dataclasses.fields(OptimSpec)})
     return hf_config.read_config(hub.folder(record["student.path"], "config")), spec, record
