@@ -1,10 +1,16 @@
-"""A dense student and a teacher of experts that cannot be used together, or on a mesh."""
+"""A dense student learns from a teacher of experts, with the real commands, on one device and more.
 
+On a mesh two devices share the experts of each layer. Then what such a pair cannot be.
+"""
+
+import csv
 import dataclasses
 import functools
 import json
 
 import jax
+import layouts
+import numpy as np
 import pytest
 import tiny_run
 from safetensors.numpy import load_file, save_file
@@ -23,6 +29,17 @@ MODEL = dataclasses.replace(
     experts=EXPERTS,
     pattern=(LayerKind(), LayerKind(is_sparse=True)),
 )
+PLAN = {
+    "train__steps": 2,
+    "rock__mode": "ema",
+    "rock__top_k": 8,
+    "rock__every": 1,
+    "eval__every": 2,
+    "eval__prompts": 4,
+    "eval__kl_prompts": 4,
+    "rollout__samples": 1,
+}
+RTOL = 2e-3  # of the resume matrix: on another mesh sums are taken in another order
 
 
 def write_model(folder, cfg, seed):
@@ -41,6 +58,59 @@ def pair(tiny, tmp_path_factory):
         file.unlink()
     write_model(folder / "teacher", MODEL, 3)
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(pair, tmp_path_factory):
+    """The workdirs of one run: of this process's first device, and of a command of four."""
+    folder, layout = tmp_path_factory.mktemp("trained"), layouts.LAYOUTS["fsdp2-model2"]
+    layouts.run(layout, [*tiny_run.argv(pair, folder / "four", **PLAN), *layout.flags])
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_run.use_one_device(patch)
+        assert tiny_run.train(pair, folder / "one", **PLAN) == 0
+    return folder / "one", folder / "four"
+
+
+def test_a_run_gives_the_same_numbers_on_a_mesh(trained):
+    one, four = map(tiny_run.curve, trained)
+    assert [line["step"] for line in one] == [line["step"] for line in four]
+    compared = 0
+    for line, other in zip(one, four, strict=True):
+        for name in ("loss", "kl_nats", "grad_norm", "eval/kl_nats"):
+            if name in line:
+                np.testing.assert_allclose(other[name], line[name], rtol=RTOL, err_msg=name)
+                assert line[name] > 1e-3  # the two models differ
+                compared += 1
+    assert compared > 3 * PLAN["train__steps"]
+    for workdir in trained:
+        assert json.loads((workdir / "summary.json").read_text())["is_finished"]
+
+
+def types(out):
+    with (out / "types.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_rocks_of_a_run_are_the_same_on_a_mesh(trained, tmp_path, monkeypatch):
+    argv = ["rocks", f"--run={trained[1]}", "--k=4", "--max-new=6", "--batch=4"]
+    axes = ["--mesh-fsdp=2", "--mesh-model=2"]
+    assert cli.main([*argv, *axes, f"--out={tmp_path / 'more'}"]) == 0
+    tiny_run.use_one_device(monkeypatch)
+    assert cli.main([*argv, f"--out={tmp_path / 'one'}"]) == 0
+    one, more = types(tmp_path / "one"), types(tmp_path / "more")
+    assert len(one) > 4
+    assert [row["token_id"] for row in one] == [row["token_id"] for row in more]
+    for column, rtol in {"count": 0, "kl_sum": RTOL, "kl_mean": RTOL}.items():
+        pairs = [(float(b[column]), float(a[column])) for a, b in zip(one, more, strict=True)]
+        np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=rtol, err_msg=column)
+
+
+def test_the_export_of_a_run_is_the_student(trained, tmp_path):
+    """What the command writes is dense, whatever taught it."""
+    assert cli.main(["export", f"--workdir={trained[1]}", f"--out={tmp_path / 'model'}"]) == 0
+    cfg, tree = hf.load(tmp_path / "model")
+    assert (cfg.model_type, cfg.experts) == ("qwen3", None)
+    assert "router" not in tree["layers"]
 
 
 # --- what cannot be used: told in one message, before anything is written -------------------------
