@@ -8,6 +8,8 @@ do nothing, so the same functions run on one device with no set-up at all.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +91,18 @@ def repeat_rows(x: jax.Array, n: int, *rest) -> jax.Array:
     return jax.lax.reshape(
         constrain(spread, BATCH, None, *rest), merged, out_sharding=out(BATCH, *rest)
     )
+
+
+def on_shards(function: Callable[..., Any], given: Any, made: Any) -> Callable[..., Any]:
+    """``function`` of what each device has, without a word between them; as it is without a mesh.
+
+    Args:
+      function: of arrays.
+      given, made: trees of specs for its arguments and results.
+    """
+    if not is_active():
+        return function
+    return jax.shard_map(function, in_specs=given, out_specs=made, check_vma=False)
 
 
 def placed(tree, mesh: Mesh):

@@ -23,7 +23,7 @@ def expected(number: int, *, scored: bool = False) -> contextlib.AbstractContext
     """A scope for one loop, entered right around it.
 
     Args:
-      number: of rounds.
+      number: of rounds; 0 for a loop that takes a share of one on average.
       scored: it goes through those positions of a batch that are scored, and ``number`` is where
         all of them are.
     """

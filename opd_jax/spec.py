@@ -79,6 +79,8 @@ class RolloutSpec:
     min_p: float = 0.0  # share of the largest probability that an id needs; 0: none
     bias: tuple[tuple[int, float], ...] = ()  # (id, logit bias) pairs
     buckets: tuple[int, ...] = ()  # answer widths the update is cropped to; (): by the answers
+    segments: int = 1  # pieces in which the cache of rows in step grows; each is compiled
+    slots: int = 0  # rows decoded at a time, where one ends the next begins; 0: all, in step
 
     def __post_init__(self):
         rules.check(
@@ -91,6 +93,12 @@ class RolloutSpec:
             ("top_p", 0 < self.top_p <= 1, "a probability mass above 0, up to 1 (off)"),
             ("min_p", 0 <= self.min_p <= 1, "a share of the largest probability from 0 (off) to 1"),
             rules.widths("buckets", self.buckets, self.max_new),
+            (
+                "segments",
+                1 <= self.segments <= 8 and (self.segments == 1 or not self.slots),
+                "from 1 to 8, and 1 with rollout.slots, whose rows begin at different times",
+            ),
+            ("slots", self.slots >= 0, "0 (all rows) or a number of rows"),
         )
 
 

@@ -71,7 +71,7 @@ ORDER: list[str | tuple[str, list]] = [
         ],
     ),
     "objective",
-    ("rollout", ["sampling", "decode", "answers"]),
+    ("rollout", ["sampling", "drawn", "refill", "decode", "answers"]),
     "steps",
     # what a run is, and what it leaves on disk
     "spec",

@@ -99,6 +99,7 @@ class EvalPlan:
       num_kl: prompts for KL; 0: none.
       temperature: of graded answers; 0 is greedy.
       samples: graded answers per prompt.
+      slots: rows decoded at a time; 0: all.
       grader: of answers: a name of ``grading.GRADERS``, or a function of the user's own.
       bias_V: logit bias of the policy, also in evaluation.
     """
@@ -111,6 +112,7 @@ class EvalPlan:
     num_kl: int
     temperature: float = 0.0
     samples: int = 1
+    slots: int = 0
     grader: str = "math"
     bias_V: jax.Array | None = None
     widths: tuple[int, ...] = ()
@@ -126,6 +128,7 @@ class EvalPlan:
             "max_new": self.max_new,
             "width": self.width,
             "size": self.size,
+            "slots": self.slots,
             "bias_V": self.bias_V,
         }
 

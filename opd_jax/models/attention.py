@@ -43,11 +43,17 @@ def causal_mask(
 
     Args:
       valid_BS: slots that hold a real token.
-      first: slot of the first query.
+      first: slot of the first query; of each row where it is [B].
       num_queries: T.
       window: the last slots up to the query's own that it reads; None: all.
     """
     slot_S = jnp.arange(valid_BS.shape[1])
+    if jnp.ndim(first):
+        query_BT1 = (first[:, None] + jnp.arange(num_queries)[None])[..., None]
+        seen_BTS = slot_S[None, None] <= query_BT1
+        if window is not None:
+            seen_BTS &= slot_S[None, None] > query_BT1 - window
+        return valid_BS[:, None, :] & seen_BTS
     query_T = first + jnp.arange(num_queries)
     seen_TS = slot_S[None, :] <= query_T[:, None]
     if window is not None:

@@ -21,7 +21,8 @@ AXES = (mesh.BATCH, "model", None, None)
 
 @struct.dataclass
 class Cache:
-    """What a decode loop carries; one cursor serves all rows (prompts are left-padded).
+    """What a decode loop carries; one cursor serves all rows (prompts are left-padded), or each
+    has its own where rows began at different times.
 
     **Sharding**: rows over the batch axes, heads over ``model``.
     """
@@ -29,7 +30,7 @@ class Cache:
     keys: tuple[jax.Array, ...]  # per layer [B, K, H, S]
     values: tuple[jax.Array, ...]  # per layer [B, K, S, H]
     valid_BS: jax.Array  # [B, S] bool, slots that hold a real token
-    length: jax.Array  # [] i32, slots written so far
+    length: jax.Array  # [] i32, slots written so far; [B]: of each row
 
 
 def start(
@@ -61,6 +62,35 @@ def start(
     )
 
 
+def grow(cache: Cache, size: int) -> Cache:
+    """The same cache with ``size`` slots.
+
+    Raises:
+      ValueError: fewer slots than the cache has.
+    """
+    rest = _rest(cache, size)
+
+    def grown(x: jax.Array, axis: int, *axes) -> jax.Array:
+        widths = [(0, rest if a == axis else 0) for a in range(x.ndim)]
+        return mesh.constrain(jnp.pad(x, widths), *axes)
+
+    return dataclasses.replace(
+        cache,
+        keys=tuple(grown(x, 3, *AXES) for x in cache.keys),
+        values=tuple(grown(x, 2, *AXES) for x in cache.values),
+        valid_BS=grown(cache.valid_BS, 1, mesh.BATCH, None),
+    )
+
+
+def _rest(cache: Cache, size: int) -> int:
+    rest = size - cache.valid_BS.shape[1]
+    if rest < 0:
+        raise ValueError(
+            f"a cache of {size} slots for {cache.valid_BS.shape[1]}: expected at least as many"
+        )
+    return rest
+
+
 def repeat(cache: Cache, n: int) -> Cache:
     """Each row ``n`` times in a row, for several samples of one prompt: ``mesh.repeat_rows``."""
 
@@ -83,11 +113,7 @@ def pick(cache: Cache, row_R: Int[Array, " R"], size: int) -> Cache:
     Raises:
       ValueError: fewer slots than the cache has.
     """
-    rest = size - cache.valid_BS.shape[1]
-    if rest < 0:
-        raise ValueError(
-            f"a cache of {size} slots for {cache.valid_BS.shape[1]}: expected at least as many"
-        )
+    rest = _rest(cache, size)
 
     def picked(x: jax.Array, slots: int, *axes) -> jax.Array:
         rows = x.at[row_R].get(out_sharding=mesh.out(*axes))
@@ -104,6 +130,11 @@ def pick(cache: Cache, row_R: Int[Array, " R"], size: int) -> Cache:
 
 def extend(cache: Cache, valid_BT: Bool[Array, "B T"]) -> Cache:
     """Move the cursor over ``T`` more slots; each layer then fills them with :func:`write`."""
+    if cache.length.ndim:
+        valid_BS = _at_own(cache.valid_BS, valid_BT, cache.length, 1, mesh.BATCH, None)
+        return dataclasses.replace(
+            cache, valid_BS=valid_BS, length=cache.length + valid_BT.shape[1]
+        )
     valid_BS = jax.lax.dynamic_update_slice_in_dim(cache.valid_BS, valid_BT, cache.length, axis=1)
     return dataclasses.replace(cache, valid_BS=valid_BS, length=cache.length + valid_BT.shape[1])
 
@@ -116,6 +147,9 @@ def write(
 
     def put(old: tuple[jax.Array, ...], new: jax.Array, axis: int) -> tuple[jax.Array, ...]:
         new = new.astype(old[layer].dtype)
+        if first.ndim:
+            written = _at_own(old[layer], new, first, axis, *AXES)
+            return (*old[:layer], written, *old[layer + 1 :])
         written = jax.lax.dynamic_update_slice_in_dim(old[layer], new, first, axis=axis)
         return (*old[:layer], written, *old[layer + 1 :])
 
@@ -124,3 +158,16 @@ def write(
         keys=put(cache.keys, k_BTKH.transpose(0, 2, 3, 1), 3),
         values=put(cache.values, v_BTKH.transpose(0, 2, 1, 3), 2),
     )
+
+
+def _at_own(old: jax.Array, new: jax.Array, first_B: jax.Array, axis: int, *axes) -> jax.Array:
+    """Each row of ``new`` written into that of ``old`` from the row's own place on.
+
+    **Sharding**: ``axes`` of both; a device writes what it has.
+    """
+
+    def put(old_S, new_T, first):
+        return jax.lax.dynamic_update_slice_in_dim(old_S, new_T, first, axis=axis - 1)
+
+    place, rows = jax.P(*axes), jax.P(mesh.BATCH)
+    return mesh.on_shards(jax.vmap(put), (place, place, rows), place)(old, new, first_B)

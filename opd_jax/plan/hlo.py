@@ -95,7 +95,9 @@ class Program:
                 body, named = op.computation("body"), rounds.of(op.op_name, share)
                 number = named if named is not None else self.counted(op)
                 is_open = named is not None or in_open
-                yield from self._runs(body, times * (number or 1), is_open, share)
+                yield from self._runs(
+                    body, times * (1 if number is None else number), is_open, share
+                )
             elif op.kind in ("call", "conditional", "async-start"):
                 for name in op.called:
                     yield from self._runs(name, times, in_open, share)

@@ -24,7 +24,7 @@ from opd_jax.models import architecture, resting
 from opd_jax.plan import known_models
 from opd_jax.plan.chips import Machine
 from opd_jax.pytrees import Prompt, Rollout
-from opd_jax.rollout import decode
+from opd_jax.rollout import decode, refill
 from opd_jax.rollout.sampling import Sampler
 from opd_jax.run import assemble, initial, iteration
 from opd_jax.run.assemble import Assembly, Words
@@ -160,14 +160,14 @@ class _Recorder:
         spec = parts.run.rollout
         return self.answers(
             SAMPLE, params, parts.run.train.prompts, parts.prompt_widths[-1], parts.policy,
-            spec.max_new, spec.samples,
+            spec.max_new, spec.samples, spec.slots, spec.segments,
         )  # fmt: skip
 
     def evaluation(self) -> None:
         plan = self.parts.plan
         self.answers(
             ANSWERS, self.state.params, plan.size, plan.width, plan.graded_sampler, plan.max_new,
-            plan.samples,
+            plan.samples, plan.slots,
         )  # fmt: skip
         seen = None
         if plan.teacher_width:
@@ -202,6 +202,8 @@ class _Recorder:
         sampler: Sampler,
         max_new: int,
         samples: int,
+        slots: int = 0,
+        segments: int = 1,
     ) -> Any:
         """The rollout of prompts of one width."""
         parts = self.parts
@@ -215,14 +217,16 @@ class _Recorder:
                 sampler=sampler,
                 max_new=max_new,
                 samples=samples,
+                slots=slots,
+                segments=segments,
             )
         )
         key = jax.eval_shape(lambda: jax.random.key(0))
         more = (
             {} if parts.bias_V is None else {"bias_V": self.array(parts.bias_V.shape, jnp.float32)}
         )
-        cache = assemble.memory.cache(
-            parts.cfg.student, rows * samples, width + max_new, parts.mesh
+        cache = refill.cells(
+            parts.cfg.student, rows, samples, width, max_new, parts.mesh, wanted=slots
         )
         return self.call(
             name,

@@ -45,6 +45,7 @@ def sample(
     samples: int = 1,
     bias_V: jax.Array | None = None,
     numbers: Sequence[int] | None = None,
+    slots: int = 0,
 ) -> Iterator[tuple[Rollout, int]]:
     """Sample answers to all rows, batch by batch, each process its own share.
 
@@ -62,6 +63,7 @@ def sample(
       size: prompts at a time, over all processes.
       samples: answers per prompt.
       bias_V: logit bias.
+      slots: rows decoded at a time, see ``decode.sample``; 0: all of a batch.
       numbers: of the rows; default: their places in ``rows``.
     """
     own = meshlib.own(size)
@@ -82,6 +84,7 @@ def sample(
             samples=samples,
             bias_V=bias_V,
             rows_B=rows_B,
+            slots=slots,
         )
         yield answers, real * samples
 

@@ -8,54 +8,25 @@ from __future__ import annotations
 
 import collections
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from opd_jax import mesh, rounds
-from opd_jax.models import kv_cache, linear, transformer
+from opd_jax.models import kv_cache, transformer
 from opd_jax.models.kv_cache import Cache
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.pytrees import Params, Prompt, Rollout
-from opd_jax.rollout import sampling
+from opd_jax.rollout import drawn, refill, sampling
+from opd_jax.rollout.drawn import Ban, Decoded
 from opd_jax.rollout.sampling import Sampler
 
 # Counted while tracing: under a mesh jit's cache also counts entries that share a program.
 _traced: collections.Counter[str] = collections.Counter()
-
-
-@struct.dataclass
-class Decoded:
-    """What was sampled after the prompts: the part of the decode loop's state that survives."""
-
-    ids_BN: jax.Array  # [B, N] i32, pad after the end
-    logp_BN: jax.Array  # [B, N] f32, 0 after the end
-    length_B: jax.Array  # [B] i32, ids sampled, a stop id included
-    is_done_B: jax.Array  # [B] bool, a stop id was sampled
-    num_steps: (
-        jax.Array
-    )  # [] i32, ids sampled by the longest row; each but the first cost a forward
-
-
-@struct.dataclass
-class Ban:
-    """Ids that each row may not sample, at its new ids ``first`` to ``end`` (from 0, without end).
-
-    All of it is data: rows of any bans, and of none, share one program.
-    """
-
-    ids_BK: jax.Array  # [B, K] i32; one outside the vocabulary bans nothing
-    first_B: jax.Array  # [B] i32
-    end_B: jax.Array  # [B] i32
-
-    def at(self, step: jax.Array) -> jax.Array:
-        """Banned ids at new id number ``step``, [B, K]."""
-        is_on_B = (self.first_B <= step) & (step < self.end_B)
-        return jnp.where(is_on_B[:, None], self.ids_BK, jnp.iinfo(jnp.int32).max)
 
 
 def sample(
@@ -70,6 +41,8 @@ def sample(
     bias_V: Float[Array, " V"] | None = None,
     policy_step: Int[Array, ""] | int = 0,
     rows_B: Int[Array, " B"] | None = None,
+    slots: int = 0,
+    segments: int = 1,
 ) -> Rollout:
     """Sample every prompt ``samples`` times; row ``b * samples + j`` is sample j of prompt b.
 
@@ -89,14 +62,18 @@ def sample(
       bias_V: added to the logits (padded ids included) before temperature; -inf forbids an id.
       policy_step: train step of ``params``, copied into the result.
       rows_B: global prompt numbers, ``arange(B)`` when None.
+      slots: static; rows that are decoded at a time, each of which makes room for the next when it
+        has ended (:mod:`opd_jax.rollout.refill`); 0, or as many as there are: all, in step.
+      segments: static; of rows in step, pieces in which the cache grows, see :func:`rooms`.
 
     Raises:
-      ValueError: no room for prompt and new tokens, an empty prompt, or a bias or vocabulary
-        that does not fit the model.
+      ValueError: no room for prompt and new tokens, an empty prompt, or a bias, vocabulary or
+        slots that do not fit the model or the mesh.
 
     **Sharding**: rows over the batch axes throughout; a row's samples stay where its prompt is.
     """
     check(prompt, cfg=cfg, sampler=sampler, max_new=max_new, samples=samples, rows_B=rows_B)
+    refill.check(slots, len(prompt.start_B) * samples)
     if bias_V is not None:
         sampling.check_bias(bias_V, sampler, num_ids=cfg.vocab_size)
     rollout, _ = _sample(
@@ -110,20 +87,40 @@ def sample(
         sampler=sampler,
         max_new=max_new,
         samples=samples,
+        slots=slots,
+        segments=segments,
     )
     return rollout
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "sampler", "max_new", "samples"))
-def _sample(params, prompt, key, bias_V, policy_step, rows_B, *, cfg, sampler, max_new, samples):
+_STATIC = ("cfg", "sampler", "max_new", "samples", "slots", "segments")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _sample(
+    params,
+    prompt,
+    key,
+    bias_V,
+    policy_step,
+    rows_B,
+    *,
+    cfg,
+    sampler,
+    max_new,
+    samples,
+    slots=0,
+    segments=1,
+):
     """The compiled rollout, and the number of ids that its longest row sampled."""
     _traced["sample"] += 1
     num_prompts, width = prompt.ids_BP.shape
     if rows_B is None:
         rows_B = jnp.arange(num_prompts, dtype=jnp.int32)
     rows_B = mesh.constrain(jnp.asarray(rows_B, jnp.int32), mesh.BATCH)
-    h_BD, cache = prefill(params, prompt, cfg=cfg, size=width + max_new)
-    h_BD, cache = mesh.repeat_rows(h_BD, samples), kv_cache.repeat(cache, samples)
+    is_refilled = refill.slots(slots, num_prompts * samples) < num_prompts * samples
+    room = 0 if is_refilled else rooms(max_new, segments)[0]
+    h_BD, cache = prefill(params, prompt, cfg=cfg, size=width + room)
     ids_BP, start_B = (
         mesh.repeat_rows(prompt.ids_BP, samples),
         mesh.repeat_rows(prompt.start_B, samples),
@@ -131,17 +128,14 @@ def _sample(params, prompt, key, bias_V, policy_step, rows_B, *, cfg, sampler, m
     copy_B = mesh.constrain(jnp.tile(jnp.arange(samples), num_prompts), mesh.BATCH)
     row_B = mesh.repeat_rows(rows_B, samples) * samples + copy_B
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
-    new = decode(
-        params,
-        h_BD,
-        cache,
-        width - start_B,
-        keys_B,
-        cfg=cfg,
-        sampler=sampler,
-        max_new=max_new,
-        bias_V=bias_V,
-    )
+    given: dict[str, Any] = {"cfg": cfg, "sampler": sampler, "max_new": max_new, "bias_V": bias_V}
+    if is_refilled:
+        given |= {"slots": slots, "samples": samples}
+        new = refill.decode(params, h_BD, cache, width - start_B, keys_B, **given)
+    else:
+        h_BD, cache = mesh.repeat_rows(h_BD, samples), kv_cache.repeat(cache, samples)
+        given |= {"segments": segments}
+        new = decode(params, h_BD, cache, width - start_B, keys_B, **given)
     is_new_BN = jnp.arange(max_new)[None, :] < new.length_B[:, None]
     rollout = Rollout(
         ids_BT=jnp.concatenate([ids_BP, new.ids_BN], axis=1),
@@ -189,13 +183,14 @@ def decode(
     max_new: int,
     bias_V: Float[Array, " V"] | None = None,
     ban: Ban | None = None,
+    segments: int = 1,
 ) -> Decoded:
     """Sample up to ``max_new`` ids per row, stopping as soon as every row has sampled a stop id.
 
     Args:
       params: as declared by ``model.specs``.
       h_BD: hidden state that predicts each row's first new id.
-      cache: the prompts, with room for ``max_new - 1`` more tokens.
+      cache: the prompts, with room for the first of :func:`rooms` more tokens.
       position_B: position of each row's first new id (its number of prompt tokens).
       keys_B: a key per row; id t of a row is drawn with ``fold_in(key, t)``.
       cfg: static.
@@ -203,6 +198,7 @@ def decode(
       max_new: static.
       bias_V: added to the logits before temperature.
       ban: what each row may not sample, see ``sampling.sample``.
+      segments: static; pieces in which the cache grows.
 
     **Sharding**: rows over the batch axes; logits leave the projection split over ``model``.
     """
@@ -211,14 +207,8 @@ def decode(
 
     def draw(new: Decoded, h_BD: jax.Array) -> tuple[Decoded, jax.Array]:
         step = new.num_steps
-        logits_BV = linear.from_left(w_VD, h_BD, "model", jnp.float32)
-        step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-        ids_B, logp_B = sampling.sample(
-            logits_BV,
-            step_keys_B,
-            sampler=sampler,
-            bias_V=bias_V,
-            banned_BK=None if ban is None else ban.at(step),
+        ids_B, logp_B = drawn.draw(
+            w_VD, h_BD, keys_B, step, sampler=sampler, bias_V=bias_V, ban=ban
         )
         ids_B = jnp.where(new.is_done_B, sampler.pad_id, ids_B)
         logp_B = jnp.where(new.is_done_B, 0.0, logp_B)
@@ -226,7 +216,7 @@ def decode(
             ids_BN=_put(new.ids_BN, ids_B, step),
             logp_BN=_put(new.logp_BN, logp_B, step),
             length_B=new.length_B + ~new.is_done_B,
-            is_done_B=new.is_done_B | _is_stop(ids_B, sampler),
+            is_done_B=new.is_done_B | drawn.is_stop(ids_B, sampler),
             num_steps=step + 1,
         )
         return new, ids_B
@@ -245,13 +235,31 @@ def decode(
         )
         return *draw(new, h_B1D[:, 0]), cache
 
-    def is_running(carry):
+    def is_running(limit: int, carry) -> jax.Array:
         new = carry[0]
-        return (new.num_steps < max_new) & ~jnp.all(new.is_done_B)
+        return (new.num_steps < limit) & ~jnp.all(new.is_done_B)
 
-    carry = *draw(_nothing(h_BD.shape[0], max_new, sampler), h_BD), cache
-    with rounds.expected(max_new - 1):
-        return jax.lax.while_loop(is_running, step, carry)[0]
+    carry = *draw(drawn.nothing(h_BD.shape[0], max_new, sampler), h_BD), cache
+    width, begin = cache.valid_BS.shape[1] - rooms(max_new, segments)[0], 1
+    for room in rooms(max_new, segments):
+        new, last_B, cache = carry
+        if width + room > cache.valid_BS.shape[1]:
+            carry = new, last_B, kv_cache.grow(cache, width + room)
+        limit = min(room + 1, max_new)  # the last id needs no place: nothing comes after it
+        with rounds.expected(limit - begin):
+            carry = jax.lax.while_loop(functools.partial(is_running, limit), step, carry)
+        begin = limit
+    return carry[0]
+
+
+def rooms(max_new: int, segments: int) -> tuple[int, ...]:
+    """Places for new ids that the cache has in each piece of a decode: equal steps to all.
+
+    A token reads the whole width of the cache, live or not. With n pieces it reads what its piece
+    has, (n + 1) / 2n of all places on average over a row of full length instead of all; each piece
+    compiles the loop once more, and between two of them the cache is copied.
+    """
+    return tuple(sorted({-(-max_new * piece // segments) for piece in range(1, segments + 1)}))
 
 
 def check(
@@ -309,22 +317,6 @@ def _host_starts(start_B) -> np.ndarray:
     if isinstance(start_B, jax.Array) and not start_B.is_fully_addressable:
         return np.concatenate([np.asarray(shard.data) for shard in start_B.addressable_shards])
     return np.asarray(start_B)
-
-
-def _nothing(num_rows: int, max_new: int, sampler: Sampler) -> Decoded:
-    shape = (num_rows, max_new)
-    return Decoded(
-        ids_BN=mesh.constrain(jnp.full(shape, sampler.pad_id, jnp.int32), mesh.BATCH, None),
-        logp_BN=mesh.constrain(jnp.zeros(shape, jnp.float32), mesh.BATCH, None),
-        length_B=mesh.constrain(jnp.zeros(num_rows, jnp.int32), mesh.BATCH),
-        is_done_B=mesh.constrain(jnp.zeros(num_rows, bool), mesh.BATCH),
-        num_steps=jnp.zeros((), jnp.int32),
-    )
-
-
-def _is_stop(ids_B: jax.Array, sampler: Sampler) -> Bool[Array, " B"]:
-    stops_1S = jnp.array(sampler.stop_ids, jnp.int32)[None, :]
-    return jnp.any(ids_B[:, None] == stops_1S, axis=1)
 
 
 def _put(buffer_BN: jax.Array, value_B: jax.Array, step: jax.Array) -> jax.Array:

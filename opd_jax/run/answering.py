@@ -36,6 +36,8 @@ def sample(parts: Assembly, params: Params, batch: Batch, step: int) -> Rollout:
         samples=spec.samples,
         bias_V=parts.bias_V,
         policy_step=step,
+        slots=spec.slots,
+        segments=spec.segments,
     )
     with jax.profiler.TraceAnnotation("crop"):
         return crop(answers, spec.max_new, parts.answer_widths)

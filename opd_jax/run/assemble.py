@@ -7,6 +7,7 @@ that a mistake costs seconds.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from opd_jax.evaluate.heldout import EvalPlan
 from opd_jax.models import architecture, hf, hf_config, lora, memory, params, resting
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
-from opd_jax.rollout import decode, sampling
+from opd_jax.rollout import decode, refill, sampling
 from opd_jax.rollout.sampling import Sampler
 from opd_jax.run import reading
 from opd_jax.spec import ConfigError, ModelSpec, RunConfig
@@ -281,17 +282,19 @@ def needs(parts: Assembly, *, is_scoring: bool = False) -> list[memory.Need]:
     rows, width = run.train.prompts * run.rollout.samples, parts.prompt_widths[-1]
     fewer = "lower --config.rollout.samples, .max_new, --config.train.prompts or data.max_prompt"
     cells = [memory.Need(CELLS, 0.0, fewer)]
+    held = functools.partial(refill.cells, width=width, on=mesh, wanted=run.rollout.slots)
     if is_answering and run.train.stage != "off_policy":  # else the answers are those of a file
-        slots = width + run.rollout.max_new
-        cells.append(memory.Need(CELLS, memory.cache(cfg.student, rows, slots, mesh), fewer))
+        prompts, samples, most = run.train.prompts, run.rollout.samples, run.rollout.max_new
+        cells.append(memory.Need(CELLS, held(cfg.student, prompts, samples, max_new=most), fewer))
     if run.eval.every:
-        asked = (run.eval.batch or rows) * run.eval.samples
-        slots = width + (run.eval.max_new or run.rollout.max_new)
+        asked, most = run.eval.batch or rows, run.eval.max_new or run.rollout.max_new
         fewer = "lower --config.eval.batch, .samples or .max_new"
         both = [cfg.student] * is_answering
         if cfg.teacher is not None and run.eval.teacher and not is_resting:
             both.append(cfg.teacher)
-        cells += [memory.Need(CELLS, memory.cache(c, asked, slots, mesh), fewer) for c in both]
+        cells += [
+            memory.Need(CELLS, held(c, asked, run.eval.samples, max_new=most), fewer) for c in both
+        ]
     return [*found, max(cells, key=lambda need: need.num_bytes)]
 
 
@@ -345,6 +348,11 @@ def check_batches(run: RunConfig, shards: int) -> None:
             "(mesh data x fsdp): change --config.train.prompts, --config.train.microbatches or "
             "the mesh"
         )
+    if run.rollout.slots % shards:
+        raise ConfigError(
+            f"rollout.slots is {run.rollout.slots}: expected a multiple of the {shards} batch "
+            "shards (mesh data x fsdp), or 0; set --config.rollout.slots"
+        )
     if run.train.prompts % jax.process_count():
         raise ConfigError(
             f"{run.train.prompts} prompts do not divide over {jax.process_count()} processes: "
@@ -392,6 +400,7 @@ def _eval_plan(
         num_kl=run.eval.kl_prompts,
         temperature=run.eval.temperature,
         samples=run.eval.samples,
+        slots=run.rollout.slots,
         grader=run.eval.grader,
         bias_V=bias_V,
     )

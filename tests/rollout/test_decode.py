@@ -251,6 +251,24 @@ def test_a_mesh_changes_no_id():
     np.testing.assert_allclose(split.logp_BT, alone.logp_BT, atol=1e-4)
 
 
+def test_a_cache_that_grows_in_pieces_changes_no_id():
+    assert decode.rooms(512, 4) == (128, 256, 384, 512)
+    assert decode.rooms(2, 4) == (1, 2)
+    whole, pieces = run(bias_V=SLOPE), run(bias_V=SLOPE, segments=3)
+    for name in ("ids_BT", "mask_BT", "truncated_B"):
+        np.testing.assert_array_equal(getattr(pieces, name), getattr(whole, name), err_msg=name)
+    np.testing.assert_allclose(pieces.logp_BT, whole.logp_BT, atol=1e-5)
+    assert np.asarray(whole.mask_BT).sum(1).max() == MAX_NEW  # so that all pieces are used
+    program = jax.make_jaxpr(lambda: run(bias_V=SLOPE, segments=3))()
+    (inner,) = (eqn.params["jaxpr"] for eqn in program.eqns if eqn.params.get("name") == "_sample")
+    widths = [
+        max(v.aval.shape[3] for v in eqn.outvars if len(v.aval.shape) == 4)
+        for eqn in inner.eqns
+        if eqn.primitive.name == "while"
+    ]
+    assert widths == [WIDTH + 3, WIDTH + 6, WIDTH + 9]  # beside a head of 8
+
+
 def test_the_compiled_decode_loop_writes_its_cache_in_place():
     lowered = decode._sample.lower(
         WEIGHTS,
