@@ -18,16 +18,18 @@ def in_step(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("keys", [{"rollout__slots": 3}, {"rollout__segments": 2}], ids=str)
-def test_a_run_learns_what_it_learns_from_rows_in_step(
-    tiny, in_step, tmp_path, one_device, keys, capsys
-):
+def test_a_run_learns_what_it_learns_from_rows_in_step(tiny, in_step, tmp_path, one_device, keys):
     assert tiny_run.train(tiny, tmp_path / "run", **SHORT, **keys) == 0
     found = tiny_run.curve(tmp_path / "run")
     assert len(found) == len(in_step)
     for line, expected in zip(found, in_step, strict=True):
         assert line.keys() == expected.keys()
-        for name, value in expected.items():
-            np.testing.assert_allclose(line[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+        numbers = {name for name, value in expected.items() if isinstance(value, int | float)}
+        for name in numbers:
+            np.testing.assert_allclose(
+                line[name], expected[name], rtol=1e-3, atol=1e-6, err_msg=name
+            )
+        assert {"loss", "kl_nats", "mean_length"} <= numbers
 
 
 def test_slots_that_devices_cannot_share_end_the_command(tiny, tmp_path, capsys):
