@@ -48,7 +48,7 @@ def causal_mask(
       window: the last slots up to the query's own that it reads; None: all.
     """
     slot_S = jnp.arange(valid_BS.shape[1])
-    if jnp.ndim(first):
+    if not isinstance(first, int) and first.ndim:
         query_BT1 = (first[:, None] + jnp.arange(num_queries)[None])[..., None]
         seen_BTS = slot_S[None, None] <= query_BT1
         if window is not None:

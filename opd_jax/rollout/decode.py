@@ -242,9 +242,10 @@ def decode(
     carry = *draw(drawn.nothing(h_BD.shape[0], max_new, sampler), h_BD), cache
     width, begin = cache.valid_BS.shape[1] - rooms(max_new, segments)[0], 1
     for room in rooms(max_new, segments):
-        new, last_B, cache = carry
-        if width + room > cache.valid_BS.shape[1]:
-            carry = new, last_B, kv_cache.grow(cache, width + room)
+        new, last_B, held = carry
+        assert held is not None  # a step gives back the cache that it was given
+        if width + room > held.valid_BS.shape[1]:
+            carry = new, last_B, kv_cache.grow(held, width + room)
         limit = min(room + 1, max_new)  # the last id needs no place: nothing comes after it
         with rounds.expected(limit - begin):
             carry = jax.lax.while_loop(functools.partial(is_running, limit), step, carry)
