@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from opd_jax import cli
 from opd_jax.evaluate import heldout
 from opd_jax.models import hf_weights
-from opd_jax.run import answering, assemble
+from opd_jax.run import answering, assemble, initial
 from opd_jax.store import checkpoint
 from opd_jax.store import workdir as workdirs
 
@@ -206,7 +206,7 @@ def test_run_json_is_there_before_the_first_step(tiny, tmp_path, one_device, mon
     def stop(*args, **kwargs):
         raise Stopped
 
-    monkeypatch.setattr(assemble, "state", stop)
+    monkeypatch.setattr(initial, "state", stop)
     with pytest.raises(Stopped):
         tiny_run.train(tiny, tmp_path / "run")
     record = workdirs.read_run(tmp_path / "run")
