@@ -43,7 +43,9 @@ def save(
 
     Raises:
       FileExistsError, OSError, ProcessesError: as ``hf.save``.
+      ValueError: adapters on dense layers of a model that has experts too.
     """
+    _check(cfg, spec)
     tensors = _tensors(cfg, spec, adapters)
 
     def write() -> None:
@@ -54,6 +56,18 @@ def save(
             hf.write_shard(folder / WEIGHTS, tensors, beside=CONFIG)
 
     processes.on_first(write)
+
+
+def _check(cfg: ModelConfig, spec: LoraSpec) -> None:
+    names = sorted({name for row in _rows(cfg, spec).values() for _, name in _modules(cfg, row)})
+    dense = [name for name in names if ".mlp." in name]
+    if cfg.experts is not None and dense:
+        raise ValueError(
+            f"adapters on {dense[0]} beside layers of experts: expected them on attention alone, "
+            "since peft takes the names of dense layers for experts and adds adapters to these; "
+            "export the merged model (leave --adapter out), or train with "
+            "--config.lora.targets=q_proj,k_proj,v_proj,o_proj"
+        )
 
 
 def _tensors(cfg: ModelConfig, spec: LoraSpec, adapters: Params) -> dict[str, np.ndarray]:

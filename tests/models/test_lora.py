@@ -10,7 +10,7 @@ import pytest
 from adapters import FOLDERS, GOLDENS, SPEC, fresh, grown
 
 from opd_jax import mesh, pytrees
-from opd_jax.models import arranged, hf, lora, params, transformer
+from opd_jax.models import arranged, hf, lora, params, peft, transformer
 from opd_jax.models.architecture import NUM_INPUTS
 from opd_jax.models.lora import LoraSpec
 from opd_jax.models.transformer import ModelConfig
@@ -190,3 +190,14 @@ def test_what_a_model_cannot_have_is_refused(cfg, keys, told):
 def test_values_that_mean_nothing_are_refused(keys, told):
     with pytest.raises(ValueError, match=told):
         LoraSpec(**keys)
+
+
+def test_adapters_of_dense_layers_beside_experts_are_no_folder_of_peft(tmp_path):
+    name = "qwen3_moe_untied_mixed_sharded"
+    cfg, tree = hf.load(GOLDENS / name)
+    adapters = lora.trained(grown(tree, cfg))
+    with pytest.raises(
+        ValueError, match=r"layers\.\d\.mlp\..* beside layers of experts.*--adapter"
+    ):
+        peft.save(tmp_path / "a", cfg, SPEC, adapters, name, source=GOLDENS / name, card="")
+    assert not (tmp_path / "a").exists()
