@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def measure(
     run = hub.pinned_run(run, pins or {})
     parts = assemble.assemble(run, now=entry.start_time(folder), say=lambda line: None)
     with checkpoint.open(folder) as saves, jax.set_mesh(parts.mesh):
-        state, _, step = saves.restore(initial.state_template(parts))
+        state, _, step = initial.restored(parts, saves, entry.base_of(folder, run))
         teacher = initial.teacher_params(parts)
         for number in todo:
             if stop is not None and stop.everywhere():
@@ -108,24 +109,30 @@ def results(folder: Path, seeds: Sequence[int]) -> list[run_files.Evaluation]:
     return [_read(folder, n)["result"] if n else run_files.summary(folder)["after"] for n in seeds]
 
 
+def mean(found: Sequence[run_files.Evaluation], name: str) -> float | None:
+    """Of a field over the evaluations of a run; None where one has not measured it."""
+    values = [value for result in found if (value := result.get(name)) is not None]
+    return statistics.fmean(values) if values and len(values) == len(found) else None
+
+
 def problems(folder: Path, seeds: Sequence[int]) -> tuple[list[int], np.ndarray]:
     """Indices of the graded prompts, and the share of right answers to each over all seeds.
 
     Raises:
       WorkdirError: one is missing or damaged, or they are of other prompts.
     """
-    found = [_read(folder, n) if n else run_files.last_graded(folder) for n in seeds]
-    lines = [line for line in found if line is not None]
-    if not lines:
+    own = run_files.last_graded(folder)
+    if own is None:
         return [], np.zeros(0)
-    for number, line in zip(seeds, lines, strict=False):
-        if line["index"] != lines[0]["index"]:
+    lines = [_read(folder, n) if n else own for n in seeds]
+    for number, line in zip(seeds, lines, strict=True):
+        if line["index"] != own["index"]:
             raise workdirs.WorkdirError(
                 f"{path(folder, number)} is of other prompts than the run's own evaluation: "
                 "expected the same; remove it, and the same command measures it again"
             )
     shares = [[np.mean(right) for right in line["correct"]] for line in lines]
-    return lines[0]["index"], np.mean(np.asarray(shares, float), axis=0)
+    return own["index"], np.mean(np.asarray(shares, float), axis=0)
 
 
 def _read(folder: Path, number: int) -> run_files.EvaluationFile:

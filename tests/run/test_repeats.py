@@ -120,6 +120,21 @@ def test_evaluation_seed_0_is_the_runs_own_draw(tiny, whole, file, monkeypatch):
         path.unlink()
 
 
+def test_a_run_with_adapters_is_evaluated_with_them_merged(file, tmp_path):
+    """Its checkpoint holds the adapters alone; evaluation 0 again is the run's own."""
+    flags = ("--config.lora.rank=2", "--arms=full")
+    assert sweep.main(argv(file, tmp_path, *flags, eval_seeds=2, seeds=1)) == 0
+    folder = tmp_path / "full" / "seed-0"
+    own, other = read(folder / "summary.json")["after"], read(repeats.path(folder, 1))["result"]
+    assert own["kl_nats"] != other["kl_nats"]
+    run = sweep._resolve(str(file), "full", ["--config.lora.rank=2"])
+    key = repeats.heldout.evaluation_key
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repeats.heldout, "evaluation_key", lambda seed, number=0: key(seed))
+        assert repeats.measure(run, folder, [7])
+    assert read(repeats.path(folder, 7))["result"] == pytest.approx(own, nan_ok=True)
+
+
 def test_more_seeds_are_measured_without_training_again(whole, file, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "sweep"
     shutil.copytree(whole, copy)
