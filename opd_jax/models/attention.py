@@ -47,18 +47,12 @@ def causal_mask(
       num_queries: T.
       window: the last slots up to the query's own that it reads; None: all.
     """
-    slot_S = jnp.arange(valid_BS.shape[1])
-    if not isinstance(first, int) and first.ndim:
-        query_BT1 = (first[:, None] + jnp.arange(num_queries)[None])[..., None]
-        seen_BTS = slot_S[None, None] <= query_BT1
-        if window is not None:
-            seen_BTS &= slot_S[None, None] > query_BT1 - window
-        return valid_BS[:, None, :] & seen_BTS
-    query_T = first + jnp.arange(num_queries)
-    seen_TS = slot_S[None, :] <= query_T[:, None]
+    slot_11S = jnp.arange(valid_BS.shape[1])[None, None]
+    query_xT1 = jnp.atleast_1d(first)[:, None, None] + jnp.arange(num_queries)[None, :, None]
+    seen_xTS = slot_11S <= query_xT1  # x: B, or 1
     if window is not None:
-        seen_TS &= slot_S[None, :] > query_T[:, None] - window
-    return valid_BS[:, None, :] & seen_TS[None]
+        seen_xTS &= slot_11S > query_xT1 - window
+    return valid_BS[:, None, :] & seen_xTS
 
 
 def attend(

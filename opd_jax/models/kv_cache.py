@@ -130,12 +130,7 @@ def pick(cache: Cache, row_R: Int[Array, " R"], size: int) -> Cache:
 
 def extend(cache: Cache, valid_BT: Bool[Array, "B T"]) -> Cache:
     """Move the cursor over ``T`` more slots; each layer then fills them with :func:`write`."""
-    if cache.length.ndim:
-        valid_BS = _at_own(cache.valid_BS, valid_BT, cache.length, 1, mesh.BATCH, None)
-        return dataclasses.replace(
-            cache, valid_BS=valid_BS, length=cache.length + valid_BT.shape[1]
-        )
-    valid_BS = jax.lax.dynamic_update_slice_in_dim(cache.valid_BS, valid_BT, cache.length, axis=1)
+    valid_BS = _put(cache.valid_BS, valid_BT, cache.length, 1, mesh.BATCH, None)
     return dataclasses.replace(cache, valid_BS=valid_BS, length=cache.length + valid_BT.shape[1])
 
 
@@ -147,10 +142,7 @@ def write(
 
     def put(old: tuple[jax.Array, ...], new: jax.Array, axis: int) -> tuple[jax.Array, ...]:
         new = new.astype(old[layer].dtype)
-        if first.ndim:
-            written = _at_own(old[layer], new, first, axis, *AXES)
-            return (*old[:layer], written, *old[layer + 1 :])
-        written = jax.lax.dynamic_update_slice_in_dim(old[layer], new, first, axis=axis)
+        written = _put(old[layer], new, first, axis, *AXES)
         return (*old[:layer], written, *old[layer + 1 :])
 
     return dataclasses.replace(
@@ -160,14 +152,16 @@ def write(
     )
 
 
-def _at_own(old: jax.Array, new: jax.Array, first_B: jax.Array, axis: int, *axes) -> jax.Array:
-    """Each row of ``new`` written into that of ``old`` from the row's own place on.
+def _put(old: jax.Array, new: jax.Array, first: jax.Array, axis: int, *axes) -> jax.Array:
+    """``new`` written into ``old`` along an axis, from ``first`` on ([B]: each row from its own).
 
     **Sharding**: ``axes`` of both; a device writes what it has.
     """
+    if not first.ndim:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, first, axis=axis)
 
-    def put(old_S, new_T, first):
+    def put_row(old_S, new_T, first):
         return jax.lax.dynamic_update_slice_in_dim(old_S, new_T, first, axis=axis - 1)
 
     place, rows = jax.P(*axes), jax.P(mesh.BATCH)
-    return mesh.on_shards(jax.vmap(put), (place, place, rows), place)(old, new, first_B)
+    return mesh.on_shards(jax.vmap(put_row), (place, place, rows), place)(old, new, first)

@@ -126,10 +126,8 @@ def decode(
     params = transformer.for_decoding(params, cfg=cfg)
     width, num_rows = prompts.valid_BS.shape[1], position_R.shape[0]
     rows_here = num_rows // mesh.size(mesh.BATCH)
-    prompts = dataclasses.replace(
-        prompts, length=jnp.broadcast_to(prompts.length, (h_PD.shape[0],))
-    )
-    prompts = dataclasses.replace(prompts, length=mesh.constrain(prompts.length, mesh.BATCH))
+    length_P = jnp.broadcast_to(prompts.length, (h_PD.shape[0],))
+    prompts = dataclasses.replace(prompts, length=mesh.constrain(length_P, mesh.BATCH))
     # Keys as numbers, which every primitive takes.
     of_rows = (jnp.asarray(position_R), jax.random.key_data(keys_R), ban)
     seat = mesh.on_shards(
