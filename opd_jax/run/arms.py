@@ -111,6 +111,7 @@ def summarise(jobs: Sequence[Job], baseline: str, *, margins: Margins = MARGINS)
     arms = list(dict.fromkeys(job.arm for job in jobs))
     summaries = {job: run_files.summary(job.folder) for job in jobs}
     lines = {job: _trained(job) for job in jobs}
+    results = {job: repeats.results(job.folder, job.evaluations) for job in jobs}
     graded = {job: graded_problems(job) for job in jobs}
     _check_alike(jobs, summaries, lines, graded)
     rows = []
@@ -118,11 +119,11 @@ def summarise(jobs: Sequence[Job], baseline: str, *, margins: Margins = MARGINS)
         own = [job for job in jobs if job.arm == arm]
         metrics = {}
         for name in METRICS:
-            values = [_value(job, lines[job], name) for job in own]
+            values = [_value(name, summaries[job], results[job], lines[job]) for job in own]
             ends = {k: v for k, v in over_seeds(values).items() if k != "p"}
             if name == "accuracy":
                 ends |= accuracy_interval([graded[job][1] for job in own])
-            metrics[name] = ends | {"values": values} | _spread(own, name)
+            metrics[name] = ends | {"values": values} | _spread([results[job] for job in own], name)
         rows.append(
             {
                 "arm": arm,
@@ -152,28 +153,27 @@ def summarise(jobs: Sequence[Job], baseline: str, *, margins: Margins = MARGINS)
     }
 
 
-def _value(job: Job, lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+def _value(
+    name: str,
+    summary: run_files.Summary,
+    results: Sequence[run_files.Evaluation],
+    lines: Sequence[Mapping[str, Any]],
+) -> float | None:
     if name == "seconds":
-        return run_files.summary(job.folder)["seconds"]
+        return summary["seconds"]
     if name == "step_s":
         return statistics.median(line["step_s"] for line in lines) if lines else None
-    return evaluated(job, name)
+    return repeats.mean(results, name)
 
 
 def evaluated(job: Job, name: str) -> float | None:
     """A field of a run's last evaluation, its mean over evaluation seeds; None: not measured."""
-    found = [result.get(name) for result in repeats.results(job.folder, job.evaluations)]
-    values = [value for value in found if value is not None]
-    return statistics.fmean(values) if values and len(values) == len(found) else None
+    return repeats.mean(repeats.results(job.folder, job.evaluations), name)
 
 
-def _spread(jobs: Sequence[Job], name: str) -> dict[str, float]:
+def _spread(runs: Sequence[Sequence[run_files.Evaluation]], name: str) -> dict[str, float]:
     """Standard deviation between evaluation seeds of one run, pooled; {} where it is not known."""
-    found = [
-        [result.get(name) for result in repeats.results(job.folder, job.evaluations)]
-        for job in jobs
-    ]
-    known = [[x for x in values if x is not None] for values in found]
+    known = [[x for result in own if (x := result.get(name)) is not None] for own in runs]
     if any(len(values) < 2 for values in known):
         return {}
     return {"evaluation_sd": statistics.fmean(statistics.variance(v) for v in known) ** 0.5}

@@ -260,7 +260,7 @@ def needs(parts: Assembly, *, is_scoring: bool = False) -> list[memory.Need]:
     trained = memory.weights(cfg.student, f32, mesh, part=lambda whole: adapters or whole)
     moments = {"adamw": 2, "sgd": 1, "signsgd": 1}[run.optim.name]
     is_resting = run.teacher.offload and not is_scoring
-    is_answering = is_resting or not run.teacher.offload  # the student
+    is_answering = not (run.teacher.offload and is_scoring)  # the student
     split = "raise --config.mesh.fsdp or .model, which split it"
     found = [
         memory.Need("the student", memory.weights(cfg.student, stored, mesh), split),

@@ -75,8 +75,7 @@ def measured(
     processes.on_first(lambda: told.append(json.dumps(_known(folder, how, others))))
     known = json.loads(processes.agreed_text("".join(told)))
     if known is not None:
-        _write(path, known)
-        return dict(known["result"])
+        return known
     result, graded = heldout.answered(
         resting.awake(teacher),
         rows,
@@ -86,12 +85,17 @@ def measured(
         cfg=cfg,
         plan=plan,
     )
-    _write(path, {"how": how, "result": result, **dataclasses.asdict(graded)})
+    if jax.process_index() == 0:
+        value = {"how": how, "result": result, **dataclasses.asdict(graded)}
+        files.write_atomic(path, json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+    processes.meet("teacher")
     return result
 
 
-def _known(folder: Path, how: Mapping[str, Any], others: Sequence[Path]) -> dict[str, Any] | None:
-    """What this run, else another, measured in the same way."""
+def _known(
+    folder: Path, how: Mapping[str, Any], others: Sequence[Path]
+) -> run_files.Evaluation | None:
+    """What this run, else another, measured in the same way; another's file is taken over."""
     own = _inputs(folder)
     for place in (folder, *others):
         path = place / FILE
@@ -99,7 +103,9 @@ def _known(folder: Path, how: Mapping[str, Any], others: Sequence[Path]) -> dict
             continue
         known = run_files.load(path, run_files.TeacherFile)
         if known["how"] == how:
-            return dict(known)
+            if place != folder:
+                files.write_atomic(folder / FILE, path.read_text(encoding="utf-8"))
+            return known["result"]
     return None
 
 
@@ -107,9 +113,3 @@ def _inputs(folder: Path) -> dict[str, Any]:
     """Fingerprints of what answers and of what is asked, as far as they are known."""
     known = (workdirs.read_run(folder) or {}).get("inputs") or {}
     return {name: known[name]["files"] for name in ("teacher", "heldout") if name in known}
-
-
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-    if jax.process_index() == 0:
-        files.write_atomic(path, json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
-    processes.meet("teacher")

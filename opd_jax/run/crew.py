@@ -210,9 +210,4 @@ def _last_lines(path: Path) -> list[str]:
 
 def command(*flags: str) -> tuple[str, ...]:
     """The ``opd-jax`` command in a process of its own."""
-    return (
-        sys.executable,
-        "-c",
-        "import sys; from opd_jax import cli; sys.exit(cli.main())",
-        *flags,
-    )
+    return (sys.executable, "-c", _CLI, *flags)

@@ -146,9 +146,8 @@ class _Loop:
         self.ceiling: dict[str, float | None] | None = None  # what the teacher itself reaches
         self.padding: list[float] = []  # share of every step of this process
         self.compiled: set[str] = set()  # programs of this process, by name
-        self.teacher: Params | None = (
-            None  # loaded once it is known that there is something left to do
-        )
+        # Loaded once it is known that there is something left to do.
+        self.teacher: Params | None = None
         self._journal: journal.Journal | None = None  # open while the loop runs
 
     @property
