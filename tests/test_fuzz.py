@@ -71,11 +71,6 @@ def made(tmp_path_factory, workdir) -> Path:
     return folder
 
 
-class Job:
-    def __init__(self, folder):
-        self.folder = folder
-
-
 READERS = {
     "run.json": lambda run: (
         workdirs.read_run(run),
@@ -94,7 +89,7 @@ READERS = {
         writers.JsonlWriter(run / "metrics.jsonl", restored=3, say=lambda line: None).close(),
     ),
     "samples.jsonl": lambda run: page_data.from_samples(run, "run", []),
-    "graded.jsonl": lambda run: arms.graded_problems(Job(run)),  # type: ignore[arg-type]
+    "graded.jsonl": lambda run: arms.graded_problems(arms.Job("an arm", None, run)),  # type: ignore[arg-type]
     "checkpoints/4/record.json": lambda run: (
         checkpoint_record.damage(run / "checkpoints" / "4"),
         checkpoint_record.read(run / "checkpoints" / "4"),

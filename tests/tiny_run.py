@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import cli, config, mesh
+from opd_jax import cli, config, mesh, processes
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.models import hf, params, transformer
 from opd_jax.models.architecture import Experts, LayerKind
 from opd_jax.run import assemble, initial
+from opd_jax.run import train as training
 from opd_jax.spec import RunConfig
 from opd_jax.store import checkpoint
 
@@ -174,6 +176,17 @@ def argv(folder: Path, workdir: Path, **keys) -> list[str]:
 def train(folder: Path, workdir: Path, **keys) -> int:
     """Run the command in this process and return its exit status."""
     return cli.main(argv(folder, workdir, **keys))
+
+
+def stop_after(folder: Path, workdir: Path, steps: int, **keys) -> None:
+    """Run in this process until a wish to stop comes with a step, as by SIGTERM."""
+    with processes.Stop() as stop:
+
+        def on_step(step, values):
+            stop.number = signal.SIGTERM * (step == steps)
+
+        result = training.train(resolved(folder, **keys), str(workdir), stop=stop, on_step=on_step)
+    assert not result["is_finished"]
 
 
 def start(folder: Path, workdir: Path, **keys) -> subprocess.Popen:

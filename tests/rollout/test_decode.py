@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import drawn_weights
 
 from opd_jax import mesh
 from opd_jax.models import params, transformer
@@ -43,21 +44,7 @@ def towards(ids, by):
     return bias
 
 
-def drawn_weights():
-    """Weights large enough that what is sampled depends on the whole context."""
-    rng = np.random.default_rng(0)
-
-    def draw(spec):
-        if spec.std == 0:
-            return np.full(spec.shape, spec.mean, np.float32)
-        return rng.normal(scale=0.3, size=spec.shape).astype(np.float32)
-
-    return jax.tree.map(draw, transformer.specs(CFG)) | {
-        "embed": rng.normal(size=(CFG.vocab_size, CFG.width)).astype(np.float32)
-    }
-
-
-WEIGHTS = drawn_weights()
+WEIGHTS = drawn_weights(CFG)
 
 
 def prompt_of(starts=STARTS, width=WIDTH):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import drawn_weights
 
 from opd_jax import mesh
 from opd_jax.models import params, transformer
@@ -35,20 +36,7 @@ GREEDY = Sampler(vocab_size=60, temperature=0.0, stop_ids=tuple(range(0, 60, 7))
 FIELDS = ("ids_BT", "start_B", "mask_BT", "truncated_B", "policy_step")
 
 
-def weights():
-    rng = np.random.default_rng(0)
-
-    def draw(spec):
-        if spec.std == 0:
-            return np.full(spec.shape, spec.mean, np.float32)
-        return rng.normal(scale=0.3, size=spec.shape).astype(np.float32)
-
-    return jax.tree.map(draw, transformer.specs(CFG)) | {
-        "embed": rng.normal(size=(CFG.vocab_size, CFG.width)).astype(np.float32)
-    }
-
-
-WEIGHTS = weights()
+WEIGHTS = drawn_weights(CFG)
 
 
 def prompts(num=ROWS):

@@ -14,7 +14,7 @@ import opd_jax
 from opd_jax import cli
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.models import hf, transformer
-from opd_jax.run import assemble, train
+from opd_jax.run import assemble
 from opd_jax.spec import TrainSpec
 
 tiny, one_device = tiny_run.tiny, tiny_run.one_device
@@ -142,13 +142,8 @@ def test_a_mix_goes_by_step_number_also_after_a_resume(tiny, answers, tmp_path):
     keys = {"data__prompts": answers, "train__stage": "mixed", "train__on_policy_share": 0.25}
     keys |= {"kl__direction": "jsd", "checkpoint__every": 1}
     assert tiny_run.train(tiny, tmp_path / "whole", **keys) == 0
-    run, folder = tiny_run.resolved(tiny, **keys), tmp_path / "stopped"
-    with train.processes.Stop() as stop:
-
-        def at_two(step, values):
-            stop.number = 15 * (step == 2)
-
-        assert not train.train(run, str(folder), stop=stop, on_step=at_two)["is_finished"]
+    folder = tmp_path / "stopped"
+    tiny_run.stop_after(tiny, folder, 2, **keys)
     assert tiny_run.train(tiny, folder, **keys) == 0
     assert tiny_run.curve(folder) == tiny_run.curve(tmp_path / "whole")
     assert [line["on_policy"] for line in tiny_run.curve(folder)] == [0, 0, 0, 1]

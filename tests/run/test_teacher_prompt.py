@@ -17,7 +17,7 @@ from opd_jax import mesh as meshlib
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.models import hf, transformer
 from opd_jax.rollout import answers as drawing
-from opd_jax.run import assemble, initial, train
+from opd_jax.run import assemble, initial
 
 tiny, one_device = tiny_run.tiny, tiny_run.one_device
 HINT = {"data__teacher_prompt": "{prompt} {hint}: {answer}", "data__shuffle": False}
@@ -197,13 +197,8 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_other_prompts_are_refused(
 ):
     keys = HINT | {"data__prompts": rows, "data__shuffle": True, "checkpoint__every": 1}
     assert tiny_run.train(tiny, tmp_path / "whole", **keys) == 0
-    run, folder = tiny_run.resolved(tiny, **keys), tmp_path / "stopped"
-    with train.processes.Stop() as stop:
-
-        def at_two(step, values):
-            stop.number = 15 * (step == 2)
-
-        assert not train.train(run, str(folder), stop=stop, on_step=at_two)["is_finished"]
+    folder = tmp_path / "stopped"
+    tiny_run.stop_after(tiny, folder, 2, **keys)
     other = keys | {"data__teacher_prompt": "{prompt} {answer}"}
     assert tiny_run.train(tiny, folder, **other) == 1
     assert "data.teacher_prompt" in capsys.readouterr().err
