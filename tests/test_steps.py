@@ -403,18 +403,18 @@ def test_evaluation_measures_gated_positions_too(plain, dense):
 def poisoned(teacher):
     """A step in which a tensor whose first entry is 0 gets NaN as its gradient, and only that."""
     cfg = dataclasses.replace(CFG, kl=dataclasses.replace(CFG.kl, chunk=7))
-    weighted_loss = objective.weighted_loss
+    weighted_loss = objective.weighted_loss_and_load
 
     def poison(tree, *args, **kwargs):
-        total, tokens = weighted_loss(tree, *args, **kwargs)
+        total, *measured = weighted_loss(tree, *args, **kwargs)
         roots = sum(jnp.sqrt(jnp.abs(leaf.ravel()[0])) for leaf in jax.tree.leaves(tree))
         noise = jnp.sum(args[2].logp_BT)  # NaN there reaches the loss and no gradient
-        return total + roots - jax.lax.stop_gradient(roots) + noise, tokens
+        return total + roots - jax.lax.stop_gradient(roots) + noise, *measured
 
     def index(tree, batch=BATCH):
         state = steps.init(jax.tree.map(jnp.array, tree), jax.random.key(KEY), cfg=cfg, tx=TX)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(objective, "weighted_loss", poison)
+            patch.setattr(objective, "weighted_loss_and_load", poison)
             return steps.distill_step(state, teacher, batch, cfg=cfg, tx=TX)[1]["nonfinite"].value()
 
     return index
