@@ -140,10 +140,14 @@ def targets(
 
 def written(rollout: Rollout) -> Bool[Array, "B T"]:
     """Which predicting positions hold a token of the prompt or the answer: no padding."""
-    slot_1T = jnp.arange(rollout.ids_BT.shape[1])[None, :]
-    end_B = jnp.max(jnp.where(rollout.mask_BT, slot_1T + 1, 0), axis=1)
     _, _, valid_BT = inputs(rollout)
-    return valid_BT & (slot_1T[:, :-1] < end_B[:, None])
+    return valid_BT & (jnp.arange(valid_BT.shape[1])[None, :] < ends(rollout)[:, None])
+
+
+def ends(rollout: Rollout) -> Int[Array, " B"]:
+    """Column behind the last sampled id of each row; 0 where there is none."""
+    slots = rollout.ids_BT.shape[1]
+    return jnp.max(jnp.where(rollout.mask_BT, jnp.arange(1, slots + 1)[None, :], 0), axis=1)
 
 
 def load(params: Params, rollout: Rollout, *, cfg: ObjectiveConfig) -> moe.Load | None:

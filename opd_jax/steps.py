@@ -307,8 +307,7 @@ def measure(
     scored_BT = goal.mask_BT.astype(jnp.float32)
     num_rows = jnp.asarray(scored_BT.shape[0], jnp.float32)
     slots = rollout.ids_BT.shape[1]
-    end_B = jnp.max(jnp.where(rollout.mask_BT, jnp.arange(1, slots + 1)[None, :], 0), axis=1)
-    used = jnp.sum(jnp.maximum(end_B - rollout.start_B, 0), dtype=jnp.float32)
+    used = jnp.sum(jnp.maximum(objective.ends(rollout) - rollout.start_B, 0), dtype=jnp.float32)
     against_teacher = {
         "kl_nats": mean(tokens.reverse_BT),
         "kl_gated": mean(tokens.reverse_BT, seen_BT * goal.gated_BT),

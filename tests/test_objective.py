@@ -75,15 +75,15 @@ def gradient(student, teacher, batch):
     """Gradient of the loss to the student's hidden states, [B, T-1, D]."""
     goal = objective.targets(batch, STATE, jax.random.key(0), cfg=CFG)
     states = jax.jit(functools.partial(objective.teacher_states, cfg=CFG))(teacher, batch)
-    hidden_and_head = transformer.hidden_and_head
+    hidden = transformer.hidden_head_and_load
 
     def at(shift):
         def moved(tree, *args, cfg):
-            h_BTD, head_VD = hidden_and_head(tree, *args, cfg=cfg)
-            return h_BTD + shift, head_VD
+            h_BTD, *others = hidden(tree, *args, cfg=cfg)
+            return h_BTD + shift, *others
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(transformer, "hidden_and_head", moved)
+            patch.setattr(transformer, "hidden_head_and_load", moved)
             return objective.weighted_loss(student, teacher, states, batch, goal, cfg=CFG)[0]
 
     rows, length = batch.ids_BT.shape
