@@ -114,7 +114,7 @@ def _run(name: str, argv: list[str]) -> int:
             raise
         if not COMMANDS[name].has_config:
             message = message.replace("--config.mesh.", "--mesh-")
-        print(f"opd-jax {name}: {message}", file=sys.stderr)
+        print(f"opd-jax {name}: {command.shortened(message)}", file=sys.stderr)
         print("(OPD_JAX_TRACE=1 shows where it was raised)", file=sys.stderr)
         return 1
 

@@ -50,7 +50,21 @@ class Parser(argparse.ArgumentParser):
             known = nearest(name, self._option_string_actions) if item.startswith("-") else ""
             message = f"unknown argument {item}{known}: expected one of the flags above; correct it"
             break
-        super().error(message)
+        super().error(shortened(message))
+
+
+def shortened(message: str, most: int = 1000) -> str:
+    """A message whose lines have at most ``most`` characters of what they quote.
+
+    A value that is quoted may be as long as a command line; what is wrong with it stands before or
+    behind it, so the middle of a longer line is left out.
+    """
+    return "\n".join(
+        line
+        if len(line) <= most
+        else f"{line[: most // 2]} ... ({len(line) - most:,} more) ... {line[-(most // 2) :]}"
+        for line in message.split("\n")
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

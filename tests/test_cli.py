@@ -282,6 +282,24 @@ def test_every_command_refuses_in_one_message(argv, message, capsys, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("flag", ["--columns", "--template", "--prompts", "--model", "--limit"])
+@pytest.mark.parametrize("text", ["[" * 20_000, "a b " * 9_000])
+def test_a_value_is_quoted_only_as_far_as_one_reads(flag, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = {"--model": "embedded:student", "--prompts": "embedded:prompts/heldout.jsonl"}
+    given |= {"--out": "o", "--max-new": "8", flag: text}
+    try:
+        status = cli.main(["generate", *(f"{name}={value}" for name, value in given.items())])
+    except SystemExit as end:
+        status = end.code
+    err = capsys.readouterr().err
+    assert status
+    assert "opd-jax generate: " in err
+    assert text[:40] in err
+    assert len(err) < 6_000
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_help_with_an_example(name, capsys):
     if name == "train":
