@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+_VISITS = re.compile(r"visits_(\d+)")
 _NAME = re.compile(r"(scored_)?rounds_(\d+)\)*(?:/while)?$")  # closed by transformations' names
 
 
@@ -28,6 +29,20 @@ def expected(number: int, *, scored: bool = False) -> contextlib.AbstractContext
         all of them are.
     """
     return jax.named_scope(f"{'scored_' * scored}rounds_{number}")
+
+
+def visits(number: int) -> contextlib.AbstractContextManager[Any]:
+    """A scope around a kernel of which ``number`` programs work, and the others of its grid do not.
+
+    What it skips by what it reads, its grid does not say.
+    """
+    return jax.named_scope(f"visits_{number}")
+
+
+def visited(name: str) -> int | None:
+    """Programs that work in the kernels whose scopes are ``name``; None where they do not say."""
+    found = _VISITS.search(name)
+    return int(found[1]) if found else None
 
 
 def of(name: str, scored_share: float = 1.0) -> int | None:

@@ -13,8 +13,8 @@ from fractions import Fraction
 from opd_jax import rules
 from opd_jax.data.prompts import DataSpec
 from opd_jax.kl import KLSpec
+from opd_jax.models.architecture import ATTENTION, REMAT
 from opd_jax.models.lora import LoraSpec
-from opd_jax.models.transformer import REMAT
 from opd_jax.objective import NORMALISERS
 from opd_jax.optim import OptimSpec
 from opd_jax.position import PositionSpec
@@ -36,12 +36,14 @@ class ModelSpec:
     param_dtype: str = "auto"  # of stored weights; auto: float32 if trained, dtype if frozen
     dtype: str = "auto"  # compute dtype; auto: bfloat16 on accelerators, float32 on CPU
     remat: str = "dots"  # what the backward pass keeps: none (all), dots, full (least memory)
+    attention: str = "auto"  # auto: kernels of TPU and GPU where they fit; blocks: our own
 
     def __post_init__(self):
         rules.check(
             self,
             "",  # of two groups
             ("remat", self.remat in REMAT, f"one of {REMAT}"),
+            ("attention", self.attention in ATTENTION, f"one of {ATTENTION}"),
             ("dtype", self.dtype in DTYPES, f"one of {DTYPES}"),
             ("param_dtype", self.param_dtype in DTYPES, f"one of {DTYPES}"),
         )

@@ -179,6 +179,7 @@ def test_a_command_line_without_config_is_refused():
         ("student.path", "", "a Hugging Face model folder"),
         ("student.dtype", "int8", "float32"),
         ("student.remat", "some", "dots"),
+        ("teacher.attention", "splash", "auto"),
         ("seed", -1, "0 to 2"),
         ("profile", "5:3", "FIRST:LAST"),
         ("profile", "0", "steps from 1"),

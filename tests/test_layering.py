@@ -34,6 +34,7 @@ ORDER: list[str | tuple[str, list]] = [
             "linear",
             "rope",
             "attention",
+            "kernels",
             "kv_cache",
             "families",
             "architecture",

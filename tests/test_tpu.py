@@ -20,8 +20,9 @@ from jax.sharding import PartitionSpec as P
 from opd_jax import kl, optim, steps
 from opd_jax import mesh as meshlib
 from opd_jax.kl import KLSpec
-from opd_jax.models import attention, params, transformer
+from opd_jax.models import attention, kernels, params, transformer
 from opd_jax.models.architecture import Experts, LayerKind
+from opd_jax.models.attention import Span
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Prompt, Rollout
 from opd_jax.rock import RockConfig
@@ -230,6 +231,22 @@ def test_the_gradient_of_attention_holds_a_block_of_scores_at_a_time(array):
     program = grad.lower(q, kv, kv, array(bool, 1, length)).compile()
     block = 4 * heads * groups * 512 * length  # f32, the last and largest
     assert program.memory_analysis().temp_size_in_bytes < 2 * block  # of 8, in f32 and bf16
+
+
+@pytest.mark.parametrize(("head_dim", "window"), [(128, None), (64, 1024)])
+def test_the_kernel_of_attention_holds_no_scores(array, head_dim, window):
+    """Queries, keys and values of whole blocks are laid out anew, and that is all."""
+    heads, groups, length = 8, 4, 4096
+    q = array(jnp.bfloat16, 1, length, heads, groups, head_dim)
+    kv = array(jnp.bfloat16, 1, length, heads, head_dim)
+    mix = functools.partial(kernels.causal, span=Span(0.1, window), name="splash")
+    total = lambda *inputs: jnp.sum(mix(*inputs), dtype=jnp.float32)  # noqa: E731
+    grad = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+    program = grad.lower(q, kv, kv, array(bool, 1, length)).compile()
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3  # out; dq; dk, dv
+    queries = 2 * heads * groups * length * max(head_dim, 128)  # in registers, in bf16
+    assert program.memory_analysis().temp_size_in_bytes < 12 * queries
+    assert 12 * queries < heads * groups * length**2  # a quarter of the scores in f32
 
 
 def cycles(text: str) -> int:

@@ -19,6 +19,7 @@ from opd_jax.models.params import ParamSpec, Specs
 from opd_jax.models.rope import Rope
 
 REMAT = ("none", "full", "dots")
+ATTENTION = ("auto", "blocks")
 INIT_STD = 0.02  # initializer_range of all families' published configs
 DENSE = ("gate", "up", "down")
 # Of each weight that rows are multiplied by, how many dimensions are inputs.
@@ -82,6 +83,8 @@ class ModelConfig:
       remat: what the backward pass keeps: ``dots`` the results of weight multiplications, and it
         recomputes what is cheap, at half the memory of ``none``, which keeps everything, and in no
         more time (LOG.md); ``full`` keeps layer inputs only.
+      attention: of whole sequences: by the kernel of the devices where there is one that fits
+        (``auto``), or everywhere by ``blocks`` of our own.
       pattern: a kind for each layer; empty where all are plain.
       window: tokens that a sliding layer reads, the query's own included.
       local_rope: of sliding layers, where it is another than that of full ones.
@@ -113,6 +116,7 @@ class ModelConfig:
     max_positions: int = 2048
     dtype: str = "float32"
     remat: Literal["none", "full", "dots"] = "dots"
+    attention: Literal["auto", "blocks"] = "auto"
     pattern: tuple[LayerKind, ...] = ()
     window: int | None = None
     local_rope: Rope | None = None
@@ -135,6 +139,10 @@ class ModelConfig:
             )
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r} is not known: expected one of {REMAT}")
+        if self.attention not in ATTENTION:
+            raise ValueError(
+                f"attention {self.attention!r} is not known: expected one of {ATTENTION}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} query heads do not divide over {self.num_kv_heads} key/value "

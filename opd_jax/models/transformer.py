@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax import mesh
-from opd_jax.models import attention, embedding, kv_cache, linear, moe
+from opd_jax.models import attention, embedding, kernels, kv_cache, linear, moe
 from opd_jax.models.architecture import REMAT, LayerKind, ModelConfig, layers_with, specs
 from opd_jax.models.arranged import for_decoding, gathered, sliced, with_vocab_rows
 from opd_jax.models.attention import Span
@@ -274,13 +274,14 @@ def _from_start(
 ):
     """All layers over tokens that have none before them."""
     span = Span(cfg.score_scale, cfg.window)
+    kernel = None if cfg.attention == "auto" else cfg.attention
 
     def step(h_RD, inputs, is_sliding):
         layer, is_sliding = inputs if is_sliding is None else (inputs, is_sliding)
 
         def attend(q_BTKGH, k_BTKH, v_BTKH):
-            mixed_BTKGH = attention.causal(
-                q_BTKGH, k_BTKH, v_BTKH, valid_BT, span=span, is_sliding=is_sliding
+            mixed_BTKGH = kernels.causal(
+                q_BTKGH, k_BTKH, v_BTKH, valid_BT, span=span, is_sliding=is_sliding, name=kernel
             )
             kept = (k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)) if room else None
             return mixed_BTKGH, kept

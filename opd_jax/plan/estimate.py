@@ -41,6 +41,7 @@ class Cost:
       collectives: largest share first.
       limits: seconds that its products, its traffic and its collectives take by themselves.
       silent: kernels that run in it of whose cycles the compiler says nothing.
+      kernel_seconds: that their products take at the peak rate.
     """
 
     flops: float
@@ -49,6 +50,7 @@ class Cost:
     collectives: tuple[Collective, ...]
     limits: dict[str, float]
     silent: int = 0
+    kernel_seconds: float = 0.0
 
     @property
     def bound(self) -> str:
@@ -63,7 +65,8 @@ class Cost:
     @property
     def seconds(self) -> float:
         """The estimate."""
-        return max(self.bound_seconds, self.cycles_seconds or 0.0)
+        cycles = 0.0 if self.cycles_seconds is None else self.cycles_seconds + self.kernel_seconds
+        return max(self.bound_seconds, cycles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +230,7 @@ def compiled(
         flops_of = {names[0]: outside, names[1]: inside}
     else:
         flops_of = {names[0]: flops}
+    in_kernels = products.flops(traced.traced.jaxpr, traced.scored_share, of_kernels=True)
     begun = time.perf_counter()
     try:
         program = traced.traced.lower().compile(compiler_options=dict(machine.options) or None)
@@ -251,7 +255,8 @@ def compiled(
     costs = {}
     for name in names:
         own = runs if len(names) == 1 else [r for r in runs if r[3] == (name == names[1])]
-        costs[name] = cost(own, read, flops_of[name], chip, mesh)
+        kernels = in_kernels if name == names[0] else 0.0  # the loop over tokens has none
+        costs[name] = cost(own, read, flops_of[name], chip, mesh, kernels)
     return [
         ProgramPlan(
             name, alive, chip.memory, seconds, flops_of[name], costs[name],
@@ -261,8 +266,10 @@ def compiled(
     ]  # fmt: skip
 
 
-def cost(runs: Any, program: hlo.Program, flops: float, chip: Chip, mesh: Any) -> Cost:
-    """What a part of a compiled program takes on a chip."""
+def cost(
+    runs: Any, program: hlo.Program, flops: float, chip: Chip, mesh: Any, in_kernels: float = 0.0
+) -> Cost:
+    """What a part of a compiled program takes on a chip, ``in_kernels`` of its FLOPs in those."""
     moved = moving.traffic(runs, program)
     collectives = moving.collectives(runs, program, mesh)
     devices = 1
@@ -274,7 +281,8 @@ def cost(runs: Any, program: hlo.Program, flops: float, chip: Chip, mesh: Any) -
         "links": sum(each.moved for each in collectives) / chip.link,
     }
     cycles = moved.cycles / chip.clock if chip.clock and moved.cycles else None
-    return Cost(flops, moved.num_bytes, cycles, tuple(collectives), limits, moved.silent)
+    kernels = in_kernels / devices / chip.flops
+    return Cost(flops, moved.num_bytes, cycles, tuple(collectives), limits, moved.silent, kernels)
 
 
 def _beyond(traced: Traced, error: BaseException) -> float:

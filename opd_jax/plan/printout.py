@@ -48,6 +48,7 @@ def _program(plan: Plan, each: ProgramPlan) -> dict[str, Any]:
         "bound": None,
         "bound_seconds": None,
         "cycles_seconds": None,
+        "kernel_seconds": None,
         "bytes_moved": None,
         "compile_seconds": each.compile_seconds,
         "collectives": [],
@@ -61,6 +62,7 @@ def _program(plan: Plan, each: ProgramPlan) -> dict[str, Any]:
         "bound": cost.bound,
         "bound_seconds": cost.bound_seconds,
         "cycles_seconds": cost.cycles_seconds,
+        "kernel_seconds": cost.kernel_seconds,
         "bytes_moved": cost.bytes_moved,
         "collectives": [
             {
@@ -98,7 +100,10 @@ def lines(plan: Plan) -> list[str]:
                 f"  {each.name}: {c.count} x {c.kind} over {c.axes} of {c.num_bytes / 1e6:,.3g} MB"
             )
         if each.cost and each.cost.silent:
-            found.append(f"  {each.name}: {each.cost.silent} runs of kernels without cycles")
+            found.append(
+                f"  {each.name}: {each.cost.silent} runs of kernels without cycles: "
+                f"{each.cost.kernel_seconds:.3g} s at the peak rate, and longer in truth"
+            )
         if each.uncounted:
             found.append(f"  {each.name}: {each.uncounted} loops of unknown rounds count as one")
     found += [advice(each) for each in plan.programs.values() if not each.fits]

@@ -16,15 +16,18 @@ from jax.extend.core import jaxprs_in_params
 
 from opd_jax import rounds
 
+_PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated")
 
-def flops(jaxpr: Any, scored_share: float = 1.0) -> float:
+
+def flops(jaxpr: Any, scored_share: float = 1.0, *, of_kernels: bool = False) -> float:
     """Operations of a program over all devices.
 
     Args:
       jaxpr: of a traced program, its shapes global.
       scored_share: share of a batch's positions that are scored, see :mod:`opd_jax.rounds`.
+      of_kernels: only those inside of kernels.
     """
-    return _sum(jaxpr, _Context(scored_share))
+    return _sum(jaxpr, _Context(scored_share, is_counted=not of_kernels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,8 @@ class _Context:
 
     scored_share: float
     holders: int = 1  # devices that have the same rows, each of which is computed by one of them
+    visited: int | None = None  # programs of a kernel that do something; None: all of its grid
+    is_counted: bool = True  # what is no kernel
 
 
 def split(jaxpr: Any, scored_share: float = 1.0) -> tuple[float, float]:
@@ -62,6 +67,8 @@ def _of(equation: Any, context: _Context) -> float:
     name, params = equation.primitive.name, equation.params
     shapes: list[Any] = [getattr(v.aval, "shape", ()) for v in equation.invars]
     out: Any = equation.outvars[0].aval.shape if equation.outvars else ()
+    if not context.is_counted and name in _PRODUCTS:
+        return 0.0
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         return 2.0 * math.prod(out) * math.prod(shapes[0][i] for i in contracted)
@@ -70,7 +77,11 @@ def _of(equation: Any, context: _Context) -> float:
     if name == "conv_general_dilated":
         features = params["dimension_numbers"].rhs_spec[0]
         return 2.0 * math.prod(out) * math.prod(shapes[1]) / shapes[1][features]
+    if name.startswith("dot_product_attention"):
+        return fused_attention(shapes, params["sliding_window_length"], name.count("bwd") > 0)
     inner = list(jaxprs_in_params(params))
+    if (visited := rounds.visited(str(equation.source_info.name_stack))) is not None:
+        context = dataclasses.replace(context, visited=visited)
     if name == "shard_map":
         axes, shape = params["newly_manual_axes"], params["mesh"].shape
         devices = math.prod(shape[axis] for axis in axes)
@@ -78,12 +89,29 @@ def _of(equation: Any, context: _Context) -> float:
         over = [axis for part in parts for axis in ((part,) if isinstance(part, str) else part)]
         holders = devices // math.prod(shape[axis] for axis in over)
         return devices * _sum(inner[0], dataclasses.replace(context, holders=holders))
+    if name == "pallas_call":
+        context = dataclasses.replace(context, is_counted=True)
     total = [_sum(each, context) for each in inner]
-    if name == "pallas_call":  # blocks that it skips by what it reads count, too
-        return math.prod(params["grid_mapping"].grid) * sum(total)
+    if name == "pallas_call":
+        whole = math.prod(params["grid_mapping"].grid)
+        return (whole if context.visited is None else context.visited) * sum(total)
     if name == "scan":
         return params["length"] * sum(total)
     if name == "while":
         times = rounds.of(str(equation.source_info.name_stack), context.scored_share)
         return sum(total) * (1 if times is None else times)
     return max(total, default=0.0) if name == "cond" else sum(total)
+
+
+def fused_attention(shapes: list[Any], window: int | None, is_backward: bool) -> float:
+    """cuDNN's causal attention: what a query may read, rows taken as full.
+
+    Args:
+      shapes: of queries [B, T, N, H] and whatever follows.
+      window: tokens that a query reads; None: all before it.
+      is_backward: the gradient, which computes the scores again: five products instead of two.
+    """
+    rows, num_tokens, heads, head_dim = shapes[0]
+    width = min(window or num_tokens, num_tokens)
+    read = num_tokens * width - width * (width - 1) / 2
+    return (5 if is_backward else 2) * 2.0 * rows * heads * head_dim * read

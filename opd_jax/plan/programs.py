@@ -85,7 +85,7 @@ def assembly(
         shapes = known_models.shapes(given or spec.path, dtype, f"--{who}-config")
         say(f"{who}: {shapes.source}")
         architecture.check_mesh(shapes.cfg, mesh, f"the {who}")
-        cfg = dataclasses.replace(shapes.cfg, remat=spec.remat)
+        cfg = dataclasses.replace(shapes.cfg, remat=spec.remat, attention=spec.attention)
         found.append(dataclasses.replace(shapes, cfg=cfg))
     own, other = found[0], found[-1]  # the student's again where nothing compares with a teacher
     vocab_size = min(own.cfg.vocab_size, other.cfg.vocab_size)

@@ -310,9 +310,9 @@ def _fitting(
 
 
 def model_config(spec: ModelSpec, path: str) -> ModelConfig:
-    """Read a model's config and give it the run's compute dtype and remat policy."""
+    """Read a model's config and give it the run's compute dtype, remat policy and attention."""
     cfg = hf_config.read_config(path, dtype=pairs.compute_dtype(spec.dtype))
-    return dataclasses.replace(cfg, remat=spec.remat)
+    return dataclasses.replace(cfg, remat=spec.remat, attention=spec.attention)
 
 
 def programs() -> dict[str, int]:

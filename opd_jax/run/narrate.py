@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from opd_jax import optim
 from opd_jax.data import tokenizer as tokenizers
-from opd_jax.models import lora, memory, params, resting, transformer
+from opd_jax.models import kernels, lora, memory, params, resting, transformer
 from opd_jax.models.lora import LoraSpec
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.optim import OptimSpec
@@ -20,6 +21,15 @@ from opd_jax.rock import RockConfig
 from opd_jax.run import assemble
 from opd_jax.run.assemble import Assembly
 from opd_jax.spec import RunConfig
+
+
+def _kernel_text(cfg: ModelConfig, mesh: Mesh) -> str:
+    """By what kernel a model's attention is computed, where it is not by our own blocks."""
+    fewest, platform = kernels.FEWEST_TOKENS, mesh.devices.flat[0].platform
+    name = kernels.chosen(platform, fewest, cfg.head_dim, cfg.dtype)
+    if name == "blocks" or cfg.attention == "blocks":
+        return ""
+    return f", attention by {name} from {fewest} tokens on"
 
 
 def introduction(parts: Assembly) -> list[str]:
@@ -36,7 +46,7 @@ def introduction(parts: Assembly) -> list[str]:
         size = params.count(transformer.specs(part))
         lines.append(
             f"{name}: {spec.path}, {part.model_type}, {size / 1e6:.3g} M parameters, "
-            f"{part.num_layers} layers, compute {part.dtype}"
+            f"{part.num_layers} layers, compute {part.dtype}{_kernel_text(part, parts.mesh)}"
         )
     if adapters := assemble.adapter_specs(run, cfg.student):
         lines.append(adapters_text(run.lora, cfg.student, params.count(adapters)))

@@ -359,7 +359,7 @@ def load(ref: str, pair: Pair) -> Params:
     """
     found = resolve(ref)
     cfg = _config(found, pair.cfg.student.dtype)
-    expected = dataclasses.replace(pair.cfg.student, remat=cfg.remat)
+    expected = dataclasses.replace(pair.cfg.student, remat=cfg.remat, attention=cfg.attention)
     if cfg != expected:
         fields = [f.name for f in dataclasses.fields(cfg)]
         named = "; ".join(

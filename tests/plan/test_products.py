@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from opd_jax import mesh, rounds
-from opd_jax.models import params, transformer
+from opd_jax.models import attention, kernels, params, transformer
 from opd_jax.models.architecture import Experts, LayerKind
+from opd_jax.models.attention import Span
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.plan import products
 
@@ -106,7 +107,7 @@ def weights(cfg, used=lambda name: 1.0):
     return sum(math.prod(s.shape) * used(n) for n, s in layers.items() if "norm" not in n)
 
 
-def attention(cfg, rows, columns):
+def attention_flops(cfg, rows, columns):
     """Operations of scores and mixtures, whole squares."""
     return 4 * rows * columns**2 * cfg.num_heads * cfg.head_dim * cfg.num_layers
 
@@ -115,8 +116,8 @@ def test_a_model_takes_two_operations_a_parameter_and_token():
     rows, columns = 4, 40
     found = model_flops(DENSE, rows, columns)
     plain = 2 * rows * columns * weights(DENSE)
-    assert plain + attention(DENSE, rows, columns) / 2 <= found
-    assert found <= plain + attention(DENSE, rows, columns)
+    assert plain + attention_flops(DENSE, rows, columns) / 2 <= found
+    assert found <= plain + attention_flops(DENSE, rows, columns)
 
 
 def test_of_a_model_with_experts_the_active_ones_count():
@@ -134,7 +135,7 @@ def test_of_a_model_with_experts_the_active_ones_count():
     }
     assert len(stacks) >= 3
     active = 2 * rows * columns * weights(sparse, lambda n: 2 / 16 if n in stacks else 1.0)
-    found = model_flops(sparse, rows, columns) - attention(sparse, rows, columns) / 2
+    found = model_flops(sparse, rows, columns) - attention_flops(sparse, rows, columns) / 2
     assert active <= found <= 2 * active  # blocks of rows are not quite full, see models/grouped
 
 
@@ -156,3 +157,33 @@ def test_a_kernel_counts_by_its_grid():
         interpret=True,
     )
     assert count(kernel, X, W) == ONE
+
+
+@pytest.mark.parametrize("window", [None, 200])
+def test_kernels_of_attention_count_what_they_compute(window):
+    """Blocks that splash attention skips do not count."""
+    rows, length, heads, group, head_dim = 2, 640, 2, 3, 128
+    shapes = (rows, length, heads, group, head_dim), (rows, length, heads, head_dim)
+    q, k = (jnp.zeros(shape, jnp.bfloat16) for shape in shapes)
+    valid = jnp.ones((rows, length), bool)
+    span = Span(1.0, window)
+
+    def total(function, q, k, v, span=span):
+        return jnp.sum(function(q, k, v, valid, span=span), dtype=jnp.float32)
+
+    splash = functools.partial(total, kernels.by_splash)
+    grad = jax.grad(splash, argnums=(0, 1, 2))
+    block = 2 * 2 * rows * heads * group * head_dim * 512 * 512  # 640 tokens fill two blocks
+    assert count(splash, q, k, k) == 3 * block  # of four pairs one is never read
+    inside = count(grad, q, k, k, of_kernels=True)
+    assert inside == 3 * block * (1 + 7 / 2)  # scores twice more: for dq, and for dk and dv
+    assert inside <= count(grad, q, k, k) < 1.001 * inside  # out . dout is not in a kernel
+    ours = functools.partial(total, attention.causal)
+    assert count(ours, q, k, k, of_kernels=True) == 0
+
+    # cuDNN cannot be traced without its library: by the shapes that its operation is given.
+    exact = products.fused_attention([(rows, length, heads * group, head_dim)], window, False)
+    seen = sum(min(t + 1, window or length) for t in range(length))
+    assert exact == 4 * rows * heads * group * head_dim * seen
+    back = products.fused_attention([(rows, length, heads * group, head_dim)], window, True)
+    assert back == 2.5 * exact

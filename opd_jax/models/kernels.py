@@ -1,0 +1,191 @@
+"""Attention over whole sequences by the kernels that accelerators have for it.
+
+Both hold no array of T x T scores, in the gradient neither. On a TPU it is splash attention, a
+Pallas kernel of jax; on a GPU what cuDNN has, by ``jax.nn.dot_product_attention``. Where neither
+fits, and on a CPU, it is :func:`attention.causal`, which both are tested against.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float
+
+from opd_jax import mesh, rounds
+from opd_jax.models import attention
+from opd_jax.models.attention import Span
+
+Name = Literal["blocks", "splash", "cudnn"]
+FEWEST_TOKENS = 512  # below, scores are small and a kernel's blocks are mostly padding
+_LANES = 128  # of a TPU's registers: heads and blocks are multiples of it
+_BLOCK = 512  # queries, and keys, that splash attention holds at a time
+_GPU_HEADS = 256  # the widest that cuDNN has, in multiples of 8
+_HEADS = P(mesh.BATCH, None, "model", None, None)
+
+
+def chosen(platform: str, num_tokens: int, head_dim: int, dtype) -> Name:
+    """What mixes sequences of ``num_tokens`` on devices of a platform (``tpu``, ``cuda``, ...)."""
+    if num_tokens < FEWEST_TOKENS:
+        return "blocks"
+    if platform == "tpu":
+        return "splash"
+    is_half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    if platform in ("gpu", "cuda") and is_half and head_dim <= _GPU_HEADS and head_dim % 8 == 0:
+        return "cudnn" if has_cudnn() else "blocks"
+    return "blocks"
+
+
+@functools.cache
+def has_cudnn() -> bool:
+    """Whether jax finds cuDNN, a library of its own; without it nothing of it can be traced."""
+    x_BTNH = jax.ShapeDtypeStruct((1, 8, 1, 8), jnp.bfloat16)
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    try:
+        jax.eval_shape(attend, x_BTNH, x_BTNH, x_BTNH)
+    except RuntimeError:
+        return False
+    return True
+
+
+def causal(
+    q_BTKGH: Float[Array, "B T K G H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    valid_BT: Bool[Array, "B T"],
+    *,
+    span: Span,
+    is_sliding: Bool[Array, ""] | bool = True,
+    name: Name | None = None,
+) -> Float[Array, "B T K G H"]:
+    """:func:`attention.causal` by the kernel ``name``, or else that of the devices.
+
+    A query that may read nothing gets something finite, to be ignored.
+
+    **Sharding**: rows over the batch axes, key/value heads over ``model``; nothing is communicated.
+    """
+    name = name or chosen(mesh.platform(), q_BTKGH.shape[1], q_BTKGH.shape[-1], q_BTKGH.dtype)
+    if name == "blocks":
+        return attention.causal(q_BTKGH, k_BTKH, v_BTKH, valid_BT, span=span, is_sliding=is_sliding)
+    kernel = by_splash if name == "splash" else by_cudnn
+    given = q_BTKGH, k_BTKH, v_BTKH, valid_BT
+    whole = dataclasses.replace(span, window=None)
+    if span.window is None or is_sliding is False:
+        return _on_shards(functools.partial(kernel, span=whole))(*given)
+    sliding = functools.partial(kernel, span=span)
+    if is_sliding is True:
+        return _on_shards(sliding)(*given)
+    either = (_on_shards(function) for function in (sliding, functools.partial(kernel, span=whole)))
+    return jax.lax.cond(is_sliding, *either, *given)
+
+
+def _on_shards(function):
+    """Each device's rows and heads by themselves: XLA cannot split a kernel."""
+    keys = P(*_HEADS[:3], None)
+    return mesh.on_shards(function, (_HEADS, keys, keys, P(mesh.BATCH, None)), _HEADS)
+
+
+def by_splash(q_BTKGH, k_BTKH, v_BTKH, valid_BT, *, span: Span, interpret: bool = False):
+    """Splash attention; padding is a segment of its own, and tokens fill up the last block.
+
+    **Sharding**: of one device.
+    """
+    rows, num_tokens, num_kv, group, head_dim = q_BTKGH.shape
+    size, padded = _tiles(num_tokens)
+    heads = -(-head_dim // _LANES) * _LANES - head_dim
+
+    def placed(x_BTNH):  # heads first, whole blocks, whole registers
+        widths = ((0, 0), (0, padded - num_tokens), (0, 0), (0, heads))
+        return jnp.pad(x_BTNH, widths).transpose(0, 2, 1, 3)
+
+    q_BTNH = q_BTKGH.reshape(rows, num_tokens, num_kv * group, head_dim)
+    q_BNTH = placed((q_BTNH * span.scale).astype(q_BTNH.dtype))
+    segment_BT = jnp.pad(valid_BT.astype(jnp.int32), ((0, 0), (0, padded - num_tokens)))
+    kernel = _splash(padded, num_kv * group, span.window, size, interpret)
+    pairs = _pairs(padded // size, size, span.window)
+    with rounds.visits(rows * num_kv * group * pairs):
+        mixed_BNTH = jax.vmap(kernel)(
+            q_BNTH,
+            placed(k_BTKH),
+            placed(v_BTKH),
+            splash_attention.SegmentIds(segment_BT, segment_BT),
+        )
+    mixed_BTNH = mixed_BNTH[:, :, :num_tokens, :head_dim].transpose(0, 2, 1, 3)
+    return mixed_BTNH.astype(v_BTKH.dtype).reshape(q_BTKGH.shape)
+
+
+def _tiles(num_tokens: int) -> tuple[int, int]:
+    """Tokens of a block, and of a row of whole blocks."""
+    tokens = -(-num_tokens // _LANES) * _LANES
+    size = min(_BLOCK, tokens)
+    return size, -(-tokens // size) * size
+
+
+def _pairs(num: int, size: int, window: int | None) -> int:
+    """Of ``num`` x ``num`` pairs of blocks, those that hold a key that a query may read."""
+    furthest = num if window is None else -(-(window - 1) // size)  # blocks before a query's own
+    return sum(min(at, furthest) + 1 for at in range(num))
+
+
+def _splash(num_tokens: int, num_heads: int, window: int | None, size: int, interpret: bool):
+    shape = (num_tokens, num_tokens)
+    if window is None:
+        mask = splash_attention_mask.CausalMask(shape)
+    else:
+        mask = splash_attention_mask.LocalMask(shape, (window - 1, 0), 0)
+    sizes = splash_attention.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_kv_compute=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_kv_dkv_compute=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
+    return splash_attention.make_splash_mha_single_device(
+        splash_attention_mask.MultiHeadMask([mask] * num_heads),
+        block_sizes=sizes,
+        interpret=interpret,
+    )
+
+
+def by_cudnn(
+    q_BTKGH,
+    k_BTKH,
+    v_BTKH,
+    valid_BT,
+    *,
+    span: Span,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+):
+    """cuDNN's fused attention, which wants padding on the right: rows are shifted there and back.
+
+    **Sharding**: of one device.
+    """
+    rows, num_tokens, num_kv, group, head_dim = q_BTKGH.shape
+    order_BT = jnp.argsort(~valid_BT, axis=1, stable=True)  # valid tokens first, as they came
+    place_BT = jnp.argsort(order_BT, axis=1)
+    length_B = jnp.sum(valid_BT, axis=1, dtype=jnp.int32)
+    mixed_BTNH = jax.nn.dot_product_attention(
+        _moved(q_BTKGH.reshape(rows, num_tokens, num_kv * group, head_dim), order_BT),
+        _moved(k_BTKH, order_BT),
+        _moved(v_BTKH, order_BT),
+        scale=span.scale,
+        is_causal=True,
+        query_seq_lengths=length_B,
+        key_value_seq_lengths=length_B,
+        local_window_size=None if span.window is None else (span.window - 1, 0),
+        implementation=implementation,
+    )
+    return _moved(mixed_BTNH, place_BT).reshape(q_BTKGH.shape)
+
+
+def _moved(x_BTNH, order_BT):
+    return jnp.take_along_axis(x_BTNH, order_BT[:, :, None, None], axis=1)
