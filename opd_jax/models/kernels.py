@@ -111,7 +111,8 @@ def by_splash(q_BTKGH, k_BTKH, v_BTKH, valid_BT, *, span: Span, interpret: bool 
     pairs = _pairs(padded // size, size, span.window)
     with rounds.visits(rows * num_kv * group * pairs):
         segments = splash_attention.SegmentIds(segment_BT, segment_BT)
-        mixed_BNTH: jax.Array = jax.vmap(kernel)(q_BNTH, placed(k_BTKH), placed(v_BTKH), segments)
+        mixed_BNTH = jax.vmap(kernel)(q_BNTH, placed(k_BTKH), placed(v_BTKH), segments)
+    assert isinstance(mixed_BNTH, jax.Array)  # and no residuals, which were not asked for
     mixed_BTNH = mixed_BNTH[:, :, :num_tokens, :head_dim].transpose(0, 2, 1, 3)
     return mixed_BTNH.astype(v_BTKH.dtype).reshape(q_BTKGH.shape)
 
