@@ -23,7 +23,7 @@ import pydantic
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from opd_jax import records, rules
+from opd_jax import between, records, rules
 from opd_jax.files import path_of as path_of  # config files ask here
 from opd_jax.spec import GROUPS, ConfigError, RunConfig
 
@@ -292,7 +292,7 @@ def resolve(config: ConfigDict) -> RunConfig:
     groups["optim"]["steps"] = max(groups["train"]["steps"], 1)
     made = {name: _made(name, cls, groups[name]) for name, cls in GROUPS.items()}
     run = RunConfig(seed=merged["seed"], **{name: merged[name] for name in _TOP}, **made)
-    _check(run)
+    between.check(run)
     return run
 
 
@@ -366,70 +366,3 @@ def _read_ids(path: str) -> tuple[int, ...]:
             f"rock.ids_file {path}: found {error}; expected a JSON list of token ids; {change}"
         ) from error
     return tuple(ids)
-
-
-def _check(run: RunConfig) -> None:
-    """Rules between groups, and on what has no default; each names the flag to change."""
-
-    def rule(ok: bool, key: str, expected: str) -> None:
-        if not ok:
-            value: Any = run
-            for name in key.split("."):
-                value = getattr(value, name)
-            raise ConfigError(f"{key} is {value!r}: expected {expected}; set --config.{key}")
-
-    rule(bool(run.student.path), "student.path", "a Hugging Face model folder")
-    if run.has_teacher:
-        more = ""
-        if run.kl.ce == 1 and not run.position.is_measured:
-            more = (
-                ", since an evaluation compares with it (eval.kl_prompts, eval.teacher: "
-                "--config.eval.kl_prompts=0 --config.eval.teacher=False do without)"
-            )
-        rule(bool(run.teacher.path), "teacher.path", f"a Hugging Face model folder{more}")
-    else:
-        for name in ("teacher_prompt", "teacher_system"):
-            rule(
-                not getattr(run.data, name),
-                f"data.{name}",
-                "nothing, since kl.ce is 1 and nothing here compares with a teacher: no loss, and "
-                "no evaluation",
-            )
-    rule(0 <= run.seed < 2**32, "seed", "from 0 to 2^32 - 1")
-    rule(bool(run.data.prompts), "data.prompts", "a file of prompts, such as JSONL")
-    rows = run.train.prompts * run.rollout.samples
-    rule(
-        rows % run.train.microbatches == 0,
-        "train.microbatches",
-        f"a divisor of train.prompts x rollout.samples ({rows})",
-    )
-    rule(
-        not run.kl.ce or run.train.stage == "off_policy",
-        "kl.ce",
-        f"0 where train.stage is {run.train.stage}: on answers that the student drew itself the "
-        "gradient of their cross-entropy is zero on average, so that it would add noise alone",
-    )
-    gates = run.rock.mode != "off" and run.train.steps > 0
-    rule(
-        not gates or run.rock.start < run.train.steps,
-        "rock.start",
-        f"below train.steps ({run.train.steps}), or nothing is ever gated",
-    )
-    # Types are found after step ``every``, and gate from the next on.
-    end = min(run.train.steps, run.rock.until or run.train.steps)
-    rule(
-        not (gates and run.rock.is_refreshed) or run.rock.every < end,
-        "rock.every",
-        f"below {end} (the end of the gate: train.steps or rock.until), or nothing is ever gated",
-    )
-    if run.eval.every:
-        rule(bool(run.data.heldout), "data.heldout", "a JSONL file, since eval.every is above 0")
-    else:
-        rule(not run.checkpoint.best, "checkpoint.best", "empty, since eval.every is 0")
-    rule(
-        not (run.lora.rank and "optimizer" in run.kept),
-        "init_keep",
-        "no optimizer where lora.rank is above 0: adapters are new at the start of a run, and so "
-        "are their moments",
-    )
-    _ = run.profiled, run.kept  # raise

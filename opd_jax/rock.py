@@ -135,6 +135,13 @@ class RockConfig:
         return self.mode in ("ema", "adaptive")
 
     @property
+    def is_scored(self) -> bool:
+        """Whether the members follow from divergences, not from counts alone."""
+        return self.is_refreshed and (
+            self.mode == "adaptive" or self.score != "count" or self.persist > 0
+        )
+
+    @property
     def fast_span(self) -> int | None:
         """Steps that the fast sums are about; None: all."""
         return None if self.fast_decay == 1 else round(1 / (1 - self.fast_decay))

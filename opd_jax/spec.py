@@ -259,14 +259,25 @@ class RunConfig:
         return self.train.prompts * (1 if is_on_policy else self.rollout.samples)
 
     @property
-    def has_teacher(self) -> bool:
-        """Whether anything compares with a teacher; else it is neither asked for nor loaded.
+    def compared_by(self) -> tuple[str, ...]:
+        """Keys by which something compares with a teacher, those of the loss first.
 
         Cross-entropy alone (``kl.ce`` 1) does not, but weights by position may, and an evaluation
         that measures the KL or what the teacher itself reaches.
         """
-        is_asked = self.eval.every > 0 and (self.eval.kl_prompts > 0 or self.eval.teacher)
-        return self.kl.ce < 1 or self.position.is_measured or is_asked
+        is_evaluated = self.eval.every > 0
+        asked = {
+            "kl.ce": self.kl.ce < 1,
+            "position.mode": self.position.is_measured,
+            "eval.kl_prompts": is_evaluated and self.eval.kl_prompts > 0,
+            "eval.teacher": is_evaluated and self.eval.teacher,
+        }
+        return tuple(key for key, is_asked in asked.items() if is_asked)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether anything compares with a teacher; else it is neither asked for nor loaded."""
+        return bool(self.compared_by)
 
     @property
     def kept(self) -> tuple[str, ...]:

@@ -76,6 +76,7 @@ ORDER: list[str | tuple[str, list]] = [
     "steps",
     # what a run is, and what it leaves on disk
     "spec",
+    "between",
     "config",
     "glossary",
     (
