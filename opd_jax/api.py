@@ -33,7 +33,7 @@ Prompts = str | os.PathLike[str] | Sequence[str | Mapping[str, Any]]
 
 def distill(
     student: str,
-    teacher: str,
+    teacher: str | Mapping[str, str],
     prompts: Prompts,
     workdir: str | os.PathLike[str],
     *,
@@ -45,7 +45,8 @@ def distill(
 
     Args:
       student, teacher: Hugging Face folders, names on the Hub (``owner/name``), or
-        ``embedded:student`` and ``embedded:teacher``.
+        ``embedded:student`` and ``embedded:teacher``. Several teachers by name, which the column
+        ``teacher`` of each prompt gives: ``{"math": ..., "code": ...}``.
       prompts: JSON lines, or a list of texts or of objects with ``prompt`` or ``messages`` (and an
         ``answer``), which is kept in the workdir.
       workdir: a new folder, or that of the run.
@@ -62,7 +63,11 @@ def distill(
     command.keep_programs()
     folder = Path(files.path_of(workdir))
     given: Any = config.defaults()
-    given.student.path, given.teacher.path = student, teacher
+    given.student.path = student
+    if isinstance(teacher, str):
+        given.teacher.path = teacher
+    else:
+        given.teacher.paths = tuple(teacher.items())
     given.data.prompts = _kept(prompts, folder / workdirs.KEPT_PROMPTS[0])
     given.data.heldout = _kept(heldout, folder / workdirs.KEPT_PROMPTS[1]) if heldout else ""
     with given.unlocked():

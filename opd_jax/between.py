@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from opd_jax.data.fields import TEACHER
 from opd_jax.spec import ConfigError, RunConfig
 
 # What a run does without each key that compares with a teacher.
@@ -97,7 +98,17 @@ def _check_teacher(run: RunConfig, rule: _Rule) -> None:
         more = f", since {asked} {'compares' if is_one else 'compare'} with it ({flags} "
         more += "does without)" if is_one else "do without)"
     if run.has_teacher:
-        rule(bool(run.teacher.path), "teacher.path", f"a Hugging Face model folder{more}")
+        rule(
+            bool(run.teacher.path or run.teacher.paths),
+            "teacher.path",
+            f"a Hugging Face model folder{more}",
+        )
+        rule(
+            bool(run.teacher.paths) or TEACHER not in dict(run.data.columns),
+            "data.columns",
+            "no column that names teachers, where teacher.paths name none: give each by "
+            "--config.teacher.paths.NAME=MODEL; or leave that column out",
+        )
         return
     for key, nothing in _OF_THE_TEACHER.items():
         rule(

@@ -34,7 +34,7 @@ _TOP = ("profile", "prediction", "init_from", "init_keep")  # text that belongs 
 _DERIVED = {("kl", "vocab_size"), ("kl", "stop_ids"), ("kl", "beside"), ("rock", "never")}
 _DERIVED |= {("optim", "steps")}
 # Fields of (name, value) pairs; on the command line each name may be set as a key of its own.
-_PAIRS = ("data.template", "data.columns")
+_PAIRS = ("data.template", "data.columns", "teacher.paths")
 
 
 def defaults() -> ConfigDict:
@@ -349,6 +349,7 @@ def _example(key: str, default: Any) -> str:
         "rollout.bias": "((5, -2.0),), pairs of id and bias",
         "data.template": "(('enable_thinking', False),), pairs of name and value",
         "data.columns": "(('prompt', 'question'),), pairs of our name and the file's",
+        "teacher.paths": "(('math', 'FOLDER'),), pairs of a name and a model",
     }
     return examples.get(key) or repr(default or (64, 128) if key.endswith("buckets") else default)
 

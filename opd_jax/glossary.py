@@ -15,7 +15,7 @@ import io
 import re
 import textwrap
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from opd_jax import config
@@ -142,8 +142,7 @@ def _first_sentence(cls: type) -> str:
 @functools.cache
 def meanings(cls: type) -> dict[str, str]:
     """What the fields of a dataclass mean: the comment beside each, or its entry in Attributes."""
-    bases = [base for base in cls.__bases__ if dataclasses.is_dataclass(base)]
-    inherited = {name: told for base in bases for name, told in meanings(base).items()}
+    inherited = _of_bases(cls, meanings)
     source = textwrap.dedent(inspect.getsource(cls))
     comments = {
         token.start[0]: token.string.lstrip("# ")
@@ -159,6 +158,12 @@ def meanings(cls: type) -> dict[str, str]:
             if beside:
                 found[node.target.id] = beside
     return found
+
+
+def _of_bases(cls: type, told: Callable[[type], dict[str, str]]) -> dict[str, str]:
+    """What is told of the fields that a dataclass has from others."""
+    bases = [base for base in cls.__bases__ if dataclasses.is_dataclass(base)]
+    return {name: text for base in bases for name, text in told(base).items()}
 
 
 def _attributes(doc: str) -> Iterator[tuple[str, str]]:
@@ -194,7 +199,8 @@ def _expected(cls: type) -> dict[str, str]:
             continue
         if _OPEN not in said:
             found.setdefault(str(name.value), []).append(said)
-    return {name: "; ".join(said) for name, said in found.items()}
+    inherited = _of_bases(cls, _expected)
+    return inherited | {name: "; ".join(said) for name, said in found.items()}
 
 
 _OPEN = "\0"  # what only a value tells

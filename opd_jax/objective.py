@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax import kl, mesh, position, rock, rules
+from opd_jax import kl, mesh, position, rock, routes, rules
 from opd_jax.kl import KLSpec
 from opd_jax.models import moe, transformer
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.position import PositionSpec
-from opd_jax.pytrees import Mean, Params, RockState, Rollout, TokenKL
+from opd_jax.pytrees import Mean, Params, RockState, Rollout, Teacher, TokenKL
 from opd_jax.rock import RockConfig
 
 NORMALISERS = ("tokens", "weight", "per_sequence")
@@ -47,6 +47,8 @@ class ObjectiveConfig:
         it is added to the loss (``models.moe``): over all layers and tokens that are no padding, of
         prompts too.
       stop_ids: that end an answer, whose share of the KL is measured.
+      others: further teachers; ``Rollout.teacher_B`` says whose a row is, ``teacher`` being 0.
+      names: of all teachers, where there are several.
     """
 
     student: ModelConfig
@@ -58,6 +60,13 @@ class ObjectiveConfig:
     microbatches: int = 1
     load_balance: float = 0.0
     stop_ids: tuple[int, ...] = ()
+    others: tuple[ModelConfig, ...] = ()
+    names: tuple[str, ...] = ()
+
+    @property
+    def teachers(self) -> tuple[ModelConfig, ...]:
+        """All teachers, in order; () without one."""
+        return () if self.teacher is None else (self.teacher, *self.others)
 
     def __post_init__(self):
         rules.check(
@@ -161,12 +170,12 @@ def load(params: Params, rollout: Rollout, *, cfg: ObjectiveConfig) -> moe.Load 
 
 
 def teacher_states(
-    teacher: Params, rollout: Rollout, seen: Rollout | None = None, *, cfg: ObjectiveConfig
+    teacher: Teacher, rollout: Rollout, seen: Rollout | None = None, *, cfg: ObjectiveConfig
 ) -> Float[Array, "B T E"]:
     """Hidden states of the frozen teacher at the predicting positions, without gradient.
 
     Args:
-      teacher: its parameters.
+      teacher: its parameters; those of all where there are several.
       rollout: the batch, whose columns the result has.
       seen: the same answers as the teacher reads them, behind prompts of its own: as wide as those
         need, with the answers in the last columns as in the batch. None: it reads the batch.
@@ -174,13 +183,18 @@ def teacher_states(
 
     Returns:
       [B, T-1, E]. Behind prompts of the teacher's own, the columns of an answer are the teacher's
-      of the same answer; those of the student's prompt mean nothing, and are never scored.
+      of the same answer; those of the student's prompt mean nothing, and are never scored. Where
+      there are several teachers, each row's are its own teacher's, see :func:`routes.hidden`.
 
     **Sharding**: batch rows over ``data`` and ``fsdp``.
     """
     assert cfg.teacher is not None
     read = rollout if seen is None else seen
-    states_BTE, _ = transformer.hidden(teacher, *inputs(read), cfg=cfg.teacher)
+    if isinstance(teacher, tuple):
+        assert read.teacher_B is not None
+        states_BTE = routes.hidden(teacher, read.teacher_B, inputs(read), cfgs=cfg.teachers)
+    else:
+        states_BTE, _ = transformer.hidden(teacher, *inputs(read), cfg=cfg.teacher)
     missing = rollout.ids_BT.shape[1] - read.ids_BT.shape[1]
     if missing > 0:
         states_BTE = jnp.pad(states_BTE, ((0, 0), (missing, 0), (0, 0)))
@@ -199,7 +213,7 @@ def normaliser(goal: Targets, *, cfg: ObjectiveConfig) -> Float[Array, ""]:
 
 def weighted_loss(
     params: Params,
-    teacher: Params | None,
+    teacher: Teacher | None,
     states_BTE: Float[Array, "B T E"] | None,
     rollout: Rollout,
     goal: Targets,
@@ -212,7 +226,7 @@ def weighted_loss(
 
 def weighted_loss_and_load(
     params: Params,
-    teacher: Params | None,
+    teacher: Teacher | None,
     states_BTE: Float[Array, "B T E"] | None,
     rollout: Rollout,
     goal: Targets,
@@ -233,26 +247,35 @@ def weighted_loss_and_load(
     )
     head_VE = None
     if cfg.teacher is not None and teacher is not None and states_BTE is not None:
-        head_VE = jax.lax.stop_gradient(transformer.head(teacher, cfg.teacher))
+        head_VE = _head(teacher, cfg)
     weight_BT = goal.weight_BT
     if cfg.normaliser == "per_sequence":
         weight_BT /= jnp.maximum(jnp.sum(weight_BT, axis=1, keepdims=True), 1.0)
-    total, tokens = kl.weighted_kl(
-        hs_BTD,
-        head_VD,
-        states_BTE,
-        head_VE,
-        weight_BT,
-        spec=cfg.kl,
-        measure_BT=goal.importance_BT > 0,
-        labels_BT=goal.ids_BT,
-    )
+    measured = {"measure_BT": goal.importance_BT > 0, "labels_BT": goal.ids_BT}
+    if isinstance(head_VE, tuple):
+        assert states_BTE is not None
+        assert rollout.teacher_B is not None
+        to_each = (states_BTE, head_VE, rollout.teacher_B, weight_BT)
+        total, tokens = routes.weighted_kl(hs_BTD, head_VD, *to_each, spec=cfg.kl, **measured)
+    else:
+        total, tokens = kl.weighted_kl(
+            hs_BTD, head_VD, states_BTE, head_VE, weight_BT, spec=cfg.kl, **measured
+        )
     return total, tokens, load
+
+
+def _head(teacher: Teacher, cfg: ObjectiveConfig):
+    """Of the frozen teacher; those of all where there are several."""
+    if not isinstance(teacher, tuple):
+        assert cfg.teacher is not None
+        return jax.lax.stop_gradient(transformer.head(teacher, cfg.teacher))
+    pairs = zip(teacher, cfg.teachers, strict=True)
+    return tuple(jax.lax.stop_gradient(transformer.head(*pair)) for pair in pairs)
 
 
 def loss(
     params: Params,
-    teacher: Params,
+    teacher: Teacher,
     batch: Rollout,
     rock_state: RockState,
     *,

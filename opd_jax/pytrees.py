@@ -27,6 +27,7 @@ from flax import struct
 from opd_jax import mesh
 
 Params = dict[str, Any]
+Teacher = Params | tuple[Params, ...]  # one teacher's, or those of several
 
 
 class Mean(struct.PyTreeNode):
@@ -93,6 +94,7 @@ class Rollout(struct.PyTreeNode):
     )  # [B, T] f32, log-probability under the sampling distribution, 0 off the mask
     truncated_B: jax.Array  # [B] bool, the row ended by length and not by a stop id
     policy_step: jax.Array  # [] i32, train step of the parameters that sampled
+    teacher_B: jax.Array | None = None  # [B] i32, which of several teachers scores the row
 
 
 class TokenKL(struct.PyTreeNode):

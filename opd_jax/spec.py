@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from fractions import Fraction
 
 from opd_jax import rules
@@ -21,6 +22,7 @@ from opd_jax.position import PositionSpec
 from opd_jax.rock import RockConfig
 
 STAGES = ("on_policy", "off_policy", "mixed")
+_NAME = re.compile(r"[\w-]+", re.ASCII)  # of one of several teachers
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -55,9 +57,38 @@ class ModelSpec:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSpec(ModelSpec):
-    """The frozen model that is learned from: group ``teacher``."""
+    """The frozen model that is learned from, or several: group ``teacher``.
 
+    Several have one vocabulary, the student's. Each prompt has one of them, which its row names.
+
+    Raises:
+      RuleError: a field is outside its range, or there is both one teacher and several.
+    """
+
+    paths: tuple[
+        tuple[str, str], ...
+    ] = ()  # (name, model) of several teachers, which the column teacher names; not with path
     offload: bool = False  # rests in host memory between its passes; its head stays on the devices
+
+    def __post_init__(self):
+        super().__post_init__()
+        rules.check(
+            self,
+            "teacher",
+            (
+                "paths",
+                all(len(pair) == 2 and _NAME.fullmatch(pair[0]) and pair[1] for pair in self.paths)
+                and len({pair[0] for pair in self.paths}) == len(self.paths),
+                "pairs of a name (letters, digits, _ and -), each once, and a model",
+            ),
+            (
+                "path",
+                not (self.path and self.paths),
+                "nothing beside teacher.paths, which name all teachers (--config.teacher.path=)",
+            ),
+        )
+        # Their order means nothing: the same run whichever flag comes first.
+        object.__setattr__(self, "paths", tuple(sorted(self.paths)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,6 +309,23 @@ class RunConfig:
     def has_teacher(self) -> bool:
         """Whether anything compares with a teacher; else it is neither asked for nor loaded."""
         return bool(self.compared_by)
+
+    @property
+    def teachers(self) -> dict[str, ModelSpec]:
+        """The teachers by the names that rows give them; one, "", where they name none; or none."""
+        if not self.has_teacher:
+            return {}
+        if not self.teacher.paths:
+            return {"": self.teacher}
+        return {
+            name: dataclasses.replace(self.teacher, path=path, paths=())
+            for name, path in self.teacher.paths
+        }
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """References of the models that the run names."""
+        return (self.student.path, self.teacher.path, *(path for _, path in self.teacher.paths))
 
     @property
     def kept(self) -> tuple[str, ...]:

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from opd_jax import objective, rock
+from opd_jax import objective, rock, routes
 from opd_jax.models import lora, moe
 from opd_jax.objective import ObjectiveConfig, Targets
-from opd_jax.pytrees import Mean, Params, Rollout, TokenKL, TrainState
+from opd_jax.pytrees import Mean, Params, Rollout, Teacher, TokenKL, TrainState
 
 # Folded into the key of a run for the draws of its steps. The run folds the same key by step for
 # rollouts and by 2^32 - 1 for evaluations, and a split key is the same as one folded by 0 or 1.
@@ -51,7 +51,7 @@ def init(
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def teacher_states(
-    teacher: Params | None, rollout: Rollout, seen: Rollout | None = None, *, cfg: ObjectiveConfig
+    teacher: Teacher | None, rollout: Rollout, seen: Rollout | None = None, *, cfg: ObjectiveConfig
 ) -> Float[Array, "B T E"] | None:
     """Run the teacher over a batch, in micro-batches; see ``objective.teacher_states``.
 
@@ -71,7 +71,7 @@ def teacher_states(
 @functools.partial(jax.jit, static_argnames=("cfg", "tx"), donate_argnames=("state",))
 def distill_step(
     state: TrainState,
-    teacher: Params | None,
+    teacher: Teacher | None,
     rollout: Rollout,
     *,
     cfg: ObjectiveConfig,
@@ -103,7 +103,7 @@ def distill_step(
 @functools.partial(jax.jit, static_argnames=("cfg", "tx"), donate_argnames=("state",))
 def off_policy_step(
     state: TrainState,
-    teacher: Params | None,
+    teacher: Teacher | None,
     batch: Rollout,
     *,
     cfg: ObjectiveConfig,
@@ -121,7 +121,7 @@ def off_policy_step(
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def eval_step(
     params: Params,
-    teacher: Params,
+    teacher: Teacher,
     rollout: Rollout,
     state: rock.RockState,
     seen: Rollout | None = None,
@@ -265,11 +265,19 @@ def _spread(load: moe.Load) -> dict[str, Mean]:
 def _in_pieces(function, whole, cfg: ObjectiveConfig):
     """The function of a batch, row by row the same in micro-batches, which are one loop.
 
+    ``whole`` begins with the rollout. Where there are several teachers, a piece has rows of few of
+    them, so that few are run over it.
+
     A loop of one round is none: XLA for TPU takes the layers out of it and keeps them in it, too.
     """
     if cfg.microbatches == 1:
         return function(whole)
-    return objective.join(jax.lax.map(function, objective.split(whole, cfg.microbatches)))
+    order_B = None
+    if whole[0].teacher_B is not None:
+        order_B = routes.order(whole[0].teacher_B, cfg.microbatches)
+        whole = routes.taken(whole, order_B)
+    found = objective.join(jax.lax.map(function, objective.split(whole, cfg.microbatches)))
+    return found if order_B is None else routes.taken(found, order_B, back=True)
 
 
 def _budget(goal: Targets, num_trained, *, is_measured: bool) -> dict[str, Mean]:
@@ -295,7 +303,8 @@ def measure(
     acts on now; ``gate_weight`` is the mean weight; ``stop_kl_share`` is the share of that KL where
     an answer ends; ``padding_share`` that of the batch's columns which hold neither prompt nor
     answer. Where cross-entropy is trained on, ``cross_entropy_nats`` is that; without a teacher
-    (``cfg.kl.ce == 1``) what compares with one is left out.
+    (``cfg.kl.ce == 1``) what compares with one is left out. Where there are several,
+    ``kl_nats/NAME`` is that of the rows of each.
     """
     seen_BT = goal.importance_BT
     is_stop_BT = jnp.isin(goal.ids_BT, jnp.array(cfg.stop_ids, jnp.int32))
@@ -316,6 +325,10 @@ def measure(
         "stop_kl_share": mean(is_stop_BT.astype(jnp.float32), seen_BT * tokens.reverse_BT),
         "teacher_entropy_nats": mean(tokens.teacher_entropy_BT),
     }
+    if rollout.teacher_B is not None:
+        for place, name in enumerate(cfg.names):
+            is_own_BT = (rollout.teacher_B == place)[:, None]
+            against_teacher[f"kl_nats/{name}"] = mean(tokens.reverse_BT, seen_BT * is_own_BT)
     imitated = {"cross_entropy_nats": mean(-tokens.logp_BT)} if cfg.kl.ce > 0 else {}
     return (
         (against_teacher if cfg.kl.ce < 1 else {})

@@ -71,6 +71,7 @@ ORDER: list[str | tuple[str, list]] = [
             "batches",
         ],
     ),
+    "routes",
     "objective",
     ("rollout", ["sampling", "drawn", "refill", "decode", "answers"]),
     "steps",

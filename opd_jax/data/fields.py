@@ -9,6 +9,7 @@ What a row may hold, each under its own name or under the one that ``data.column
 ``prompt_ids``     the prompt as ids; a ``prompt`` beside it is what they spell
 ``completion``     text to imitate, or a list of one message, the assistant's
 ``completion_ids`` the same as ids; a ``completion`` beside it is what they spell
+``teacher``        which of several teachers scores the row
 
 Of the first four a row has one, but for that. Ids are whole as they are: no system prompt and no
 template is applied to them, and they count whatever ``data.columns`` calls a prompt in other files.
@@ -28,7 +29,8 @@ from opd_jax.data.rows import Row, kind
 
 PROMPTS = ("prompt", "messages", "conversations", "prompt_ids")
 COMPLETIONS = ("completion", "completion_ids")
-NAMES = (*PROMPTS, "answer", *COMPLETIONS)
+TEACHER = "teacher"
+NAMES = (*PROMPTS, "answer", *COMPLETIONS, TEACHER)
 # What other files call a prompt, and an answer.
 _LIKE_PROMPT = ("question", "problem", "instruction", "query", "input", "text", "conversation")
 LIKE_ANSWER = ("answers", "solution", "solutions", "ground_truth", "gold", "gold_answer", "target")
@@ -50,6 +52,7 @@ class Record:
     completion_ids: tuple[int, ...] | None = None
     text: str | None = None  # that stands beside the ids of a prompt
     teacher: str | list[dict[str, Any]] | tuple[int, ...] | None = None  # where it reads another
+    taught_by: str = ""  # name of its teacher, where there are several
 
 
 def checked(row: Row, line: int, columns: Mapping[str, str], system: str = "") -> Record:
@@ -95,6 +98,37 @@ def value_of(row: Row, name: str) -> Any:
     outer, dot, inner = name.partition(".")
     value = row.get(outer) if dot else None
     return value_of(value, inner) if isinstance(value, Mapping) else None
+
+
+def teacher_of(row: Row, columns: Mapping[str, str], names: Sequence[str]) -> str:
+    """Which of several teachers scores a row; empty where there is one, which rows do not name.
+
+    Args:
+      row: of the file.
+      columns: see :func:`checked`.
+      names: of the teachers; (): there is one.
+
+    Raises:
+      ValueError: the row names none of them, or one where none has a name.
+    """
+    theirs = columns.get(TEACHER, TEACHER)
+    value = value_of(row, theirs)
+    if not names and value is None:
+        return ""
+    if not names:
+        raise ValueError(
+            f"`{theirs}` is {kind(value)}, and the run has one teacher, without a name: expected "
+            "no such column; give the models that it names by --config.teacher.paths.NAME=MODEL "
+            "(and --config.teacher.path=), or rename the column"
+        )
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(
+            f"`{theirs}` is {kind(value)}: expected who teaches the row, one of "
+            f"{', '.join(names)}; write it, name the column that has it by "
+            "--config.data.columns.teacher=COLUMN, or add a teacher by "
+            "--config.teacher.paths.NAME=MODEL"
+        )
+    return value
 
 
 def like_answers(row: Row) -> set[str]:

@@ -20,9 +20,11 @@ from opd_jax.data.fields import (
     COMPLETIONS,
     NAMES,
     PROMPTS,
+    TEACHER,
     Answer,
     checked,
     like_answers,
+    teacher_of,
     value_of,
 )
 from opd_jax.data.fields import Record as Record
@@ -117,6 +119,7 @@ class Example:
     completion: tuple[int, ...] = ()  # ids to imitate; empty for plain prompts
     is_whole: bool = True  # a stop id is their last
     teacher_ids: tuple[int, ...] = ()  # of the prompt that the teacher reads; (): the same
+    taught_by: str = ""  # name of its teacher, where there are several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +146,7 @@ def read(
     spec: DataSpec | None = None,
     *,
     has_completions: bool = False,
+    teachers: Sequence[str] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Record]:
     """Read and check every row of a file of prompts.
@@ -151,6 +155,8 @@ def read(
       path: of a format that :mod:`rows` reads.
       spec: how its columns are named, and the system prompt; default: as they are, none.
       has_completions: whether columns that are named for completions must be there.
+      teachers: names of several teachers, of which each row has one; (): one, and no row names any;
+        None: nobody asks.
       say: receives what was read, and which columns look like answers and are not used.
 
     Raises:
@@ -162,20 +168,23 @@ def read(
     path, columns = Path(path), dict(spec.columns)
     table = files.read(path)
     found, used, unused = [], set(), set()
+    names = [name for name in NAMES if name != TEACHER or teachers]
     for number, row in table.rows:
         try:
             record = checked(row, number, columns, spec.system)
             if spec.frames:
                 own = privileged.prompt_of(row, record, spec.frames, columns, spec.system)
                 record = dataclasses.replace(record, teacher=own)
+            if teachers is not None and (name := teacher_of(row, columns, teachers)):
+                record = dataclasses.replace(record, taught_by=name)
             found.append(record)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: {error}") from error
-        used |= {n for n in NAMES if value_of(row, columns.get(n, n)) is not None}
+        used |= {n for n in names if value_of(row, columns.get(n, n)) is not None}
         unused |= like_answers(row)
     if not found:
         raise ValueError(f"{path} has no rows: expected at least one; give another file")
-    optional = set() if has_completions else {*COMPLETIONS}
+    optional = {TEACHER} if has_completions else {TEACHER, *COMPLETIONS}
     if isinstance(found[0].prompt, tuple):  # of opd-jax generate, beside a file with other names
         optional |= {*PROMPTS, "answer"}
     if missing := {*columns} - used - optional:
@@ -185,8 +194,8 @@ def read(
             f"it in some; correct --config.data.columns.{name}"
         )
     if say:
-        names = " and ".join(f"`{columns.get(n, n)}`" for n in NAMES if n in used)
-        say(f"read {path}: {table.kind}, {len(found)} rows with {names}")
+        told = " and ".join(f"`{columns.get(n, n)}`" for n in names if n in used)
+        say(f"read {path}: {table.kind}, {len(found)} rows with {told}")
         left = sorted(unused - {columns.get(name, name) for name in used})
         if left:
             say(
@@ -206,7 +215,8 @@ def examples(
     tokenizer: PreTrainedTokenizerFast,
     *,
     limits: completions.Limits | None = None,
-    other: PreTrainedTokenizerFast | None = None,
+    others: Sequence[PreTrainedTokenizerFast] = (),
+    teachers: Sequence[str] | None = None,
     now: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> tuple[list[Example], Counts]:
@@ -217,7 +227,8 @@ def examples(
       spec: how long a prompt may be, and how it is rendered.
       tokenizer: renders.
       limits: of the completions; None: there need not be any, and they are not read.
-      other: the teacher's, which must render the first prompts to the same ids.
+      others: those of the teachers, which must render the first prompts to the same ids.
+      teachers: as in :func:`read`.
       now: the date that a chat template writes, as ``files.TIME``; None: today.
       say: receives what was read, and the first prompt as each model sees it.
 
@@ -227,7 +238,10 @@ def examples(
         does not have, or of another text than beside them; no completion where there must be one.
     """
     told: list[str] = []
-    found, counts = _tokenise(Path(path), spec, (tokenizer, other), now, limits, told.append)
+    records = read(
+        path, spec, has_completions=limits is not None, teachers=teachers, say=told.append
+    )
+    found, counts = _tokenise(Path(path), records, spec, (tokenizer, others), now, limits)
     if say:
         first = found[0]
         say(f"{told[0]}; the first as the model sees it, {len(first.ids)} ids: {_cut(first.text)}")
@@ -255,12 +269,15 @@ def digest(rows: Sequence[Example], *, has_completions: bool = True) -> str:
         state.update(repr((row.ids, row.answer, row.index, completion)).encode())
         if has_completions and row.teacher_ids:
             state.update(repr(row.teacher_ids).encode())
+        if has_completions and row.taught_by:
+            state.update(repr(row.taught_by).encode())
     return state.hexdigest()[:16]
 
 
-def _tokenise(path: Path, spec: DataSpec, both, now, limits, say) -> tuple[list[Example], Counts]:
+def _tokenise(
+    path: Path, records: Sequence[Record], spec: DataSpec, both, now, limits
+) -> tuple[list[Example], Counts]:
     """Tokenise all records, each within bounds: a template or a pattern may never end."""
-    records = read(path, spec, has_completions=limits is not None, say=say)
 
     def work(begin: Callable[[str], None]) -> tuple[list[Example], Counts]:
         return _tokenise_all(path, records, spec, both, now, limits, begin)
@@ -271,7 +288,7 @@ def _tokenise(path: Path, spec: DataSpec, both, now, limits, say) -> tuple[list[
 def _tokenise_all(
     path, records: Sequence[Record], spec, both, now, limits, begin
 ) -> tuple[list[Example], Counts]:
-    tokenizer, other = both
+    tokenizer, others = both
     kept, tally = [], {"dropped": 0, "truncated": 0, "cut": 0}
     size = max(tokenizer.get_vocab().values(), default=-1) + 1
     for number, record in enumerate(records):
@@ -281,8 +298,8 @@ def _tokenise_all(
             _check_ids(record, size)
             if number < _SPELT:
                 completions.check_spelling(record, tokenizer)
-            if number < _SPELT and other is not None:
-                _check_rendering(record, spec, both, now)
+            for other in others if number < _SPELT else ():
+                _check_rendering(record, spec, (tokenizer, other), now)
             ids = prompt_ids(record.prompt, spec, tokenizer, now)
             own: list[int] = []
             if record.teacher is not None:
@@ -318,7 +335,8 @@ def _tokenise_all(
         tally["cut"] += not is_whole
         text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         row = Example(tuple(ids), record.answer, text, record.line - 1, response, is_whole)
-        kept.append(dataclasses.replace(row, teacher_ids=tuple(own)) if own else row)
+        more = {"teacher_ids": tuple(own), "taught_by": record.taught_by}
+        kept.append(dataclasses.replace(row, **more) if any(more.values()) else row)
     counts = Counts(kept=len(kept), **tally)
     if not kept:
         raise ValueError(

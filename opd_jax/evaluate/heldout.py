@@ -24,7 +24,7 @@ from opd_jax.evaluate import finding, grading
 from opd_jax.models import resting
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
-from opd_jax.pytrees import Mean, Params, RockState, Rollout
+from opd_jax.pytrees import Mean, Params, RockState, Rollout, Teacher
 from opd_jax.rollout import answers as drawing
 from opd_jax.rollout.sampling import Sampler
 
@@ -40,6 +40,7 @@ FIELDS = (
     "mean_length",
     "truncated_share",
 )
+OF_ONE_TEACHER = "kl_nats/"  # beside them, of several teachers: the KL of each one's rows
 EMPTY: dict[str, float | None] = dict.fromkeys(FIELDS)
 
 
@@ -200,7 +201,7 @@ def grade(
 
 def heldout_kl(
     params: Params,
-    teacher: Params,
+    teacher: Teacher,
     state: RockState,
     rollouts: Iterator[tuple[Rollout, Rollout | None, int]],
     *,
@@ -231,7 +232,7 @@ def _only(answers: Rollout, real: int) -> Rollout:
 
 def evaluate(
     params: Params,
-    teacher: Params | None,
+    teacher: Teacher | None,
     state: RockState,
     rows: Sequence[Example],
     tokenizer: Any,
@@ -256,6 +257,7 @@ def evaluate(
     Returns:
       ``FIELDS``: accuracy, unparsed_share (graded answers without a recognisable answer), kl_nats,
       kl_gated, kl_ungated (nats per token), stop_kl_share (of the KL, where an answer ends),
+      ``kl_nats/NAME`` against each of several teachers over its rows,
       mean_length (tokens) and truncated_share, the last two of the samples that KL was measured on
       (of the graded answers where there are none); and which answers were right.
     """
@@ -263,10 +265,10 @@ def evaluate(
     result, graded = answered(params, rows, tokenizer, graded_key, mesh, cfg=cfg.student, plan=plan)
     if plan.num_kl:
         assert teacher is not None
-        drawn = _drawn(params, rows[: plan.num_kl], kl_key, mesh, cfg.student, plan)
+        drawn = _drawn(params, rows[: plan.num_kl], kl_key, mesh, cfg, plan)
         measured = heldout_kl(params, teacher, state, drawn, cfg=cfg)
         for name, value in pytrees.reduce(measured).items():
-            if name in result:
+            if name in result or name.startswith(OF_ONE_TEACHER):
                 result[name] = None if math.isnan(value) else value
         num_rows = min(plan.num_kl, len(rows))
         result["mean_length"] = float(measured["length_tokens"].total) / num_rows
@@ -275,14 +277,22 @@ def evaluate(
 
 
 def _drawn(
-    params: Params, rows: Sequence[Example], key: jax.Array, mesh: Mesh, cfg, plan: EvalPlan
+    params: Params,
+    rows: Sequence[Example],
+    key: jax.Array,
+    mesh: Mesh,
+    cfg: ObjectiveConfig,
+    plan: EvalPlan,
 ) -> Iterator[tuple[Rollout, Rollout | None, int]]:
     """Samples of the policy to measure KL on, as it and as the teacher sees them."""
-    drawn = drawing.sample(params, rows, key, mesh, cfg=cfg, sampler=plan.policy, **plan.drawing)
+    drawn = drawing.sample(
+        params, rows, key, mesh, cfg=cfg.student, sampler=plan.policy, **plan.drawing
+    )
     own = meshlib.own(plan.size)
     for (part, _), (answers, real) in zip(drawing.batches(rows, plan.size), drawn, strict=True):
         if plan.widths:
             answers = drawing.crop(answers, plan.max_new, plan.widths)
+        answers = drawing.routed(part[own], answers, mesh, cfg.names)
         seen = drawing.seen_by_teacher(
             part[own],
             answers,
@@ -321,10 +331,9 @@ def answered(
     Returns:
       Those of ``FIELDS`` that need no teacher, and which answers were right.
     """
-    result = dict(EMPTY)
     chosen = graded_rows(rows, plan)
     if not chosen:
-        return result, Graded()
+        return dict(EMPTY), Graded()
     answers: list[str] = []
     truncated: list[bool] = []
     num_tokens = 0
@@ -343,9 +352,18 @@ def answered(
         num_tokens += int(host.mask_BT[:real].sum())
         truncated += host.truncated_B[:real].tolist()
     graded = grade(chosen, answers, plan.samples, truncated=truncated, grader=plan.grader)
-    result["accuracy"] = graded.accuracy
-    result["accuracy_low"], result["accuracy_high"] = graded.interval
-    result["unparsed_share"] = graded.unparsed_share
-    result["mean_length"] = num_tokens / len(answers)
-    result["truncated_share"] = sum(truncated) / len(answers)
-    return result, graded
+    cut = sum(truncated) / len(answers)
+    return summed_up(graded, num_tokens / len(answers), cut), graded
+
+
+def summed_up(graded: Graded, mean_length: float, truncated_share: float) -> dict[str, Any]:
+    """Those of ``FIELDS`` that need no teacher, of graded answers; the others None."""
+    low, high = graded.interval
+    return EMPTY | {
+        "accuracy": graded.accuracy,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "unparsed_share": graded.unparsed_share,
+        "mean_length": mean_length,
+        "truncated_share": truncated_share,
+    }

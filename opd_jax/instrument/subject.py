@@ -66,6 +66,13 @@ class Subject:
                     "one prompt; to compare both behind the student's prompts, give --student="
                     f"{flags.run} --teacher={config['teacher.path']}"
                 )
+            if named := config["teacher.paths"]:
+                told = ", ".join(f"{name} {path}" for name, path in named)
+                raise RocksError(
+                    f"{flags.run} has several teachers ({told}): expected one, which all tokens "
+                    f"are compared with; give --student={flags.run} --teacher=MODEL, one of them, "
+                    "and --prompts=FILE with the prompts that it teaches"
+                )
             student = f"{flags.run}@{pairs.LAST if flags.step is None else flags.step}"
             teacher = config["teacher.path"]
             workdirs.check_model(workdir, record, "teacher", hub.folder(teacher))

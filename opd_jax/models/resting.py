@@ -16,8 +16,13 @@ from opd_jax.pytrees import Params
 HOST, _DEVICE = "pinned_host", "device"  # kinds of memory, by jax's names
 
 
-def head(params: Params | None) -> Params:
-    """Of a model's parameters, or what declares them, the table that its head reads."""
+def head(params: Any) -> Any:
+    """Of a model's parameters, or what declares them, the table that its head reads.
+
+    Of several models that of each; of none nothing.
+    """
+    if isinstance(params, tuple):
+        return tuple(map(head, params))
     if params is None:  # a run without this model
         return {}
     name = "head" if "head" in params else "embed"  # a tied one's

@@ -28,7 +28,7 @@ from opd_jax.rollout import decode, refill
 from opd_jax.rollout.sampling import Sampler
 from opd_jax.run import assemble, initial, iteration
 from opd_jax.run.assemble import Assembly, Words
-from opd_jax.spec import RunConfig
+from opd_jax.spec import ConfigError, RunConfig
 
 TRAIN, TEACHER, SAMPLE, EVALUATION, ANSWERS = "train", "teacher", "sample", "evaluation", "answers"
 ALL = (SAMPLE, TEACHER, TRAIN, ANSWERS, EVALUATION)
@@ -77,28 +77,33 @@ def assembly(
     mesh = meshlib.make(run.mesh.data, run.mesh.fsdp, run.mesh.model, machine.devices)
     assemble.check_batches(run, meshlib.batch_shards(mesh))
     auto = "float32" if machine.chip.name == "cpu" else "bfloat16"
-    found, specs = [], (run.student, run.teacher)
-    for who, spec, given in zip(("student", "teacher"), specs, (student, teacher), strict=True):
-        if who == "teacher" and not run.has_teacher:
-            continue
+    if teacher and run.teacher.paths:
+        raise ConfigError(
+            f"--teacher-config is {teacher!r}, and the run has several teachers: expected the "
+            "shapes of each; give them by --config.teacher.paths.NAME=MODEL"
+        )
+    models = [("student", "student", run.student, student)]
+    for name, spec in run.teachers.items():
+        models.append((f"teacher {name}".strip(), "teacher", spec, teacher))
+    found = []
+    for who, group, spec, given in models:
         dtype = jnp.dtype(auto if spec.dtype == "auto" else spec.dtype)
-        shapes = known_models.shapes(given or spec.path, dtype, f"--{who}-config")
+        shapes = known_models.shapes(given or spec.path, dtype, f"--{group}-config")
         say(f"{who}: {shapes.source}")
         architecture.check_mesh(shapes.cfg, mesh, f"the {who}")
         cfg = dataclasses.replace(shapes.cfg, remat=spec.remat, attention=spec.attention)
         found.append(dataclasses.replace(shapes, cfg=cfg))
-    own, other = found[0], found[-1]  # the student's again where nothing compares with a teacher
-    vocab_size = min(own.cfg.vocab_size, other.cfg.vocab_size)
-    words = Words(vocab_size, own.eos_ids or (0,), own.eos_ids == other.eos_ids, 0)
+    own, *others = found
+    vocab_size = min(shapes.cfg.vocab_size for shapes in found)
+    are_equal = all(shapes.eos_ids == own.eos_ids for shapes in others)
+    words = Words(vocab_size, own.eos_ids or (0,), are_equal, 0)
     longest = Example(ids=(0,) * run.data.max_prompt, answer=None, text="", index=0)
     if run.data.frames:
         longest = dataclasses.replace(longest, teacher_ids=(0,) * run.data.teacher_limit)
-    teacher_cfg = None
-    if run.has_teacher:
-        teacher_cfg = dataclasses.replace(other.cfg, vocab_size=own.cfg.vocab_size)
+    teachers = [dataclasses.replace(x.cfg, vocab_size=own.cfg.vocab_size) for x in others]
     rows = [longest] * run.train.prompts
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, epochs=0))
-    return assemble.composed(run, mesh, own.cfg, teacher_cfg, words, rows, rows, say=say)
+    return assemble.composed(run, mesh, own.cfg, teachers, words, rows, rows, say=say)
 
 
 def of_run(parts: Assembly) -> list[Traced]:
@@ -158,10 +163,11 @@ class _Recorder:
     def sample(self, parts: Assembly, params: Any, batch: Batch, step: int) -> Any:
         """Stands for the student's answers, at the widest prompts and the longest answers."""
         spec = parts.run.rollout
-        return self.answers(
+        answers = self.answers(
             SAMPLE, params, parts.run.train.prompts, parts.prompt_widths[-1], parts.policy,
             spec.max_new, spec.samples, spec.slots, spec.segments,
         )  # fmt: skip
+        return answers.replace(teacher_B=self.teachers_of(answers.ids_BT.shape[0]))
 
     def evaluation(self) -> None:
         plan = self.parts.plan
@@ -191,7 +197,13 @@ class _Recorder:
             logp_BT=of_rows(jnp.float32, columns),
             truncated_B=of_rows(bool),
             policy_step=self.array((), jnp.int32),  # pyright: ignore[reportArgumentType]
+            teacher_B=self.teachers_of(rows),
         )
+
+    def teachers_of(self, rows: int) -> Any:
+        """As ``answers.routed`` gives them."""
+        is_routed = bool(self.parts.cfg.names)
+        return self.array((rows,), jnp.int32, meshlib.BATCH) if is_routed else None
 
     def answers(
         self,

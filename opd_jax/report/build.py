@@ -51,6 +51,7 @@ _NAMES = {
 _SAME = {
     "student.path": "student",
     "teacher.path": "teacher",
+    "teacher.paths": "teachers",
     "kl.vocab_size": "vocabulary",
     "stop_ids": "vocabulary",
     "data.heldout": "held-out file",
@@ -96,7 +97,7 @@ def report(
     folder = Path(rocks) if rocks is not None else None
     if folder is not None:
         run = next(iter(every.values()))
-        rock_section.check(folder, run, str(_identity(run)["teacher.path"] or ""))
+        rock_section.check(folder, run, workdirs.teachers(run_files.record(run)).values())
     with matplotlib.rc_context(style.STYLE):
         page = _page(found, files, swept, folder, Path(knockout) if knockout else None)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,7 @@ def check_comparable(runs: Mapping[str, Path]) -> None:
 def _identity(run: Path) -> dict[str, Any]:
     record = run_files.record(run)
     values = record["config"] | {"stop_ids": record.get("stop_ids")}
-    found = {key: values.get(key) for key in _SAME}
+    found = {key: values.get(key) or None for key in _SAME}
     return {k: os.path.normpath(v) if isinstance(v, str) and v else v for k, v in found.items()}
 
 

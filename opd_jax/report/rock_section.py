@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ _MADE = "opd-jax rocks --run=RUN --out=DIR"
 _SHOWN = f"{_MADE}, then opd-jax report RUN --rocks=DIR"
 
 
-def check(folder: Path, run: Path, teacher: str) -> None:
-    """Check that a folder is of ``opd-jax rocks`` and of the teacher that the runs have.
+def check(folder: Path, run: Path, teachers: Iterable[str]) -> None:
+    """Check that a folder is of ``opd-jax rocks`` and of a teacher that the runs have.
 
     Raises:
       WorkdirError: it is not.
@@ -29,12 +29,13 @@ def check(folder: Path, run: Path, teacher: str) -> None:
             f"{folder} has no rocks.json: expected the folder that opd-jax rocks --out=DIR made; "
             "give another --rocks, or let it end first"
         )
-    teachers = [run_files.model_name(t) for t in (str(manifest.get("teacher", "")), teacher)]
-    if all(teachers) and teachers[0] != teachers[1]:
+    own = run_files.model_name(str(manifest.get("teacher", "")))
+    theirs = [run_files.model_name(teacher) for teacher in teachers]
+    if own and all(theirs) and own not in theirs:
         raise workdirs.WorkdirError(
-            f"{folder} and {run} cannot be shown together:\n  teacher: {teachers[0]!r} and "
-            f"{teachers[1]!r}\nexpected rocks measured against the teacher of the runs; give "
-            "another --rocks"
+            f"{folder} and {run} cannot be shown together:\n  teacher: {own!r} and "
+            f"{' or '.join(map(repr, theirs))}\nexpected rocks measured against the teacher of the "
+            "runs; give another --rocks"
         )
 
 

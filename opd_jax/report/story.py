@@ -297,6 +297,7 @@ def _recipe(record: Mapping[str, Any]) -> list[Row]:
     told = [
         ("student", of("student.path")),
         ("teacher", of("teacher.path")),
+        ("teachers", "; ".join(f"{name}: {path}" for name, path in of("teacher.paths"))),
         ("prompts", "; ".join(filter(None, (of("data.prompts"), batch)))),
         ("held-out prompts", of("data.heldout")),
         ("learning rate", f"{of('optim.lr'):g}, {of('optim.name')}, {of('train.steps'):,} steps"),

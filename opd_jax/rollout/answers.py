@@ -158,6 +158,22 @@ def seen_by_teacher(
     return behind(meshlib.to_global(prompt, mesh), answers, room=room)
 
 
+def routed(rows: Sequence[Example], answers: Rollout, mesh: Mesh, names: Sequence[str]) -> Rollout:
+    """Answers that say which of several teachers scores each; as they are where there is one.
+
+    Args:
+      rows: this process's prompts.
+      answers: to all of them, as many to each.
+      mesh: devices.
+      names: of the teachers, in order; (): there is one.
+    """
+    if not names:
+        return answers
+    each = answers.ids_BT.shape[0] // (len(rows) * jax.process_count())
+    places = np.repeat([names.index(row.taught_by) for row in rows], each).astype(np.int32)
+    return answers.replace(teacher_B=meshlib.to_global(places, mesh))
+
+
 def texts(answers: Rollout, real: int, tokenizer: Any) -> list[str]:
     """Decode what was sampled, special tokens left out; runs on every process.
 

@@ -15,7 +15,7 @@ from opd_jax.data.batches import Batch
 from opd_jax.data.prompts import Example
 from opd_jax.pytrees import Params, Rollout
 from opd_jax.rollout import decode
-from opd_jax.rollout.answers import crop, seen_by_teacher
+from opd_jax.rollout.answers import crop, routed, seen_by_teacher
 from opd_jax.run.assemble import Assembly
 from opd_jax.spec import RunConfig
 
@@ -40,7 +40,8 @@ def sample(parts: Assembly, params: Params, batch: Batch, step: int) -> Rollout:
         segments=spec.segments,
     )
     with jax.profiler.TraceAnnotation("crop"):
-        return crop(answers, spec.max_new, parts.answer_widths)
+        answers = crop(answers, spec.max_new, parts.answer_widths)
+    return routed(rows, answers, parts.mesh, parts.cfg.names)
 
 
 def given(parts: Assembly, batch: Batch) -> Rollout:
@@ -51,7 +52,8 @@ def given(parts: Assembly, batch: Batch) -> Rollout:
     width = widths.bucket(batch.longest, parts.prompt_widths)
     room = widths.bucket(batch.longest_completion, parts.answer_widths)
     rows = batches.pad_completions(batch.examples, width, room, parts.policy.pad_id)
-    return meshlib.to_global(rows, parts.mesh)
+    answers = meshlib.to_global(rows, parts.mesh)
+    return routed(batch.examples, answers, parts.mesh, parts.cfg.names)
 
 
 def seen(parts: Assembly, batch: Batch, answers: Rollout, step: int) -> Rollout | None:

@@ -6,10 +6,11 @@ that a mistake costs seconds.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -85,32 +86,35 @@ def assemble(
     mesh = meshlib.make(run.mesh.data, run.mesh.fsdp, run.mesh.model)
     check_batches(run, meshlib.batch_shards(mesh))
     path = hub.folder(run.student.path)
-    student, teacher = _fitting(run.student, path, "student", mesh, say), None
+    student = _fitting(run.student, path, "student", mesh, say)
     folders = [path]
     adapter_specs(run, student)  # raises
-    tokenizer, other = tokenizers.load(path), None
+    tokenizer = tokenizers.load(path)
     own_eos = hf_config.generation_eos(path)
-    if run.has_teacher:
-        path = hub.folder(run.teacher.path)
+    vocab_size = tokenizers.num_ids(tokenizer, student.vocab_size, "student")
+    stop_ids, are_equal = tokenizers.stop_ids(tokenizer, own_eos), True
+    teachers, others = [], {}
+    for name, spec in run.teachers.items():
+        path = hub.folder(spec.path)
         folders.append(path)
-        teacher = _fitting(run.teacher, path, "teacher", mesh, say)
+        teacher = _fitting(spec, path, f"teacher {name}".strip(), mesh, say)
         other = tokenizers.load(path)
         if tokenizers.lend_template(tokenizer, other):
             say("the student has no chat template: prompts are written by the teacher's")
-        vocab_size = tokenizers.compare(tokenizer, other, student.vocab_size, teacher.vocab_size)
-        teacher = dataclasses.replace(teacher, vocab_size=student.vocab_size)
-        stop_ids, message = tokenizers.stop_set(
-            tokenizer, own_eos, other, hf_config.generation_eos(path)
-        )
+        with _of_teacher(name):
+            tokenizers.compare(tokenizer, other, student.vocab_size, teacher.vocab_size)
+            union, message = tokenizers.stop_set(
+                tokenizer, own_eos, other, hf_config.generation_eos(path)
+            )
         if message:
-            say(f"warning: {message}")
-    else:
-        vocab_size = tokenizers.num_ids(tokenizer, student.vocab_size, "student")
-        stop_ids, message = tokenizers.stop_ids(tokenizer, own_eos), None
+            say(f"warning: {f'of the teacher {name}: ' if name else ''}{message}")
+        teachers.append(dataclasses.replace(teacher, vocab_size=student.vocab_size))
+        stop_ids, are_equal = tuple(sorted({*stop_ids, *union})), are_equal and not message
+        others[name] = other
 
-    rows, heldout = reading.prompts(run, tokenizer, other, stop_ids, now, say)
-    words = Words(vocab_size, stop_ids, not message, tokenizers.pad_id(tokenizer), tokenizer)
-    parts = composed(run, mesh, student, teacher, words, rows, heldout, say=say)
+    rows, heldout = reading.prompts(run, tokenizer, others, stop_ids, now, say)
+    words = Words(vocab_size, stop_ids, are_equal, tokenizers.pad_id(tokenizer), tokenizer)
+    parts = composed(run, mesh, student, teachers, words, rows, heldout, say=say)
     if run.teacher.offload and not resting.is_possible(mesh.local_devices[0]):
         raise ConfigError(
             f"teacher.offload: the {mesh.local_devices[0].platform} devices know no memory of "
@@ -122,6 +126,17 @@ def assemble(
     for path in folders:
         hf.check(path)
     return parts
+
+
+@contextlib.contextmanager
+def _of_teacher(name: str) -> Iterator[None]:
+    """Say in an error which of several teachers it is about."""
+    try:
+        yield
+    except ValueError as error:
+        if not name:
+            raise
+        raise ConfigError(f"teacher.paths.{name}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +162,7 @@ def composed(
     run: RunConfig,
     mesh: Mesh,
     student: ModelConfig,
-    teacher: ModelConfig | None,
+    teachers: Sequence[ModelConfig],
     words: Words,
     rows: Sequence[Example],
     heldout: Sequence[Example],
@@ -181,7 +196,7 @@ def composed(
         say(f"warning: {warning}")
     cfg = ObjectiveConfig(
         student=student,
-        teacher=teacher,
+        teacher=teachers[0] if teachers else None,
         kl=dataclasses.replace(
             run.kl,
             vocab_size=vocab_size,
@@ -195,15 +210,15 @@ def composed(
         microbatches=run.train.microbatches,
         load_balance=run.train.load_balance,
         stop_ids=stop_ids,
+        others=tuple(teachers[1:]),
+        names=tuple(run.teachers) if len(teachers) > 1 else (),
     )
     if cfg.kl.stop_ids:
         say(f"the KL counts the stop ids {cfg.kl.stop_ids} as one event (kl.merge_stops)")
     key = "eval.max_new" if run.eval.max_new > run.rollout.max_new else "rollout.max_new"
     max_new = max(run.rollout.max_new, run.eval.max_new)
     both = (*rows, *heldout)
-    for name, part in (("student", student), ("teacher", teacher)):
-        if part is None:
-            continue
+    for name, part in (("student", student), *(("teacher", part) for part in teachers)):
         is_own = name == "teacher" and bool(run.data.frames)
         longest = max(len(row.teacher_ids if is_own else row.ids) for row in both)
         whose, limit = (
@@ -267,17 +282,15 @@ def needs(parts: Assembly, *, is_scoring: bool = False) -> list[memory.Need]:
         *[memory.Need("its adapters", trained, split)] * bool(adapters),
         memory.Need("its optimizer", moments * trained, split),
     ]
-    if cfg.teacher is not None:
-        dtype = run.teacher.stored_dtype(cfg.teacher.dtype)
+    for part, name in zip(cfg.teachers, run.teachers, strict=True):
+        dtype, who = run.teacher.stored_dtype(part.dtype), f"the teacher {name}".strip()
         change = f"{split}, or set --config.teacher.offload=True"
         teacher = memory.Need(
-            "the teacher",
-            memory.weights(cfg.teacher, dtype, mesh),
-            split if run.teacher.offload else change,
+            who, memory.weights(part, dtype, mesh), split if run.teacher.offload else change
         )
         if is_resting:
-            head = memory.weights(cfg.teacher, dtype, mesh, part=resting.head)
-            teacher = memory.Need("the teacher's head", head, split)
+            head = memory.weights(part, dtype, mesh, part=resting.head)
+            teacher = memory.Need(f"{who}'s head", head, split)
         found.append(teacher)
     rows, width = run.train.prompts * run.rollout.samples, parts.prompt_widths[-1]
     fewer = "lower --config.rollout.samples, .max_new, --config.train.prompts or data.max_prompt"
@@ -290,8 +303,8 @@ def needs(parts: Assembly, *, is_scoring: bool = False) -> list[memory.Need]:
         asked, most = run.eval.batch or rows, run.eval.max_new or run.rollout.max_new
         fewer = "lower --config.eval.batch, .samples or .max_new"
         both = [cfg.student] * is_answering
-        if cfg.teacher is not None and run.eval.teacher and not is_resting:
-            both.append(cfg.teacher)
+        if run.eval.teacher and not is_resting:
+            both += cfg.teachers
         cells += [
             memory.Need(CELLS, held(c, asked, run.eval.samples, max_new=most), fewer) for c in both
         ]

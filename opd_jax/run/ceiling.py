@@ -16,9 +16,11 @@ from typing import Any
 import jax
 
 from opd_jax import files, processes
+from opd_jax.data.prompts import Example
 from opd_jax.evaluate import heldout
+from opd_jax.evaluate.heldout import EvalPlan
 from opd_jax.models import resting
-from opd_jax.pytrees import Params
+from opd_jax.pytrees import Teacher
 from opd_jax.run.assemble import Assembly
 from opd_jax.store import run_files
 from opd_jax.store import workdir as workdirs
@@ -28,7 +30,7 @@ FILE = run_files.TEACHER
 
 def measured(
     parts: Assembly,
-    teacher: Params | None,
+    teacher: Teacher | None,
     folder: Path,
     key: jax.Array,
     others: Sequence[Path] = (),
@@ -37,7 +39,7 @@ def measured(
 
     Args:
       parts: of the run.
-      teacher: its parameters.
+      teacher: its parameters; of several all: each answers the problems that name it.
       folder: workdir of the run.
       key: that of the student's evaluations.
       others: workdirs of further runs: what one measured of the same teacher, on the same problems
@@ -49,13 +51,9 @@ def measured(
     Raises:
       WorkdirError: ``teacher.json`` is damaged.
     """
-    plan, cfg = parts.plan, parts.cfg.teacher
+    plan = parts.plan
     is_graded = bool(heldout.graded_rows(parts.heldout, plan))
-    if (
-        not (parts.run.eval.every and parts.run.eval.teacher and is_graded)
-        or cfg is None
-        or teacher is None
-    ):
+    if not (parts.run.eval.every and parts.run.eval.teacher and is_graded) or teacher is None:
         return None
     path = folder / FILE
     how = {
@@ -76,20 +74,49 @@ def measured(
     known = json.loads(processes.agreed_text("".join(told)))
     if known is not None:
         return known
-    result, graded = heldout.answered(
-        resting.awake(teacher),
-        rows,
-        parts.tokenizer,
-        jax.random.split(key)[0],  # as an evaluation draws answers
-        parts.mesh,
-        cfg=cfg,
-        plan=plan,
-    )
+    result, graded = _answered(parts, teacher, rows, key, plan)
     if jax.process_index() == 0:
         value = {"how": how, "result": result, **dataclasses.asdict(graded)}
         files.write_atomic(path, json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
     processes.meet("teacher")
     return result
+
+
+def _answered(
+    parts: Assembly, teacher: Teacher, rows: Sequence[Example], key: jax.Array, plan: EvalPlan
+) -> tuple[dict[str, float | None], heldout.Graded]:
+    """The answers of the teacher; of several each one's to its own problems, put together."""
+    several = teacher if isinstance(teacher, tuple) else (teacher,)
+    chosen, found = heldout.graded_rows(rows, plan), []
+    for params, cfg, name in zip(several, parts.cfg.teachers, parts.run.teachers, strict=True):
+        own = [row for row in chosen if row.taught_by == name]
+        if own:
+            found.append(
+                heldout.answered(
+                    resting.awake(params),
+                    own,
+                    parts.tokenizer,
+                    jax.random.split(jax.random.clone(key))[0],  # as an evaluation draws answers
+                    parts.mesh,
+                    cfg=cfg,
+                    plan=plan,
+                )
+            )
+    if len(found) == 1:
+        return found[0]
+    order = [row.index for row in chosen]
+    rows_of = {f.name: [] for f in dataclasses.fields(heldout.Graded)}
+    for _, graded in found:
+        for name, values in rows_of.items():
+            values.extend(getattr(graded, name))
+    places = sorted(range(len(order)), key=lambda i: order.index(rows_of["index"][i]))
+    whole = heldout.Graded(**{n: tuple(x[i] for i in places) for n, x in rows_of.items()})
+    shares = [len(graded.index) / len(order) for _, graded in found]
+    mean_length, cut = (
+        sum(share * (result[name] or 0.0) for share, (result, _) in zip(shares, found, strict=True))
+        for name in ("mean_length", "truncated_share")
+    )
+    return heldout.summed_up(whole, mean_length, cut), whole
 
 
 def _known(
@@ -112,4 +139,5 @@ def _known(
 def _inputs(folder: Path) -> dict[str, Any]:
     """Fingerprints of what answers and of what is asked, as far as they are known."""
     known = (workdirs.read_run(folder) or {}).get("inputs") or {}
-    return {name: known[name]["files"] for name in ("teacher", "heldout") if name in known}
+    asked = [n for n in known if n == "heldout" or n.partition(" ")[0] == workdirs.TEACHER]
+    return {name: known[name]["files"] for name in asked}

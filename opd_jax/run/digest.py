@@ -64,6 +64,8 @@ def samples(
         example = examples[row // each] if row // each < len(examples) else None
         if example is not None and example.teacher_ids:
             told["teacher_prompt"] = tokenizer.decode(example.teacher_ids)
+        if example is not None and example.taught_by:
+            told["teacher"] = example.taught_by
         if example is not None and example.answer is not None:
             verdict = heldout.grade(
                 [example], [told["text"]], 1, truncated=[told["truncated"]], grader=grader

@@ -133,9 +133,8 @@ def inputs(parts: Assembly) -> dict[str, Any]:
     """Fingerprints of all that a run is started on, for ``run.json``."""
     run = parts.run
     found: dict[str, Any] = {}
-    for name, spec in (("student", run.student), ("teacher", run.teacher)):
-        if name == "teacher" and not run.has_teacher:
-            continue
+    teachers = {f"{workdirs.TEACHER} {name}".strip(): spec for name, spec in run.teachers.items()}
+    for name, spec in ({"student": run.student} | teachers).items():
         files = fingerprint.of_model(Path(hub.folder(spec.path)))
         found[name] = {"path": spec.path, "files": files}
     for name, path, rows in (

@@ -17,7 +17,7 @@ from opd_jax import mesh as meshlib
 from opd_jax import optim, steps
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.models import hf, lora, params, resting, transformer
-from opd_jax.pytrees import Params, TrainState
+from opd_jax.pytrees import Params, Teacher, TrainState
 from opd_jax.run import assemble, precision
 from opd_jax.run.assemble import Assembly
 from opd_jax.spec import ConfigError, RunConfig
@@ -31,30 +31,35 @@ from opd_jax.store.pair import Reference
 _ADAPTERS = 2**32 - 3
 
 
-def teacher_params(parts: Assembly) -> Params | None:
+def teacher_params(parts: Assembly) -> Teacher | None:
     """Load the frozen teacher onto the mesh, its vocabulary rows fitted to the student's.
 
-    None where nothing compares with it.
+    Of several all; None where nothing compares with one.
     """
-    spec, cfg = parts.run.teacher, parts.cfg.teacher
-    if cfg is None:
-        return None
-    dtype = spec.stored_dtype(cfg.dtype)
-    tree = _load(parts, "teacher", hub.folder(spec.path), jnp.dtype(dtype))
-    with jax.set_mesh(parts.mesh):
-        fitted = transformer.with_vocab_rows(tree, cfg.vocab_size)
-    del tree
-    return resting.rested(fitted) if spec.offload else fitted
+    found = []
+    for cfg, (name, spec) in zip(parts.cfg.teachers, parts.run.teachers.items(), strict=True):
+        dtype = spec.stored_dtype(cfg.dtype)
+        who = f"teacher {name}".strip()
+        tree = _load(parts, who, hub.folder(spec.path), jnp.dtype(dtype))
+        with jax.set_mesh(parts.mesh):
+            fitted = transformer.with_vocab_rows(tree, cfg.vocab_size)
+        del tree
+        found.append(resting.rested(fitted) if parts.run.teacher.offload else fitted)
+    return _one_or_all(found, parts)
 
 
-def teacher_template(parts: Assembly) -> Params | None:
-    """Shapes and placements of the teacher, without reading it; None without one."""
-    cfg = parts.cfg.teacher
-    if cfg is None:
-        return None
-    dtype = jnp.dtype(parts.run.teacher.stored_dtype(cfg.dtype))
-    shapes = params.abstract(transformer.specs(cfg), dtype, parts.mesh)
-    return resting.rested(shapes) if parts.run.teacher.offload else shapes
+def teacher_template(parts: Assembly) -> Teacher | None:
+    """Shapes and placements of what :func:`teacher_params` gives, without reading it."""
+    spec, found = parts.run.teacher, []
+    for cfg in parts.cfg.teachers:
+        dtype = jnp.dtype(spec.stored_dtype(cfg.dtype))
+        shapes = params.abstract(transformer.specs(cfg), dtype, parts.mesh)
+        found.append(resting.rested(shapes) if spec.offload else shapes)
+    return _one_or_all(found, parts)
+
+
+def _one_or_all(found: Sequence[Params], parts: Assembly) -> Teacher | None:
+    return tuple(found) if parts.cfg.others else next(iter(found), None)
 
 
 def state(parts: Assembly) -> TrainState:

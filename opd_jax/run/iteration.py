@@ -11,7 +11,7 @@ import jax
 from opd_jax import steps
 from opd_jax.data.batches import Batch
 from opd_jax.models import resting
-from opd_jax.pytrees import Mean, Params, Rollout, TrainState
+from opd_jax.pytrees import Mean, Rollout, Teacher, TrainState
 from opd_jax.run import answering
 from opd_jax.run.assemble import Assembly
 
@@ -30,7 +30,7 @@ class Programs:
 
 def one_step(
     parts: Assembly,
-    teacher: Params | None,
+    teacher: Teacher | None,
     state: TrainState,
     batch: Batch,
     step: int,
@@ -42,7 +42,7 @@ def one_step(
 
     Args:
       parts: what :func:`assemble.assemble` made; call it under ``jax.set_mesh(parts.mesh)``.
-      teacher: its parameters; None where nothing compares with it.
+      teacher: its parameters; those of several; None where nothing compares with one.
       state: donated.
       batch: this process's prompts.
       step: finished updates; with the seed it fixes the draws.

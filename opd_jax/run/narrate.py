@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -36,24 +37,28 @@ def introduction(parts: Assembly) -> list[str]:
     """What is about to be optimised, on what, in a few lines."""
     run, cfg = parts.run, parts.cfg
     lines = []
-    for name, spec, part in (
-        ("student", run.student, cfg.student),
-        ("teacher", run.teacher, cfg.teacher),
-    ):
-        if part is None:
-            lines.append(f"{name}: none, as nothing compares with one (kl.ce is 1)")
-            continue
+    models = [("student", run.student, cfg.student)]
+    models += [
+        (f"teacher {name}".strip(), spec, part)
+        for (name, spec), part in zip(run.teachers.items(), cfg.teachers, strict=True)
+    ]
+    for name, spec, part in models:
         size = params.count(transformer.specs(part))
         lines.append(
             f"{name}: {spec.path}, {part.model_type}, {size / 1e6:.3g} M parameters, "
             f"{part.num_layers} layers, compute {part.dtype}{_kernel_text(part, parts.mesh)}"
         )
+    if cfg.teacher is None:
+        lines.append("teacher: none, as nothing compares with one (kl.ce is 1)")
+    lines += routes_text(parts)
     if adapters := assemble.adapter_specs(run, cfg.student):
         lines.append(adapters_text(run.lora, cfg.student, params.count(adapters)))
     if run.teacher.offload and cfg.teacher is not None:
-        dtype = run.teacher.stored_dtype(cfg.teacher.dtype)
-        whole = memory.weights(cfg.teacher, dtype, parts.mesh)
-        moved = whole - memory.weights(cfg.teacher, dtype, parts.mesh, part=resting.head)
+        moved = 0.0
+        for part in cfg.teachers:
+            dtype = run.teacher.stored_dtype(part.dtype)
+            head = memory.weights(part, dtype, parts.mesh, part=resting.head)
+            moved += memory.weights(part, dtype, parts.mesh) - head
         lines.append(
             f"teacher: rests in host memory ({resting.HOST}) between its passes, each brings "
             f"{memory.text(moved)} to every device; its head stays"
@@ -69,6 +74,24 @@ def introduction(parts: Assembly) -> list[str]:
     lines.append(widths_text(parts))
     shape = " x ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
     lines.append(f"stop ids: {stops}; mesh: {shape} ({jax.devices()[0].device_kind})")
+    return lines
+
+
+def routes_text(parts: Assembly) -> list[str]:
+    """How many prompts each of several teachers has; nothing where there is one."""
+    lines = []
+    for what, rows in (("prompts", parts.rows), ("held out", parts.heldout)):
+        number = collections.Counter(row.taught_by for row in rows)
+        if rows and number.keys() != {""}:
+            told = ", ".join(f"{number[name]} by {name}" for name in parts.run.teachers)
+            lines.append(f"{what}, each taught by the teacher that its row names: {told}")
+    number = collections.Counter(row.taught_by for row in parts.rows)
+    for name in filter(None, parts.run.teachers):
+        if not number[name]:
+            lines.append(
+                f"warning: no prompt of {parts.run.data.prompts} has the teacher {name}, which is "
+                "loaded all the same; leave it out of teacher.paths, or name it in some rows"
+            )
     return lines
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from opd_jax.data import prompts as prompt_files
@@ -16,7 +16,7 @@ from opd_jax.spec import RunConfig
 def prompts(
     run: RunConfig,
     tokenizer: Any,
-    other: Any,
+    others: Mapping[str, Any],
     stop_ids: tuple[int, ...],
     now: str | None,
     say: Callable[[str], None],
@@ -25,7 +25,8 @@ def prompts(
 
     Args:
       run: its config.
-      tokenizer, other: the student's and the teacher's, which must render alike; None without one.
+      tokenizer: the student's.
+      others: the teachers' by name, which must render alike; of one teacher the name is empty.
       stop_ids: that end an answer, of which one ends a completion.
       now: the date that chat templates write.
       say: receives what was read.
@@ -33,11 +34,18 @@ def prompts(
     Raises:
       ValueError, FileNotFoundError: they cannot be used.
     """
-    read = functools.partial(prompt_files.examples, spec=run.data, tokenizer=tokenizer, now=now)
+    read = functools.partial(
+        prompt_files.examples,
+        spec=run.data,
+        tokenizer=tokenizer,
+        teachers=[name for name in others if name] if others else None,
+        now=now,
+    )
+    rendering = list(others.values())
     limits = None
     if run.train.stage != "on_policy":
         limits = Limits(run.rollout.max_new, stop_ids)
-    rows, counts = read(path_of(run.data.prompts), limits=limits, other=other, say=say)
+    rows, counts = read(path_of(run.data.prompts), limits=limits, others=rendering, say=say)
     say(f"prompts: {counts} ({run.data.prompts})")
     heldout: Sequence[Example] = ()
     if run.eval.every:

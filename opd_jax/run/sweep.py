@@ -183,7 +183,7 @@ def sweep(
     for arm in arms:
         comparable.check_comparable(baseline, runs[baseline], arm, runs[arm])
     folders = [Path(workdir) / folder_name(arm) / f"seed-{seed}" for seed in seeds for arm in arms]
-    models = {model.path for run in runs.values() for model in (run.student, run.teacher)}
+    models = {path for run in runs.values() for path in run.models}
     # Once: all runs are of the same models.
     pins = dict(known_pins or {}) or hub.pins(sorted(models), folders, say=say)
     jobs = [

@@ -26,7 +26,7 @@ from opd_jax.evaluate import heldout
 from opd_jax.files import path_of
 from opd_jax.models import memory, resting
 from opd_jax.processes import say
-from opd_jax.pytrees import Params, Rollout, TrainState
+from opd_jax.pytrees import Rollout, Teacher, TrainState
 from opd_jax.run import (
     answering,
     assemble,
@@ -83,7 +83,7 @@ def train(
     folder = Path(path_of(workdir))
     now = entry.start_time(folder)
     if pins is None:
-        pins = hub.pins([run.student.path, run.teacher.path], [folder], say=say)
+        pins = hub.pins(run.models, [folder], say=say)
     run = hub.pinned_run(run, pins)
     parts = assemble.assemble(run, now=now, say=say)
     best = (run.checkpoint.best, _BEST[run.checkpoint.best]) if run.checkpoint.best else None
@@ -147,7 +147,7 @@ class _Loop:
         self.padding: list[float] = []  # share of every step of this process
         self.compiled: set[str] = set()  # programs of this process, by name
         # Loaded once it is known that there is something left to do.
-        self.teacher: Params | None = None
+        self.teacher: Teacher | None = None
         self._journal: journal.Journal | None = None  # open while the loop runs
 
     @property

@@ -155,11 +155,14 @@ def pins(
 
 def pinned_run(run: RunConfig, known: Mapping[str, str]) -> RunConfig:
     """A run whose models are named as :func:`pins` says."""
-    models = {
-        who: dataclasses.replace(spec, path=known.get(spec.path, spec.path))
-        for who, spec in (("student", run.student), ("teacher", run.teacher))
-    }
-    return dataclasses.replace(run, **models)
+
+    def named(path: str) -> str:
+        return known.get(path, path)
+
+    student = dataclasses.replace(run.student, path=named(run.student.path))
+    paths = tuple((name, named(path)) for name, path in run.teacher.paths)
+    teacher = dataclasses.replace(run.teacher, path=named(run.teacher.path), paths=paths)
+    return dataclasses.replace(run, student=student, teacher=teacher)
 
 
 def public_name(name: str) -> str | None:

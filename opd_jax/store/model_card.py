@@ -57,11 +57,11 @@ def text(workdir: Path, record: Record, step: int, name: str, *, is_adapter: boo
     """
     again = record.get("resumed") or [{}]
     config = {**record["config"], **again[-1].get("changed", {})}
-    student, teacher = (public_name(config[f"{who}.path"]) for who in ("student", "teacher"))
+    student = public_name(config["student.path"])
     way, does = _WAYS[config.get("train.stage", "on_policy")]
     parts = [
         f"# {name}",
-        f"`{student}`, distilled {way} from the teacher `{teacher}` with opd_jax: the student "
+        f"`{student}`, distilled {way} from {_teachers(config)} with opd_jax: the student "
         f"{does} and is trained on its divergence from the teacher's next-token "
         f"distribution over the whole vocabulary. Exported at step {step}.",
         _block("python", *_loading(name, student if is_adapter else None)),
@@ -81,6 +81,15 @@ def text(workdir: Path, record: Record, step: int, name: str, *, is_adapter: boo
     )
     # It is not validated: the hub does that, over the network.
     return str(ModelCard("\n\n".join([f"---\n{data.to_yaml()}\n---", *parts]) + "\n"))
+
+
+def _teachers(config: Record) -> str:
+    """The teacher, or several with the names that prompts give them."""
+    named = config.get("teacher.paths") or ()
+    if not named:
+        return f"the teacher `{public_name(config['teacher.path'])}`"
+    told = ", ".join(f"`{public_name(path)}` ({name})" for name, path in named)
+    return f"several teachers, of which each prompt has one: {told},"
 
 
 def _loading(name: str, base: str | None) -> list[str]:
@@ -180,8 +189,8 @@ def _recipe(config: Record, step: int) -> Iterator[tuple[str, str]]:
         if all(config.get(key) is not None for key in keys):
             yield title, words.format(*(config[key] for key in keys))
 
-    for who in ("student", "teacher"):
-        path = config[f"{who}.path"]
+    named = [(f"teacher {name}", path) for name, path in config.get("teacher.paths") or ()]
+    for who, path in (*((x, config[f"{x}.path"]) for x in ("student", "teacher")), *named):
         if hub.public_name(path):
             yield f"revision of the {who}", f"`{path.rpartition('@')[2]}`"
     if config.get("init_from"):

@@ -193,13 +193,14 @@ def read(workdir: str | os.PathLike) -> RunFiles:
     lines = metrics(folder)
     told = summary(folder)
     settings = record(folder)
+    teachers = [model_name(path or "teacher") for path in workdirs.teachers(settings).values()]
     run = RunFiles(
         train_kl=series(lines, "kl_nats"),
         heldout_kl=series(lines, "eval/kl_nats"),
         accuracy=series(lines, "eval/accuracy"),
         rocks=sorted(map(dict, told["rocks"]), key=lambda row: -row["share"]),
         student=model_name(workdirs.setting(settings, "student.path") or "student"),
-        teacher=model_name(workdirs.setting(settings, "teacher.path") or "teacher"),
+        teacher=" and ".join(dict.fromkeys(teachers)),
     )
     if not (run.train_kl.steps or run.heldout_kl.steps or run.accuracy.steps):
         raise workdirs.WorkdirError(

@@ -63,6 +63,12 @@ def setting(record: Mapping[str, Any], key: str) -> Any:
     return record["config"].get(key, settings.recorded()[key][1])
 
 
+def teachers(record: Mapping[str, Any]) -> dict[str, str]:
+    """The models of the teachers in ``run.json`` by name; of one, perhaps none, the name is ""."""
+    named = {name: path for name, path in setting(record, "teacher.paths")}
+    return named or {"": setting(record, "teacher.path")}
+
+
 class Origin(TypedDict):
     """The step of another run that a run began from."""
 
@@ -244,10 +250,11 @@ def check_inputs(workdir: Path, old: Mapping[str, Any], new: Mapping[str, Any]) 
     for name in [name for name in new if old.get(name) and new[name]]:
         then, now = old[name], new[name]
         told = fingerprint.changes(then["files"], now["files"])
+        what = _INPUTS.get(name) or f"another {name}"  # one of several teachers
         if told:
             more = f" and {len(told) - 3} more" if len(told) > 3 else ""
             raise WorkdirError(
-                f"{workdir} was started on {_INPUTS[name]} than {now['path']} holds now: "
+                f"{workdir} was started on {what} than {now['path']} holds now: "
                 f"{'; '.join(told[:3])}{more}; expected the same files, as one run must not mix "
                 "two; put them back, give another --workdir, or start a new run from this one's "
                 f"weights with --config.init_from={workdir}"
@@ -278,9 +285,10 @@ def check_model(
     check_inputs(workdir, old, new)
 
 
+TEACHER = "teacher"  # in the inputs of a run; each of several by its name behind it
 _INPUTS = {
     "student": "another student",
-    "teacher": "another teacher",
+    TEACHER: "another teacher",
     "prompts": "other prompts",
     "grader": "another grader",
     "heldout": "other held-out prompts",
