@@ -188,7 +188,7 @@ def test_other_commands_know_of_several_teachers(folder, run, tmp_path, capsys):
 
 
 def test_its_programs_are_planned(folder):
-    given = tiny_run.resolved(folder, **flags(folder, **ALL), mesh__fsdp=2)
+    given = tiny_run.resolved(folder, **flags(folder, **ALL | MESH))
     parts = programs.assembly(given, chips.machine("cpu:8"), say=lambda line: None)
     with jax.set_mesh(parts.mesh):
         names = [each.name for each in programs.of_run(parts)]
@@ -218,6 +218,7 @@ def test_the_call_in_python_takes_several(monkeypatch, tmp_path):
     assert run.teachers["sums"].path == "embedded:teacher"
 
 
+MESH = {"mesh__fsdp": 2, "mesh__model": 2, "eval__batch": 8}
 ONE = {"teacher__paths__sums": None, "teacher__paths__digits": None}
 
 
