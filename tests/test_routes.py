@@ -23,14 +23,21 @@ SMALL = ModelConfig(
 )  # fmt: skip
 WIDE = dataclasses.replace(SMALL, width=24, num_layers=2)
 TEACHERS = (SMALL, WIDE, SMALL)  # of two widths
+WHOSE = (0, 1, 1, 2, 0, 1, 2, 1)  # each row's teacher
 TX = optax.sgd(1.0)
 KEY = functools.partial(jax.random.key, 3)
 LOOSE = dict(rtol=2e-5, atol=2e-6)
 
 
 def config(**keys) -> ObjectiveConfig:
-    several = dict(teacher=TEACHERS[0], others=TEACHERS[1:], names=("a", "b", "c"))
-    return ObjectiveConfig(student=SMALL, **(several | {"kl": KLSpec(chunk=16)} | keys))
+    cfg = ObjectiveConfig(
+        student=SMALL,
+        teacher=TEACHERS[0],
+        others=TEACHERS[1:],
+        names=("a", "b", "c"),
+        kl=KLSpec(chunk=16),
+    )
+    return dataclasses.replace(cfg, **keys)
 
 
 def alone(cfg: ObjectiveConfig, place: int) -> ObjectiveConfig:
@@ -48,7 +55,7 @@ def models():
     return jax.device_get((trees[0], tuple(trees[1:])))
 
 
-def batch(whose=(0, 1, 1, 2, 0, 1, 2, 1)) -> Rollout:
+def batch(whose=WHOSE) -> Rollout:
     """Rows of several lengths, prompts before ``FIRST``."""
     rng = np.random.default_rng(0)
     ends = rng.integers(FIRST + 1, COLUMNS + 1, ROWS)
@@ -125,7 +132,7 @@ def test_every_row_is_measured_against_its_own_teacher():
     (total, (_, tokens)), _ = measured(student, teachers, rollout, cfg)
     expected = np.zeros((ROWS, COLUMNS - 1))
     for row in range(ROWS):
-        place, start = int(rollout.teacher_B[row]), int(rollout.start_B[row])
+        place, start = WHOSE[row], int(rollout.start_B[row])
         ids = jnp.roll(rollout.ids_BT[row : row + 1], -start, axis=1)
         p = log_softmax(logits(student, ids, SMALL)[0])
         q = log_softmax(logits(teachers[place], ids, TEACHERS[place])[0])
@@ -133,7 +140,7 @@ def test_every_row_is_measured_against_its_own_teacher():
     expected *= np.asarray(rollout.mask_BT)[:, 1:]
     np.testing.assert_allclose(tokens.kl_BT, expected, rtol=2e-4, atol=2e-5)
     np.testing.assert_allclose(total, expected.sum(), rtol=1e-4)
-    other = rollout.replace(teacher_B=(rollout.teacher_B + 1) % 3)
+    other = rollout.replace(teacher_B=(jnp.array(WHOSE, jnp.int32) + 1) % 3)
     wrong = measured(student, teachers, other, cfg)[0][1][1]
     assert np.abs(wrong.kl_BT - expected).max() > 0.1  # the teachers differ
 
