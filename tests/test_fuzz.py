@@ -165,7 +165,7 @@ def test_the_files_of_the_instrument(results, name):
         survives(lambda: rock_figures.studies(results / "out"))
         survives(lambda: rock_section.tiles(results / "out"))
         survives(lambda: rock_section.reader(results / "out", {}, {}))
-        survives(lambda: rock_section.check(results / "out", results / "run", "teacher"))
+        survives(lambda: rock_section.check(results / "out", results / "run", ["teacher"]))
         plt.close("all")
 
     try:

@@ -26,6 +26,7 @@ tiny, one_device = tiny_run.tiny, tiny_run.one_device
 ALL = {"train__steps": 3, "checkpoint__every": 1, "train__microbatches": 2}
 ALL |= {"log__samples_every": 1, "log__samples": 8, "data__shuffle": False}
 ALL |= {"eval__every": 3, "eval__kl_prompts": 6, "eval__batch": 4}
+MESH = {"mesh__fsdp": 2, "mesh__model": 2, "eval__batch": 8}
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,23 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_other_teachers_are_refused(
 
 
 @pytest.mark.usefixtures("one_device")
+def test_teachers_that_rest_in_host_memory_give_the_same_bit_for_bit(folder, run, tmp_path, capsys):
+    keys = flags(folder, **ALL, teacher__offload=True)
+    assert tiny_run.train(folder, tmp_path / "rests", **keys) == 0
+    assert "rests in host memory" in capsys.readouterr().out
+    assert tiny_run.curve(tmp_path / "rests") == tiny_run.curve(run)
+
+
+def test_a_mesh_gives_the_numbers_of_one_device(folder, run, tmp_path):
+    keys = flags(folder, **ALL | {"train__steps": 1, "eval__every": 0} | MESH)
+    assert tiny_run.train(folder, tmp_path / "mesh", **keys) == 0
+    of_step = lambda place: [x for x in tiny_run.curve(place) if x["step"] == 1][-1]  # noqa: E731
+    found, expected = of_step(tmp_path / "mesh"), of_step(run)
+    for name in ("loss", "kl_nats/sums", "kl_nats/digits", "mean_length"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+@pytest.mark.usefixtures("one_device")
 def test_other_commands_know_of_several_teachers(folder, run, tmp_path, capsys):
     assert cli.main(["rocks", f"--run={run}", f"--out={tmp_path / 'rocks'}"]) == 1
     message = capsys.readouterr().err
@@ -218,7 +236,6 @@ def test_the_call_in_python_takes_several(monkeypatch, tmp_path):
     assert run.teachers["sums"].path == "embedded:teacher"
 
 
-MESH = {"mesh__fsdp": 2, "mesh__model": 2, "eval__batch": 8}
 ONE = {"teacher__paths__sums": None, "teacher__paths__digits": None}
 
 
