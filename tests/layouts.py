@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import jax
 
-DEADLINE_S = 300.0  # of one command on a busy machine, compiling included
+DEADLINE_S = 600.0  # of one command on a busy machine, compiling included
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,19 @@ LAYOUTS = {
 }
 
 
+# jax writes into its cache what process 0 compiled, and no more. The others have programs of their
+# own, by keys of their own: without this they compile each time what process 0 finds there, which
+# then waits for them in a collective, but not for long (gloo gives up after 30 s).
+_EACH_KEEPS = """
+from unittest import mock
+from jax._src import compiler, distributed
+def keep(*args, write=compiler._cache_write):
+    with mock.patch.object(distributed.global_state, "process_id", 0):
+        write(*args)
+compiler._cache_write = keep
+"""
+
+
 def start(
     layout: Layout, argv: Sequence[str], code: str = "", variables: dict[str, str] | None = None
 ) -> list[subprocess.Popen]:
@@ -54,6 +67,7 @@ def start(
       code: statements before the command, to patch it.
       variables: of the environment.
     """
+    code += _EACH_KEEPS * (layout.processes > 1)
     program = f"import sys\n{code}\nfrom opd_jax import cli\nsys.exit(cli.main(sys.argv[1:]))"
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
