@@ -40,6 +40,12 @@ def check(run: RunConfig) -> None:
         f"a divisor of train.prompts x rollout.samples ({rows})",
     )
     rule(
+        not (run.train.pack and run.data.frames),
+        "train.pack",
+        "False with data.teacher_prompt: the teacher's rows, behind prompts of its own, are not "
+        "those of the student",
+    )
+    rule(
         not run.kl.ce or run.train.stage == "off_policy",
         "kl.ce",
         f"0 where train.stage is {run.train.stage}: on answers that the student drew itself the "

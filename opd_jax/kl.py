@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,66 @@ def weighted_kl(
     return _weighted(spec, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT)
 
 
+def head_sums(ws_VD: Float[Array, "V D"]) -> Float[Array, "S V D"]:
+    """Zeros for :func:`accumulated_kl` to add a head's gradient to, f32, one part per batch shard.
+
+    **Sharding**: ``P((data, fsdp), model, None)``; on a device as large as its part of the head.
+    """
+    shape = (mesh.size(mesh.BATCH), *ws_VD.shape)
+    return jnp.zeros(shape, jnp.float32, out_sharding=mesh.out(mesh.BATCH, "model", None))
+
+
+def accumulated_kl(
+    hs_BTD: Float[Array, "B T D"],
+    ws_VD: Float[Array, "V D"],
+    ht_BTE: Float[Array, "B T E"] | None,
+    wt_VE: Float[Array, "V E"] | None,
+    weight_BT: Float[Array, "B T"],
+    sums_SVD: Float[Array, "S V D"] | None,
+    *,
+    spec: KLSpec,
+    measure_BT: Bool[Array, "B T"],
+    labels_BT: Int[Array, "B T"],
+) -> tuple[Float[Array, ""], TokenKL, Float[Array, "B T D"], Float[Array, "S V D"] | None]:
+    """:func:`weighted_kl` with its gradients: that to ``hs_BTD``, and that to the head added up.
+
+    No shard waits for another: a step of several micro-batches passes the sums on from one to the
+    next and adds up the shards' once, with :func:`head_gradient`.
+
+    Args:
+      hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, spec, measure_BT, labels_BT: as there.
+      sums_SVD: from :func:`head_sums`, or of the micro-batches before; None where the head is not
+        trained: then its gradient is not formed.
+
+    Sharding: as in :func:`token_kl`.
+    """
+    _check(hs_BTD, ws_VD, ht_BTE, wt_VE, spec)
+    keep_BT = (weight_BT != 0) | measure_BT
+    inputs = (hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT, sums_SVD)
+    if sums_SVD is None:
+        return *_run(spec, _BOTH[:1], *inputs), None
+    result: Any = _run(spec, _BOTH, *inputs)
+    return result
+
+
+def head_gradient(sums_SVD: Float[Array, "S V D"]) -> Float[Array, "V D"]:
+    """The sum of all batch shards, f32.
+
+    **Sharding**: ``P(model, fsdp)``, as the parameters: scattered over ``fsdp`` as it is summed.
+    """
+    if not mesh.is_active():
+        return sums_SVD[0]
+
+    def local(sums_1VD):
+        part_VD = lax.psum_scatter(sums_1VD[0], "fsdp", scatter_dimension=1, tiled=True)
+        return lax.psum(part_VD, "data")
+
+    shards = P(mesh.BATCH, "model", None)
+    return jax.shard_map(local, in_specs=shards, out_specs=P("model", "fsdp"), check_vma=False)(
+        sums_SVD
+    )
+
+
 def _check(hs_BTD, ws_VD, ht_BTE, wt_VE, spec: KLSpec) -> None:
     if ws_VD.shape[1] != hs_BTD.shape[2]:
         raise ValueError(f"student head {ws_VD.shape} does not fit hidden states {hs_BTD.shape}")
@@ -150,25 +211,41 @@ def _weighted_bwd(spec, residuals, cotangents):
 _weighted.defvjp(_weighted_fwd, _weighted_bwd, symbolic_zeros=True)
 
 
-def _run(spec, wanted, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT):
+def _run(spec, wanted, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT, sums_SVD=None):
     """Dispatch to the local loop, once per shard where there is a mesh.
 
     ``wanted`` are the gradients that follow loss and measurements, of ``_BOTH`` all or the first.
+    With ``sums_SVD`` that of the head is added to them, and is not summed over shards.
     """
     local = functools.partial(_local, spec, wanted, mesh.is_active())
+    inputs = (hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT, sums_SVD)
     if not mesh.is_active():
-        return local(hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT)
+        return local(*inputs)
     rows, tokens, heads = P(mesh.BATCH, None, None), P(mesh.BATCH, None), P("model", None)
-    outs: tuple = (P(), tokens, rows, heads)  # one spec stands for every leaf of the TokenKL
+    sums = P(mesh.BATCH, "model", None)
+    # One spec stands for every leaf of the TokenKL.
+    outs: tuple = (P(), tokens, rows, heads if sums_SVD is None else sums)
     return jax.shard_map(
         local,
-        in_specs=(rows, heads, rows, heads, tokens, tokens, tokens),
+        in_specs=(rows, heads, rows, heads, tokens, tokens, tokens, sums),
         out_specs=outs[: 2 + len(wanted)],
         check_vma=False,
-    )(hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT)
+    )(*inputs)
 
 
-def _local(spec, wanted, is_sharded, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT):
+def _local(
+    spec,
+    wanted,
+    is_sharded,
+    hs_BTD,
+    ws_VD,
+    ht_BTE,
+    wt_VE,
+    weight_BT,
+    keep_BT,
+    labels_BT,
+    sums_1VD,
+):
     """Loop over the kept rows of one shard."""
     shape = weight_BT.shape
     num_rows, num_ids = weight_BT.size, ws_VD.shape[0]
@@ -213,10 +290,13 @@ def _local(spec, wanted, is_sharded, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, ke
             dhs_RD = dhs_RD.at[index_C].set(dh_CD.astype(dhs_RD.dtype), mode="drop")
         return stats_RN, dhs_RD, dws_VD
 
+    sums_VD = None if sums_1VD is None else sums_1VD[0]
+    if sums_VD is None and wanted == _BOTH:
+        sums_VD = jnp.zeros(ws_VD.shape, jnp.float32)
     carry = (
         jnp.zeros((num_rows, 6 + len(beside)), jnp.float32),
         jnp.zeros_like(hs_RD) if wanted else None,
-        jnp.zeros(ws_VD.shape, jnp.float32) if wanted == _BOTH else None,
+        sums_VD,
     )
     with rounds.expected(-(-num_rows // chunk), scored=True):
         stats_RN, dhs_RD, dws_VD = lax.fori_loop(0, -(-num_kept // chunk), body, carry)
@@ -232,9 +312,11 @@ def _local(spec, wanted, is_sharded, hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, ke
     tokens = TokenKL(*(x_R.reshape(shape) for x_R in own), **further)
     if not wanted:
         return loss, tokens
+    found = (loss, tokens, dhs_RD.reshape(hs_BTD.shape))
+    if sums_1VD is not None:
+        return *found, dws_VD[None]
     if dws_VD is not None and is_sharded:
         dws_VD = lax.psum(dws_VD, mesh.BATCH)
-    found = (loss, tokens, dhs_RD.reshape(hs_BTD.shape))
     return found if dws_VD is None else (*found, dws_VD.astype(ws_VD.dtype))
 
 

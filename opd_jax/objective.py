@@ -92,6 +92,12 @@ def predicted(rollout: Rollout) -> Predicted:
     return Predicted(ids_BT[:, 1:], ids_BT[:, :-1], rollout.mask_BT[:, 1:])
 
 
+def ends(rollout: Rollout) -> Int[Array, " B"]:
+    """The column after each row's last scored token; 0 where it has none."""
+    column_1T = jnp.arange(1, rollout.mask_BT.shape[1] + 1)[None, :]
+    return jnp.max(jnp.where(rollout.mask_BT, column_1T, 0), axis=1)
+
+
 class Targets(struct.PyTreeNode):
     """What is predicted at each of the T-1 positions that predict something."""
 
@@ -211,6 +217,14 @@ def normaliser(goal: Targets, *, cfg: ObjectiveConfig) -> Float[Array, ""]:
     return jnp.sum(counted, dtype=jnp.float32)
 
 
+def row_weights(goal: Targets, *, cfg: ObjectiveConfig) -> Float[Array, "B T"]:
+    """What each divergence is multiplied by: the weight, of its row's where that normalises."""
+    weight_BT = goal.weight_BT
+    if cfg.normaliser == "per_sequence":
+        weight_BT /= jnp.maximum(jnp.sum(weight_BT, axis=1, keepdims=True), 1.0)
+    return weight_BT
+
+
 def weighted_loss(
     params: Params,
     teacher: Teacher | None,
@@ -248,9 +262,7 @@ def weighted_loss_and_load(
     head_VE = None
     if cfg.teacher is not None and teacher is not None and states_BTE is not None:
         head_VE = _head(teacher, cfg)
-    weight_BT = goal.weight_BT
-    if cfg.normaliser == "per_sequence":
-        weight_BT /= jnp.maximum(jnp.sum(weight_BT, axis=1, keepdims=True), 1.0)
+    weight_BT = row_weights(goal, cfg=cfg)
     measured = {"measure_BT": goal.importance_BT > 0, "labels_BT": goal.ids_BT}
     if isinstance(head_VE, tuple):
         assert states_BTE is not None

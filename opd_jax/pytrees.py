@@ -97,6 +97,19 @@ class Rollout(struct.PyTreeNode):
     teacher_B: jax.Array | None = None  # [B] i32, which of several teachers scores the row
 
 
+class Packing(struct.PyTreeNode):
+    """Where the predicting positions of a batch are computed: rows end to end, several in one.
+
+    R packed rows of L columns are a piece, of which there are P: the first ``num_pieces`` hold
+    something. Made by :mod:`opd_jax.data.packing`.
+    """
+
+    source_RPL: jax.Array  # [R, P, L] i32, index in the flattened [B, T-1] positions; -1: padding
+    first_RPL: jax.Array  # [R, P, L] i32, column of the first token of the same row; padding: own
+    place_BT: jax.Array  # [B, T-1] i32, index in the flattened [P, R, L] columns; -1: left out
+    num_pieces: jax.Array  # [] i32
+
+
 class TokenKL(struct.PyTreeNode):
     """Per-position measurements in nats, f32, at the position that *predicts* the token."""
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from opd_jax import objective, rock, routes
+from opd_jax import mesh, objective, pieces, rock, routes
 from opd_jax.models import lora, moe
 from opd_jax.objective import ObjectiveConfig, Targets
-from opd_jax.pytrees import Mean, Params, Rollout, Teacher, TokenKL, TrainState
+from opd_jax.pytrees import Mean, Packing, Params, Rollout, Teacher, TokenKL, TrainState
 
 # Folded into the key of a run for the draws of its steps. The run folds the same key by step for
 # rollouts and by 2^32 - 1 for evaluations, and a split key is the same as one folded by 0 or 1.
@@ -51,16 +51,26 @@ def init(
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def teacher_states(
-    teacher: Teacher | None, rollout: Rollout, seen: Rollout | None = None, *, cfg: ObjectiveConfig
-) -> Float[Array, "B T E"] | None:
+    teacher: Teacher | None,
+    rollout: Rollout,
+    seen: Rollout | None = None,
+    *,
+    cfg: ObjectiveConfig,
+    packing: Packing | None = None,
+) -> Float[Array, "B T E"] | Float[Array, "P B T E"] | None:
     """Run the teacher over a batch, in micro-batches; see ``objective.teacher_states``.
 
-    ``seen`` is the batch behind prompts of the teacher's own. None where ``cfg.kl.ce`` is 1 and no
+    ``seen`` is the batch behind prompts of the teacher's own. With a packing, which is that of the
+    student's rows and knows no ``seen``, the states are piece by piece, see
+    ``pieces.teacher_states``, and so they are handed on. None where ``cfg.kl.ce`` is 1 and no
     weight by position is measured: then nothing compares with the teacher.
     """
     _traced["teacher_states"] += 1
     if teacher is None or (cfg.kl.ce == 1 and not cfg.position.is_measured):
         return None
+    if packing is not None:
+        assert seen is None
+        return pieces.teacher_states(teacher, pieces.of(rollout, None, packing, cfg=cfg), cfg=cfg)
     return _in_pieces(
         lambda piece: objective.teacher_states(teacher, *piece, cfg=cfg),
         (_rows_of(rollout), _rows_of(seen)),
@@ -76,7 +86,8 @@ def distill_step(
     *,
     cfg: ObjectiveConfig,
     tx: optax.GradientTransformation,
-    states_BTE: Float[Array, "B T E"] | None = None,
+    states_BTE: Float[Array, "B T E"] | Float[Array, "P B T E"] | None = None,
+    packing: Packing | None = None,
 ) -> tuple[TrainState, dict[str, Mean]]:
     """One optimizer step on rollouts of the student, or on completions laid out as such.
 
@@ -87,6 +98,7 @@ def distill_step(
       cfg, tx: static.
       states_BTE: what :func:`teacher_states` gave for this batch; computed here where None, the
         teacher reading the prompts of the batch.
+      packing: of the batch's rows, where they are computed packed; nothing else differs.
 
     Returns:
       The new state, and measurements as (total, weight) pairs: see :func:`measure` and
@@ -97,7 +109,7 @@ def distill_step(
       loss is not).
     """
     _traced["distill_step"] += 1
-    return _step(state, teacher, rollout, states_BTE, cfg, tx)
+    return _step(state, teacher, rollout, states_BTE, packing, cfg, tx)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "tx"), donate_argnames=("state",))
@@ -115,7 +127,7 @@ def off_policy_step(
     ``cfg.kl.ce == 1`` this is supervised fine-tuning and ``teacher`` may be None.
     """
     _traced["off_policy_step"] += 1
-    return _step(state, teacher, batch, None, cfg, tx)
+    return _step(state, teacher, batch, None, None, cfg, tx)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
@@ -137,60 +149,26 @@ def eval_step(
     goal = objective.targets(rollout, state, jax.random.key(0), cfg=cfg)
     # Plain measurement: no position is skipped, whatever the gate would do in training.
     goal = goal.replace(importance_BT=goal.mask_BT.astype(jnp.float32))
-    tokens = _measured(params, teacher, rollout, None, goal, cfg, seen)
+    tokens = _measured(params, teacher, rollout, None, goal, None, cfg, seen)
     return measure(rollout, goal, tokens, cfg=cfg), tokens
 
 
-def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
+def _step(state, teacher, rollout, states_BTE, packing, cfg: ObjectiveConfig, tx):
     key = jax.random.fold_in(jax.random.clone(state.key), state.step)
     goal = objective.targets(rollout, state.rock, key, cfg=cfg)
     before = None
     if cfg.position.is_measured:
-        before = _measured(state.params, teacher, rollout, states_BTE, goal, cfg)
+        before = _measured(state.params, teacher, rollout, states_BTE, goal, packing, cfg)
         goal = objective.targets(rollout, state.rock, jax.random.clone(key), cfg=cfg, tokens=before)
     norm = objective.normaliser(goal, cfg=cfg)
     scale = 1.0 / jnp.maximum(norm, 1e-9)
-    trained = lora.trained(state.params)
-    has_experts = cfg.student.has_experts
-    whole = None
-    if cfg.load_balance and cfg.microbatches > 1:  # every piece needs the counts of all
-        whole = _load(state.params, rollout, cfg)
-
-    def micro(grads, piece):
-        rollout, goal, states_BTE = piece
-        if states_BTE is None and teacher is not None and cfg.kl.ce < 1:
-            states_BTE = objective.teacher_states(teacher, rollout, cfg=cfg)
-
-        def scaled(params):
-            params = lora.with_trained(state.params, params)
-            total, tokens, load = objective.weighted_loss_and_load(
-                params, teacher, states_BTE, rollout, goal, cfg=cfg, is_counted=has_experts
-            )
-            loss = total * scale
-            if cfg.load_balance:
-                assert load is not None
-                loss += cfg.load_balance * moe.imbalance(load, load if whole is None else whole)
-            return loss, (tokens, load)
-
-        (loss, (tokens, load)), new = jax.value_and_grad(scaled, has_aux=True)(trained)
-        grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new)
-        return grads, (loss, tokens, load)
-
-    batch = (_rows_of(rollout), goal, states_BTE if cfg.kl.ce < 1 else None)
-    if cfg.microbatches == 1:
-        zeros = jax.tree.map(lambda p: jnp.zeros((), p.dtype), trained)
-        grads, (loss, tokens, load) = micro(zeros, batch)
-    else:
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), trained)
-        grads, (losses, tokens, loads) = jax.lax.scan(
-            micro, zeros, objective.split(batch, cfg.microbatches)
-        )
-        loss, tokens = jnp.sum(losses), objective.join(tokens)
-        load = jax.tree.map(lambda x_N: jnp.sum(x_N, axis=0), loads)
-
+    grads, loss, tokens, load = _gradients(
+        state.params, teacher, rollout, states_BTE, goal, packing, scale, cfg
+    )
     num_trained = jnp.sum(goal.importance_BT > 0, dtype=jnp.float32)
     if before is not None:  # of all positions, and not only of those that are trained on
         tokens, goal = before, goal.replace(importance_BT=goal.mask_BT.astype(jnp.float32))
+    trained = lora.trained(state.params)
     updates, opt = tx.update(grads, state.opt, trained)
     new_rock = rock.update(state.rock, goal.ids_BT, tokens.kl_BT, goal.importance_BT, cfg=cfg.rock)
     if cfg.rock.is_refreshed:
@@ -200,7 +178,8 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
             lambda r: r,
             new_rock,
         )
-    metrics = measure(rollout, goal, tokens, cfg=cfg) | membership(state.rock, new_rock)
+    metrics = measure(rollout, goal, tokens, cfg=cfg, packing=packing)
+    metrics |= membership(state.rock, new_rock)
     metrics |= {
         "loss": Mean(loss * norm, norm),
         "grad_norm": Mean.of(optax.tree.norm(grads)),
@@ -222,12 +201,67 @@ def _step(state, teacher, rollout, states_BTE, cfg: ObjectiveConfig, tx):
     return state, metrics
 
 
+def _gradients(
+    params, teacher, rollout, states_BTE, goal: Targets, packing, scale, cfg: ObjectiveConfig
+):
+    """Gradient of the scaled loss, that loss, the measurements of each position, and the load."""
+    states_BTE = states_BTE if cfg.kl.ce < 1 else None
+    # On one batch shard nothing is gathered, and nothing is won by keeping the head apart.
+    is_apart = cfg.microbatches > 1 and mesh.size(mesh.BATCH) > 1
+    if packing is not None or is_apart:
+        if packing is None and states_BTE is not None:
+            states_BTE = objective.split(states_BTE, cfg.microbatches)
+        parts = pieces.of(rollout, goal, packing, cfg=cfg)
+        return pieces.gradients(params, teacher, parts, packing, states_BTE, scale, cfg=cfg)
+    trained = lora.trained(params)
+    has_experts = cfg.student.has_experts
+    whole = None
+    if cfg.load_balance and cfg.microbatches > 1:  # every piece needs the counts of all
+        whole = _load(params, rollout, cfg)
+
+    def micro(grads, piece):
+        rollout, goal, states_BTE = piece
+        if states_BTE is None and teacher is not None and cfg.kl.ce < 1:
+            states_BTE = objective.teacher_states(teacher, rollout, cfg=cfg)
+
+        def scaled(moved):
+            total, tokens, load = objective.weighted_loss_and_load(
+                lora.with_trained(params, moved), teacher, states_BTE, rollout, goal,
+                cfg=cfg, is_counted=has_experts,
+            )  # fmt: skip
+            loss = total * scale
+            if cfg.load_balance:
+                assert load is not None
+                loss += cfg.load_balance * moe.imbalance(load, load if whole is None else whole)
+            return loss, (tokens, load)
+
+        (loss, (tokens, load)), new = jax.value_and_grad(scaled, has_aux=True)(trained)
+        grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new)
+        return grads, (loss, tokens, load)
+
+    batch = (_rows_of(rollout), goal, states_BTE)
+    if cfg.microbatches == 1:
+        zeros = jax.tree.map(lambda p: jnp.zeros((), p.dtype), trained)
+        grads, (loss, tokens, load) = micro(zeros, batch)
+        return grads, loss, tokens, load
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), trained)
+    grads, (losses, tokens, loads) = jax.lax.scan(
+        micro, zeros, objective.split(batch, cfg.microbatches)
+    )
+    load = jax.tree.map(lambda x_N: jnp.sum(x_N, axis=0), loads)
+    return grads, jnp.sum(losses), objective.join(tokens), load
+
+
 def _measured(
-    params, teacher, rollout, states_BTE, goal: Targets, cfg: ObjectiveConfig, seen=None
+    params, teacher, rollout, states_BTE, goal: Targets, packing, cfg: ObjectiveConfig, seen=None
 ) -> TokenKL:
     """Measure all scored positions, without gradient."""
     cfg = dataclasses.replace(cfg, kl=dataclasses.replace(cfg.kl, beside=cfg.position.beside))
     goal = goal.replace(importance_BT=goal.mask_BT.astype(jnp.float32))
+    if packing is not None:
+        assert seen is None
+        parts = pieces.of(rollout, goal, packing, cfg=cfg)
+        return pieces.measured(params, teacher, parts, packing, states_BTE, cfg=cfg)
 
     def piece_of(piece):
         rollout, goal, states_BTE, seen = piece
@@ -293,7 +327,12 @@ def _budget(goal: Targets, num_trained, *, is_measured: bool) -> dict[str, Mean]
 
 
 def measure(
-    rollout: Rollout, goal: Targets, tokens: TokenKL, *, cfg: ObjectiveConfig
+    rollout: Rollout,
+    goal: Targets,
+    tokens: TokenKL,
+    *,
+    cfg: ObjectiveConfig,
+    packing: Packing | None = None,
 ) -> dict[str, Mean]:
     """Per-token means of a batch, each an unbiased estimate where positions were skipped.
 
@@ -302,9 +341,9 @@ def measure(
     first step on. ``gated_share`` (of positions) and ``gated_kl_share`` (of that KL) count what it
     acts on now; ``gate_weight`` is the mean weight; ``stop_kl_share`` is the share of that KL where
     an answer ends; ``padding_share`` that of the batch's columns which hold neither prompt nor
-    answer. Where cross-entropy is trained on, ``cross_entropy_nats`` is that; without a teacher
-    (``cfg.kl.ce == 1``) what compares with one is left out. Where there are several,
-    ``kl_nats/NAME`` is that of the rows of each.
+    answer, or of the packed columns that are computed. Where cross-entropy is trained on,
+    ``cross_entropy_nats`` is that; without a teacher (``cfg.kl.ce == 1``) what compares with one is
+    left out. Where there are several, ``kl_nats/NAME`` is that of the rows of each.
     """
     seen_BT = goal.importance_BT
     is_stop_BT = jnp.isin(goal.ids_BT, jnp.array(cfg.stop_ids, jnp.int32))
@@ -317,6 +356,11 @@ def measure(
     num_rows = jnp.asarray(scored_BT.shape[0], jnp.float32)
     slots = rollout.ids_BT.shape[1]
     used = jnp.sum(jnp.maximum(objective.ends(rollout) - rollout.start_B, 0), dtype=jnp.float32)
+    columns = num_rows * slots
+    if packing is not None:
+        used = jnp.sum(packing.place_BT >= 0, dtype=jnp.float32)
+        rows, _, width = packing.source_RPL.shape
+        columns = packing.num_pieces.astype(jnp.float32) * (rows * width)
     against_teacher = {
         "kl_nats": mean(tokens.reverse_BT),
         "kl_gated": mean(tokens.reverse_BT, seen_BT * goal.gated_BT),
@@ -341,7 +385,7 @@ def measure(
             "projected_share": mean((seen_BT > 0).astype(jnp.float32), scored_BT),
             "length_tokens": Mean(jnp.sum(scored_BT), num_rows),
             "truncated_share": Mean(jnp.sum(rollout.truncated_B, dtype=jnp.float32), num_rows),
-            "padding_share": Mean(num_rows * slots - used, num_rows * slots),
+            "padding_share": Mean(columns - used, columns),
         }
     )
 

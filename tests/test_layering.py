@@ -67,6 +67,7 @@ ORDER: list[str | tuple[str, list]] = [
             "privileged",
             "completions",
             "widths",
+            "packing",
             "prompts",
             "batches",
         ],
@@ -74,6 +75,7 @@ ORDER: list[str | tuple[str, list]] = [
     "routes",
     "objective",
     ("rollout", ["sampling", "drawn", "refill", "decode", "answers"]),
+    "pieces",
     "steps",
     # what a run is, and what it leaves on disk
     "spec",

@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 # Large and negative, not -inf: a row with no visible key gets a uniform distribution, not NaN.
 MASKED = -0.7 * float(np.finfo(np.float32).max)
@@ -86,6 +86,7 @@ def causal(
     *,
     span: Span | None = None,
     is_sliding: Bool[Array, ""] | bool = True,
+    first_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T K G H"]:
     r"""Grouped-query attention of T tokens over themselves, in blocks of queries.
 
@@ -100,6 +101,8 @@ def causal(
       q_BTKGH, k_BTKH, v_BTKH, valid_BT: as the names say.
       span: static; None: all tokens, scaled by ``1 / sqrt(H)``.
       is_sliding: whether the window of ``span`` holds; traced where layers differ.
+      first_BT: the first token that each may read; None: that of the row. Where several sequences
+        lie in a row, each reads itself alone.
 
     **Sharding**: rows and heads are independent, so nothing is communicated.
     """
@@ -107,12 +110,13 @@ def causal(
     if isinstance(is_sliding, bool) and not is_sliding:
         span = dataclasses.replace(span, window=None)
     varies = span.window is not None and not isinstance(is_sliding, bool)
-    return _causal(span, q_BTKGH, k_BTKH, v_BTKH, valid_BT, is_sliding if varies else None)
+    read = (valid_BT, first_BT)
+    return _causal(span, q_BTKGH, k_BTKH, v_BTKH, read, is_sliding if varies else None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _causal(span: Span, q_BTKGH, k_BTKH, v_BTKH, valid_BT, is_sliding):
-    return _causal_forward(span, q_BTKGH, k_BTKH, v_BTKH, valid_BT, is_sliding)[0]
+def _causal(span: Span, q_BTKGH, k_BTKH, v_BTKH, read, is_sliding):
+    return _causal_forward(span, q_BTKGH, k_BTKH, v_BTKH, read, is_sliding)[0]
 
 
 def _either(function, span: Span, is_sliding, *args):
@@ -125,18 +129,18 @@ def _either(function, span: Span, is_sliding, *args):
     )
 
 
-def _causal_forward(span: Span, q_BTKGH, k_BTKH, v_BTKH, valid_BT, is_sliding):
+def _causal_forward(span: Span, q_BTKGH, k_BTKH, v_BTKH, read, is_sliding):
     q_BKGTH, k_BKTH, v_BKTH = _heads_first(q_BTKGH, k_BTKH, v_BTKH)
-    out_BTKGH, norm_BKGT = _either(_mixed, span, is_sliding, q_BKGTH, k_BKTH, v_BKTH, valid_BT)
-    return out_BTKGH, (q_BTKGH, k_BTKH, v_BTKH, valid_BT, is_sliding, out_BTKGH, norm_BKGT)
+    out_BTKGH, norm_BKGT = _either(_mixed, span, is_sliding, q_BKGTH, k_BKTH, v_BKTH, read)
+    return out_BTKGH, (q_BTKGH, k_BTKH, v_BTKH, read, is_sliding, out_BTKGH, norm_BKGT)
 
 
-def _mixed(span: Span, q_BKGTH, k_BKTH, v_BKTH, valid_BT):
+def _mixed(span: Span, q_BKGTH, k_BKTH, v_BKTH, read):
     """The mixed values, and the log normaliser of each query."""
     outs, norms = [], []
-    for begin, end in blocks(valid_BT.shape[1]):
+    for begin, end in blocks(k_BKTH.shape[2]):
         first = _first_key(span, begin)
-        scores_BKGQS = _block_scores(span, q_BKGTH, k_BKTH, valid_BT, begin, end)
+        scores_BKGQS = _block_scores(span, q_BKGTH, k_BKTH, read, begin, end)
         top_BKGQ = jnp.max(scores_BKGQS, axis=-1)
         exp_BKGQS = jnp.exp(scores_BKGQS - top_BKGQ[..., None])
         sum_BKGQ = jnp.sum(exp_BKGQS, axis=-1)
@@ -150,7 +154,7 @@ def _mixed(span: Span, q_BKGTH, k_BKTH, v_BKTH, valid_BT):
 
 
 def _causal_backward(span: Span, residuals, dout_BTKGH):
-    q_BTKGH, k_BTKH, v_BTKH, valid_BT, is_sliding, out_BTKGH, norm_BKGT = residuals
+    q_BTKGH, k_BTKH, v_BTKH, read, is_sliding, out_BTKGH, norm_BKGT = residuals
     dtype = q_BTKGH.dtype
     heads_first = _heads_first(q_BTKGH, k_BTKH, v_BTKH)
     dout_BKGTH = dout_BTKGH.transpose(0, 2, 3, 1, 4)
@@ -158,20 +162,19 @@ def _causal_backward(span: Span, residuals, dout_BTKGH):
     dot_BTKG = jnp.sum(out_BTKGH.astype(jnp.float32) * dout_BTKGH.astype(jnp.float32), axis=-1)
     dot_BKGT = dot_BTKG.transpose(0, 2, 3, 1)
     dq_BKGTH, dk_BKTH, dv_BKTH = _either(
-        _mixed_backward, span, is_sliding, *heads_first, valid_BT, norm_BKGT, dout_BKGTH, dot_BKGT
+        _mixed_backward, span, is_sliding, *heads_first, read, norm_BKGT, dout_BKGTH, dot_BKGT
     )
     dq_BTKGH = dq_BKGTH.astype(dtype).transpose(0, 3, 1, 2, 4)
     dk_BTKH, dv_BTKH = (x.astype(dtype).transpose(0, 2, 1, 3) for x in (dk_BKTH, dv_BKTH))
     return dq_BTKGH, dk_BTKH, dv_BTKH, None, None
 
 
-def _mixed_backward(span: Span, q_BKGTH, k_BKTH, v_BKTH, valid_BT, norm_BKGT, dout_BKGTH, dot_BKGT):
-    num_tokens, dtype = valid_BT.shape[1], q_BKGTH.dtype
-    num_tokens, dtype = valid_BT.shape[1], q_BKGTH.dtype
+def _mixed_backward(span: Span, q_BKGTH, k_BKTH, v_BKTH, read, norm_BKGT, dout_BKGTH, dot_BKGT):
+    num_tokens, dtype = k_BKTH.shape[2], q_BKGTH.dtype
     dqs, dk_BKTH, dv_BKTH = [], *(jnp.zeros_like(x, jnp.float32) for x in (k_BKTH, v_BKTH))
     for begin, end in blocks(num_tokens):
         first = _first_key(span, begin)
-        scores_BKGQS = _block_scores(span, q_BKGTH, k_BKTH, valid_BT, begin, end)
+        scores_BKGQS = _block_scores(span, q_BKGTH, k_BKTH, read, begin, end)
         probs_BKGQS = jnp.exp(scores_BKGQS - norm_BKGT[..., begin:end, None])
         dout_BKGQH = dout_BKGTH[..., begin:end, :]
         dprobs_BKGQS = _product(dout_BKGQH, v_BKTH[:, :, first:end], (4, 3))
@@ -223,11 +226,14 @@ def _first_key(span: Span, begin: int) -> int:
     return max(begin - span.window + 1, 0) // _WINDOW_START * _WINDOW_START
 
 
-def _block_scores(span: Span, q_BKGTH, k_BKTH, valid_BT, begin: int, end: int):
+def _block_scores(span: Span, q_BKGTH, k_BKTH, read, begin: int, end: int):
     """Masked scores of queries ``begin:end`` over the keys up to there, f32 [B, K, G, Q, S]."""
     first = _first_key(span, begin)
     scores_BKGQS = _product(q_BKGTH[..., begin:end, :], k_BKTH[:, :, first:end], (4, 3))
+    valid_BT, first_BT = read
     mask_BQS = causal_mask(valid_BT[:, first:end], begin - first, end - begin, span.window)
+    if first_BT is not None:
+        mask_BQS &= jnp.arange(first, end)[None, None] >= first_BT[:, begin:end, None]
     return _masked(scores_BKGQS, mask_BQS, span.scale)
 
 

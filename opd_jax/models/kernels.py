@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax import mesh, rounds
 from opd_jax.models import attention
@@ -62,17 +62,20 @@ def causal(
     *,
     span: Span,
     is_sliding: Bool[Array, ""] | bool = True,
+    first_BT: Int[Array, "B T"] | None = None,
     name: Name | None = None,
 ) -> Float[Array, "B T K G H"]:
     """:func:`attention.causal` by the kernel ``name``, or else that of the devices.
 
-    A query that may read nothing gets something finite, to be ignored.
+    Where several sequences lie in a row (``first_BT``) it is by our own blocks on all devices. A query that may read nothing gets something finite, to be ignored.
 
     **Sharding**: rows over the batch axes, key/value heads over ``model``; nothing is communicated.
     """
     name = name or chosen(mesh.platform(), q_BTKGH.shape[1], q_BTKGH.shape[-1], q_BTKGH.dtype)
-    if name == "blocks":
-        return attention.causal(q_BTKGH, k_BTKH, v_BTKH, valid_BT, span=span, is_sliding=is_sliding)
+    if name == "blocks" or first_BT is not None:
+        return attention.causal(
+            q_BTKGH, k_BTKH, v_BTKH, valid_BT, span=span, is_sliding=is_sliding, first_BT=first_BT
+        )
     kernel = by_splash if name == "splash" else by_cudnn
     given = q_BTKGH, k_BTKH, v_BTKH, valid_BT
     whole = dataclasses.replace(span, window=None)

@@ -167,6 +167,7 @@ def hidden(
     cfg: ModelConfig,
     cache: Cache | None = None,
     room: int = 0,
+    first_BT: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Hidden states after the final norm, in the compute dtype.
 
@@ -179,6 +180,8 @@ def hidden(
       cache: with one, the T tokens are appended at its cursor and read all that came before; there
         must be room for them (the caller sizes the cache).
       room: static; without a cache, slots of a new one to return with these tokens in it.
+      first_BT: without a cache, where several sequences lie in a row, the column of the first token
+        of each token's own; positions count from there.
 
     Raises:
       ValueError: a cache with parameters that are not for decoding, or the other way round.
@@ -192,7 +195,9 @@ def hidden(
             "model.for_decoding(params) with a cache, params themselves without"
         )
     h_BTD, _ = _embedded(params, ids_BT, cfg)
-    return _through_layers(params, h_BTD, positions_BT, valid_BT, cfg, cache, room)[:2]
+    return _through_layers(
+        params, h_BTD, positions_BT, valid_BT, cfg, cache, room, first_BT=first_BT
+    )[:2]
 
 
 def hidden_and_head(
@@ -219,16 +224,18 @@ def hidden_head_and_load(
     counted_BT: Bool[Array, "B T"] | None,
     *,
     cfg: ModelConfig,
+    first_BT: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"], moe.Load | None]:
     """:func:`hidden_and_head`, and how the counted tokens spread over the experts of all layers.
 
-    The load is None where nothing is counted or no layer has experts.
+    The load is None where nothing is counted or no layer has experts. ``first_BT`` is as in
+    :func:`hidden`.
 
     **Sharding**: as theirs; the load everywhere.
     """
     h_BTD, table_VD = _embedded(params, ids_BT, cfg)
     h_BTD, _, load = _through_layers(
-        params, h_BTD, positions_BT, valid_BT, cfg, counted_BT=counted_BT
+        params, h_BTD, positions_BT, valid_BT, cfg, counted_BT=counted_BT, first_BT=first_BT
     )
     return h_BTD, head({**params, "embed": table_VD}, cfg), load
 
@@ -242,6 +249,7 @@ def _through_layers(
     cache=None,
     room=0,
     counted_BT=None,
+    first_BT=None,
 ):
     """All layers and the final norm."""
     positions_BT = mesh.constrain(positions_BT, mesh.BATCH, None)
@@ -252,11 +260,11 @@ def _through_layers(
     load = None
     if cache is None:
         counted_R = None if counted_BT is None else _rows(counted_BT)
-        h_RD, cache, load = _from_start(
-            h_RD, layers, rotation, local, valid_BT, room, cfg, counted_R
-        )
+        read = (valid_BT, None if first_BT is None else mesh.constrain(first_BT, mesh.BATCH, None))
+        h_RD, cache, load = _from_start(h_RD, layers, rotation, local, read, room, cfg, counted_R)
     else:
         assert not room  # the cache that is there has its size
+        assert first_BT is None
         h_RD, cache = _continued(h_RD, layers, rotation, local, valid_BT, cache, cfg)
     final_D = mesh.constrain(params["final_norm"], None)
     h_BTD = jax.lax.reshape(h_RD, h_BTD.shape, out_sharding=mesh.out(mesh.BATCH, None, None))
@@ -269,10 +277,9 @@ def _rows(x_BT: jax.Array) -> jax.Array:
     return jax.lax.reshape(placed_BT, (x_BT.size,), out_sharding=mesh.out(mesh.BATCH))
 
 
-def _from_start(
-    h_RD, layers, rotation, local, valid_BT, room: int, cfg: ModelConfig, counted_R=None
-):
+def _from_start(h_RD, layers, rotation, local, read, room: int, cfg: ModelConfig, counted_R=None):
     """All layers over tokens that have none before them."""
+    valid_BT, first_BT = read
     span = Span(cfg.score_scale, cfg.window)
     kernel = None if cfg.attention == "auto" else cfg.attention
 
@@ -281,7 +288,14 @@ def _from_start(
 
         def attend(q_BTKGH, k_BTKH, v_BTKH):
             mixed_BTKGH = kernels.causal(
-                q_BTKGH, k_BTKH, v_BTKH, valid_BT, span=span, is_sliding=is_sliding, name=kernel
+                q_BTKGH,
+                k_BTKH,
+                v_BTKH,
+                valid_BT,
+                span=span,
+                is_sliding=is_sliding,
+                first_BT=first_BT,
+                name=kernel,
             )
             kept = (k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)) if room else None
             return mixed_BTKGH, kept

@@ -18,12 +18,13 @@ from jax.sharding import PartitionSpec as P
 
 from opd_jax import mesh as meshlib
 from opd_jax import steps
+from opd_jax.data import packing
 from opd_jax.data.batches import Batch
 from opd_jax.data.prompts import Example
 from opd_jax.models import architecture, resting
 from opd_jax.plan import known_models
 from opd_jax.plan.chips import Machine
-from opd_jax.pytrees import Prompt, Rollout
+from opd_jax.pytrees import Packing, Prompt, Rollout
 from opd_jax.rollout import decode, refill
 from opd_jax.rollout.sampling import Sampler
 from opd_jax.run import assemble, initial, iteration
@@ -137,7 +138,7 @@ class _Recorder:
             if hasattr(program, "trace")
         }
         stands |= {"sample": self.sample, "given": self.given, "seen": self.seen}
-        stands["awake"] = lambda _: self.awake
+        stands |= {"awake": lambda _: self.awake, "pack": self.packed}
         spec = parts.run.train
         steps_on_policy = (n for n in range(spec.steps) if spec.is_on_policy(n))
         step, batch = next(steps_on_policy, 0), Batch((), 0)  # neither stand looks into it
@@ -159,6 +160,22 @@ class _Recorder:
             return None
         rows, columns = answers.ids_BT.shape
         return self.rollout(rows, columns + parts.teacher_widths[-1] - parts.prompt_widths[-1])
+
+    def packed(self, parts: Assembly, answers: Rollout) -> Packing | None:
+        """Stands for the layout of rows of which none leaves room for another."""
+        if not parts.run.train.pack:
+            return None
+        rows, columns = answers.ids_BT.shape
+        shards, pieces = meshlib.batch_shards(parts.mesh), parts.run.train.microbatches
+        full = packing.plan(
+            [0] * rows, [columns] * rows, columns=columns, shards=shards, pieces=pieces
+        )
+
+        def shape(x):
+            spec = [meshlib.BATCH, *[None] * x.ndim][: x.ndim]
+            return self.array(x.shape, x.dtype, *spec)
+
+        return jax.tree.map(shape, full)
 
     def sample(self, parts: Assembly, params: Any, batch: Batch, step: int) -> Any:
         """Stands for the student's answers, at the widest prompts and the longest answers."""

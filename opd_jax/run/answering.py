@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import jax
 
 from opd_jax import mesh as meshlib
-from opd_jax.data import batches, widths
+from opd_jax import objective
+from opd_jax.data import batches, packing, widths
 from opd_jax.data.batches import Batch
 from opd_jax.data.prompts import Example
-from opd_jax.pytrees import Params, Rollout
+from opd_jax.pytrees import Packing, Params, Rollout
 from opd_jax.rollout import decode
 from opd_jax.rollout.answers import crop, routed, seen_by_teacher
 from opd_jax.run.assemble import Assembly
@@ -70,6 +71,27 @@ def seen(parts: Assembly, batch: Batch, answers: Rollout, step: int) -> Rollout 
         room=answers.ids_BT.shape[1] - first,
         pad_id=parts.policy.pad_id,
     )
+
+
+def packed(parts: Assembly, answers: Rollout) -> Packing | None:
+    """How the rows of a step are packed; None where they are not.
+
+    On a mesh of several processes every process must call it: all of them know all lengths.
+    """
+    if not parts.run.train.pack:
+        return None
+    start_B, end_B = meshlib.to_host((answers.start_B, _ends(answers)))
+    layout = packing.plan(
+        start_B,
+        end_B,
+        columns=answers.ids_BT.shape[1],
+        shards=meshlib.batch_shards(parts.mesh),
+        pieces=parts.run.train.microbatches,
+    )
+    return meshlib.to_global(meshlib.own_rows(layout), parts.mesh)
+
+
+_ends = jax.jit(objective.ends)
 
 
 def asked(run: RunConfig, examples: Sequence[Example]) -> Sequence[Example]:

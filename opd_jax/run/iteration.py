@@ -11,7 +11,7 @@ import jax
 from opd_jax import steps
 from opd_jax.data.batches import Batch
 from opd_jax.models import resting
-from opd_jax.pytrees import Mean, Rollout, Teacher, TrainState
+from opd_jax.pytrees import Mean, Packing, Rollout, Teacher, TrainState
 from opd_jax.run import answering
 from opd_jax.run.assemble import Assembly
 
@@ -26,6 +26,7 @@ class Programs:
     distill_step: Callable[..., tuple[TrainState, dict[str, Mean]]] = steps.distill_step
     given: Callable[..., Rollout] = answering.given
     seen: Callable[..., Rollout | None] = answering.seen
+    pack: Callable[..., Packing | None] = answering.packed
 
 
 def one_step(
@@ -57,6 +58,10 @@ def one_step(
     else:
         answers = run.given(parts, batch)
     seen = run.seen(parts, batch, answers, step)
-    states_BTE = run.teacher_states(run.awake(teacher), answers, seen, cfg=parts.cfg)
+    layout = run.pack(parts, answers)
+    more = {} if layout is None else {"packing": layout}
+    states_BTE = run.teacher_states(run.awake(teacher), answers, seen, cfg=parts.cfg, **more)
     head = resting.head(teacher)
-    return run.distill_step(state, head, answers, cfg=parts.cfg, tx=parts.tx, states_BTE=states_BTE)
+    return run.distill_step(
+        state, head, answers, cfg=parts.cfg, tx=parts.tx, states_BTE=states_BTE, **more
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +13,13 @@ from jax.sharding import Mesh
 
 from opd_jax import optim
 from opd_jax.data import tokenizer as tokenizers
+from opd_jax.data import widths
+from opd_jax.data.batches import Batch
 from opd_jax.models import kernels, lora, memory, params, resting, transformer
 from opd_jax.models.lora import LoraSpec
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.optim import OptimSpec
+from opd_jax.pytrees import Packing, Rollout
 from opd_jax.report import accuracy
 from opd_jax.rock import RockConfig
 from opd_jax.run import assemble
@@ -309,3 +312,21 @@ def time_text(result: dict[str, Any]) -> str:
         f"time: {shares}; median step {result['median_s']['step']:.2f}s, "
         f"first step after {result['first_step_s']:.1f}s"
     )
+
+
+def program(phase: str, given: Sequence[Any], prompt_widths: Sequence[int]) -> str:
+    """The program that a phase of a step runs, named by what it is compiled for.
+
+    Empty for a phase without a batch.
+    """
+    prompts = [widths.bucket(x.longest, prompt_widths) for x in given if isinstance(x, Batch)]
+    rows = [x.ids_BT.shape[1] for x in given if isinstance(x, Rollout)]
+    columns = dict.fromkeys(prompts or rows)  # two where the teacher reads prompts of its own
+    if not columns:
+        return ""
+    name = f"{phase} of {' and '.join(map(str, columns))} columns"
+    for layout in given:
+        if isinstance(layout, Packing):
+            num_rows, _, width = layout.source_RPL.shape
+            name += f" packed into {num_rows} rows of {width}"
+    return name

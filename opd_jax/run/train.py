@@ -20,7 +20,7 @@ import numpy as np
 
 from opd_jax import files, optim, processes, pytrees, steps
 from opd_jax import mesh as meshlib
-from opd_jax.data import batches, widths
+from opd_jax.data import batches
 from opd_jax.data.batches import Batch
 from opd_jax.evaluate import heldout
 from opd_jax.files import path_of
@@ -285,22 +285,18 @@ class _Loop:
         """The program, as a phase of the step, which ends when its last result is there."""
 
         def watched(*args, **kwargs) -> Any:
-            with self.timer.phase(phase) as done, self._announced(phase, args):
+            given = (*args, kwargs.get("packing"))
+            with self.timer.phase(phase) as done, self._announced(phase, given):
                 result = program(*args, **kwargs)
                 done(result[1] if phase == "update" else result)
             return result
 
         return watched
 
-    def _announced(self, phase: str, args: Sequence[Any]) -> contextlib.AbstractContextManager:
+    def _announced(self, phase: str, given: Sequence[Any]) -> contextlib.AbstractContextManager:
         """Say that a program is compiled, where one is that takes its time."""
-        prompts = [
-            widths.bucket(x.longest, self.parts.prompt_widths) for x in args if isinstance(x, Batch)
-        ]
-        rows = [x.ids_BT.shape[1] for x in args if isinstance(x, Rollout)]
-        columns = dict.fromkeys(prompts or rows)  # two where the teacher reads prompts of its own
-        name = f"{phase} of {' and '.join(map(str, columns))} columns" if columns else phase
-        if name in self.compiled or not columns:  # a phase without a batch compiles nothing
+        name = narrate.program(phase, given, self.parts.prompt_widths)
+        if not name or name in self.compiled:  # a phase without a batch compiles nothing
             return contextlib.nullcontext()
         self.compiled.add(name)
         return progress.announced(f"compiling {name} (program {len(self.compiled)}) ...", say)
