@@ -65,22 +65,27 @@ def lowered(cfg, grid, *, is_packed=False):
 
 
 def exchanged(program, least):
-    """Runs of collectives of the vocabulary's rows by some width, by kind."""
+    """Runs of collectives of the vocabulary's rows by some width, by kind.
+
+    Not that of the embedding's rows, which are exchanged with every micro-batch.
+    """
     found = {}
     for _, op, times, _ in program.runs():
         kind = op.kind.removesuffix("-start")
         sizes = {tuple(a.dims) for a in op.arrays if len(a.dims) >= 2}
-        if kind in COLLECTIVES and any(
-            math.prod(dims) >= least and dims[-2] in (V, V // 2) for dims in sizes
+        is_rows = "scatter-add" in op.op_name
+        if (
+            kind in COLLECTIVES
+            and not is_rows
+            and any(math.prod(dims) >= least and dims[-2] in (V, V // 2) for dims in sizes)
         ):
             found[kind] = found.get(kind, 0) + times
     return found
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("grid", [{"data": 2, "fsdp": 2, "model": 2}, {"fsdp": 8}, {"data": 8}])
-def test_heads_are_gathered_and_their_gradient_is_summed_once(grid, tied):
-    devices = mesh.make(**{"data": 1, **grid})
+def test_heads_are_gathered_and_their_gradient_is_summed_once(tied):
+    devices = mesh.make(2, 2, 2)
     cfg = ObjectiveConfig(
         dataclasses.replace(STUDENT, tied=tied), TEACHER, KLSpec(chunk=4), microbatches=4
     )
@@ -90,13 +95,8 @@ def test_heads_are_gathered_and_their_gradient_is_summed_once(grid, tied):
         for is_packed in (False, True):
             text = lowered(cfg, devices, is_packed=is_packed).compile().as_text()
             found = exchanged(hlo.read(text), least)
-            gathered = 2 if devices.shape["fsdp"] > 1 else 0
-            assert found.get("all-gather", 0) == gathered, found
-            # Over fsdp and over data, where there are several of either.
-            sums = (devices.shape["fsdp"] > 1) + (devices.shape["data"] > 1)
-            summed = found.get("all-reduce", 0) + found.get("reduce-scatter", 0)
-            assert 1 <= summed <= sums, found
-            assert found.keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
+            # Two heads over fsdp; one gradient over fsdp and what is left of it over data.
+            assert found == {"all-gather": 2, "reduce-scatter": 1, "all-reduce": 1}
 
 
 @pytest.mark.parametrize("tied", [True, False])
