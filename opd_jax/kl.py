@@ -133,10 +133,9 @@ def accumulated_kl(
     _check(hs_BTD, ws_VD, ht_BTE, wt_VE, spec)
     keep_BT = (weight_BT != 0) | measure_BT
     inputs = (hs_BTD, ws_VD, ht_BTE, wt_VE, weight_BT, keep_BT, labels_BT, sums_SVD)
-    if sums_SVD is None:
-        return *_run(spec, _BOTH[:1], *inputs), None
-    result: Any = _run(spec, _BOTH, *inputs)
-    return result
+    wanted = _BOTH[:1] if sums_SVD is None else _BOTH
+    found: Any = _run(spec, wanted, *inputs)
+    return found if sums_SVD is not None else (*found, None)
 
 
 def head_gradient(sums_SVD: Float[Array, "S V D"]) -> Float[Array, "V D"]:

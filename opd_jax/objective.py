@@ -92,12 +92,6 @@ def predicted(rollout: Rollout) -> Predicted:
     return Predicted(ids_BT[:, 1:], ids_BT[:, :-1], rollout.mask_BT[:, 1:])
 
 
-def ends(rollout: Rollout) -> Int[Array, " B"]:
-    """The column after each row's last scored token; 0 where it has none."""
-    column_1T = jnp.arange(1, rollout.mask_BT.shape[1] + 1)[None, :]
-    return jnp.max(jnp.where(rollout.mask_BT, column_1T, 0), axis=1)
-
-
 class Targets(struct.PyTreeNode):
     """What is predicted at each of the T-1 positions that predict something."""
 

@@ -98,7 +98,7 @@ class Rollout(struct.PyTreeNode):
 
 
 class Packing(struct.PyTreeNode):
-    """Where the predicting positions of a batch are computed: rows end to end, several in one.
+    """Where the tokens of a batch are computed: rows end to end, several in one.
 
     R packed rows of L columns are a piece, of which there are P: the first ``num_pieces`` hold
     something. Made by :mod:`opd_jax.data.packing`.

@@ -28,8 +28,9 @@ def plan(
     """Where each position is computed.
 
     Of a row those from its first token to its last scored one are laid out, all others are left
-    out; the batch's last column predicts nothing and is none of them. Packed rows are as wide as a row may be, or half as much again where that
-    saves enough. Longest rows are placed first, each where it first fits.
+    out; the batch's last column predicts nothing and is none of them. Packed rows are as wide as a
+    row may be, or half as much again where that saves enough. Longest rows are placed first, each
+    where it first fits.
 
     Args:
       start_B: column of each row's first token.

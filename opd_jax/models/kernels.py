@@ -67,7 +67,9 @@ def causal(
 ) -> Float[Array, "B T K G H"]:
     """:func:`attention.causal` by the kernel ``name``, or else that of the devices.
 
-    Where several sequences lie in a row (``first_BT``) it is by our own blocks on all devices. A query that may read nothing gets something finite, to be ignored.
+    Where several sequences lie in a row (``first_BT``) it is by our own blocks on all devices.
+
+    A query that may read nothing gets something finite, to be ignored.
 
     **Sharding**: rows over the batch axes, key/value heads over ``model``; nothing is communicated.
     """

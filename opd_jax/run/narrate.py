@@ -27,13 +27,14 @@ from opd_jax.run.assemble import Assembly
 from opd_jax.spec import RunConfig
 
 
-def _kernel_text(cfg: ModelConfig, mesh: Mesh) -> str:
+def _kernel_text(cfg: ModelConfig, mesh: Mesh, *, is_packed: bool) -> str:
     """By what kernel a model's attention is computed, where it is not by our own blocks."""
     fewest, platform = kernels.FEWEST_TOKENS, mesh.devices.flat[0].platform
     name = kernels.chosen(platform, fewest, cfg.head_dim, cfg.dtype)
     if name == "blocks" or cfg.attention == "blocks":
         return ""
-    return f", attention by {name} from {fewest} tokens on"
+    rest = ", of packed rows by blocks" if is_packed else ""
+    return f", attention by {name} from {fewest} tokens on{rest}"
 
 
 def introduction(parts: Assembly) -> list[str]:
@@ -49,7 +50,8 @@ def introduction(parts: Assembly) -> list[str]:
         size = params.count(transformer.specs(part))
         lines.append(
             f"{name}: {spec.path}, {part.model_type}, {size / 1e6:.3g} M parameters, "
-            f"{part.num_layers} layers, compute {part.dtype}{_kernel_text(part, parts.mesh)}"
+            f"{part.num_layers} layers, compute {part.dtype}"
+            f"{_kernel_text(part, parts.mesh, is_packed=run.train.pack)}"
         )
     if cfg.teacher is None:
         lines.append("teacher: none, as nothing compares with one (kl.ce is 1)")

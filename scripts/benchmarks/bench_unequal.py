@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-r"""Answers of unequal length: the teacher's pass and the update, rows padded and rows packed.
+r"""Answers of unequal length: sampled in step and in slots, trained on padded and packed.
 
     scripts/bench unequal --out=runs/bench/unequal.json [--rows=32] [--layers=4] [--width=256]
 
@@ -7,10 +7,14 @@ Prompts of 16 to 128 ids, log-normal answers of at most 512, drawn by step from 
 every layout computes the same steps from the same weights. Both are timed in turns, step by step,
 each as ``opd-jax train`` would run it: rows cropped to the longest answer's width of the ladder,
 and packed on the host where they are. The first step of each shape compiles and is not counted.
+
+Sampling has lengths of its own, geometric ones with the mean of those answers and the same limit:
+so many of the ids stop an answer of a random model. All ways of sampling draw the same ids.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from typing import Any
@@ -25,7 +29,9 @@ from opd_jax.data import packing, widths
 from opd_jax.models import params, transformer
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
-from opd_jax.pytrees import Rollout
+from opd_jax.pytrees import Prompt, Rollout
+from opd_jax.rollout import decode
+from opd_jax.rollout.sampling import Sampler
 
 LONGEST_PROMPT, LONGEST_ANSWER, MEDIAN, SIGMA = 128, 512, 120, 0.7
 LAYOUTS = ("padded", "packed")
@@ -116,8 +122,46 @@ def measure(cfg: ObjectiveConfig, rows: int, num_steps: int) -> list[dict[str, A
     return results
 
 
+def rollouts(
+    cfg: ModelConfig, rows: int, slots: int, segments: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Sampling of the same ids in several ways, in turns; a row for each."""
+    mean = MEDIAN * float(np.exp(SIGMA**2 / 2))
+    num_stops = max(round(cfg.vocab_size / mean), 1)
+    sampler = Sampler(vocab_size=cfg.vocab_size, stop_ids=tuple(range(3, 3 + num_stops)), pad_id=0)
+    params_ = params.init(transformer.specs(cfg), jax.random.key(0))
+    rng = np.random.default_rng(5)
+    ids = jnp.asarray(rng.integers(3, cfg.vocab_size, (rows, LONGEST_PROMPT)), jnp.int32)
+    start = jnp.asarray(LONGEST_PROMPT - rng.integers(16, LONGEST_PROMPT + 1, rows), jnp.int32)
+
+    def sampled(**way):
+        return decode.sample(
+            params_, Prompt(ids, start), jax.random.key(1), cfg=cfg, sampler=sampler,
+            max_new=LONGEST_ANSWER, **way,
+        )  # fmt: skip
+
+    ways = {"in step": {}, f"{slots} slots": {"slots": slots}}
+    ways[f"in step, {segments} segments"] = {"segments": segments}
+    calls = {name: functools.partial(sampled, **way) for name, way in ways.items()}
+    answers = {name: np.asarray(call().mask_BT).sum(axis=1) for name, call in calls.items()}
+    first, *others = answers.values()
+    assert all(np.array_equal(first, other) for other in others)
+    taken = toolkit.interleaved(calls, repeats, is_warm=True)
+    return [
+        {
+            "library": "opd_jax",
+            "sampling": name,
+            "seconds_per_step": found["seconds"],
+            "spread": found["spread"],
+            "mean_length": float(first.mean()),
+            "longest": int(first.max()),
+        }
+        for name, found in taken.items()
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Measure, and print a line of each layout."""
+    """Measure, and print a line of each layout and way of sampling."""
     parser = toolkit.arguments(__doc__)
     parser.add_argument("--rows", type=toolkit.whole, default=32, help="of a step (default 32)")
     parser.add_argument("--layers", type=toolkit.whole, default=4, help="of both models")
@@ -125,6 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vocab", type=toolkit.whole, default=4096)
     parser.add_argument("--microbatches", type=toolkit.whole, default=1)
     parser.add_argument("--steps", type=toolkit.whole, default=16, help="of each layout")
+    parser.add_argument("--slots", type=toolkit.whole, help="rows decoded at a time (rows / 4)")
+    parser.add_argument("--segments", type=toolkit.whole, default=4, help="of a cache that grows")
     args = parser.parse_args(argv)
     heads = max(args.width // 64, 1)
     model = ModelConfig(
@@ -144,9 +190,19 @@ def main(argv: list[str] | None = None) -> int:
     if padded["seconds_per_step"] and packed["seconds_per_step"]:
         ratio = padded["seconds_per_step"] / packed["seconds_per_step"]
         print(f"padded / packed: {ratio:.2f}; largest relative gap of a loss: {gap:.1e}")
+    slots = args.slots or max(args.rows // 4, 1)
+    sampled = rollouts(model, args.rows, slots, args.segments, args.repeats)
+    for row in sampled:
+        print(
+            f"{row['sampling']:20} {row['seconds_per_step']:.3f} s to sample "
+            f"{row['mean_length']:.0f} ids a row, at most {row['longest']}; "
+            f"in step / this: {sampled[0]['seconds_per_step'] / row['seconds_per_step']:.2f}"
+        )
+    results += sampled
     work = (
-        f"teacher pass and update, {args.rows} rows, prompts of 16 to {LONGEST_PROMPT}, log-normal "
-        f"answers (median {MEDIAN}, sigma {SIGMA}) of at most {LONGEST_ANSWER}; both models "
+        f"sampling; teacher pass and update; {args.rows} rows, prompts of 16 to {LONGEST_PROMPT}, "
+        f"answers log-normal (median {MEDIAN}, sigma {SIGMA}) where they are given, geometric "
+        f"where they are sampled, of at most {LONGEST_ANSWER}; both models "
         f"{args.layers} layers, {args.width} wide, vocabulary {args.vocab}, {args.microbatches} "
         "micro-batches"
     )

@@ -23,8 +23,10 @@ def test_a_packed_run_is_the_run_and_resumes_bit_for_bit(tiny, tmp_path):
     assert tiny_run.train(tiny, packed, train__pack=True, **PLAN) == 0
     for line, other in zip(metrics(packed), metrics(plain), strict=True):
         for name in ("loss", "kl_nats", "kl_gated", "grad_norm", "gated_share", "mean_length"):
-            assert line[name] == pytest.approx(other[name], rel=1e-4), name
-        assert line["padding_share"] < other["padding_share"]
+            if other[name] is None:  # nothing was gated yet
+                assert line[name] is None
+            else:
+                assert line[name] == pytest.approx(other[name], rel=1e-4), name
     (found, _, _), (wanted, _, _) = (
         tiny_run.saved(tiny, folder, **PLAN) for folder in (packed, plain)
     )
@@ -42,7 +44,7 @@ def test_a_packed_run_is_the_run_and_resumes_bit_for_bit(tiny, tmp_path):
         np.testing.assert_array_equal(again[name], leaf, err_msg=name)
 
 
-def test_given_completions_are_packed(tiny, tmp_path):
+def test_given_completions_are_packed_for_adapters(tiny, tmp_path):
     rows = [
         {"prompt": f"{i} + 1 = ?", "completion": "7 " * (1 + 3 * i % 11), "answer": "7"}
         for i in range(12)
@@ -53,6 +55,7 @@ def test_given_completions_are_packed(tiny, tmp_path):
         "train__stage": "off_policy",
         "rollout__max_new": 24,
         "rollout__samples": 1,
+        "lora__rank": 2,
     }
     found = []
     for pack in (False, True):
@@ -63,4 +66,15 @@ def test_given_completions_are_packed(tiny, tmp_path):
         assert summary["is_finished"]
     for line, other in zip(found[1], found[0], strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
-        assert line["padding_share"] < other["padding_share"]
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    shares = [sum(line["padding_share"] for line in lines) for lines in found]
+    assert shares[1] < shares[0]  # four long rows may lie as they did
+
+
+def test_prompts_of_the_teachers_own_are_not_packed(tiny, tmp_path, capsys):
+    keys = {"train__pack": True, "data__teacher_prompt": "{prompt} {answer}"}
+    assert tiny_run.train(tiny, tmp_path / "run", **keys) == 1
+    message = capsys.readouterr().err
+    assert "train.pack is True: expected False with data.teacher_prompt" in message
+    assert "--config.train.pack" in message
+    assert not (tmp_path / "run").exists()
