@@ -46,6 +46,11 @@ def check(run: RunConfig) -> None:
         "those of the student",
     )
     rule(
+        not (run.train.pack and run.teacher.paths),
+        "train.pack",
+        "False with teacher.paths: rows of several teachers would lie in one",
+    )
+    rule(
         not run.kl.ce or run.train.stage == "off_policy",
         "kl.ce",
         f"0 where train.stage is {run.train.stage}: on answers that the student drew itself the "

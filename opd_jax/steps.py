@@ -70,6 +70,7 @@ def teacher_states(
         return None
     if packing is not None:
         assert seen is None
+        assert not isinstance(teacher, tuple)
         return pieces.teacher_states(teacher, pieces.of(rollout, None, packing, cfg=cfg), cfg=cfg)
     return _in_pieces(
         lambda piece: objective.teacher_states(teacher, *piece, cfg=cfg),
@@ -206,9 +207,11 @@ def _gradients(
 ):
     """Gradient of the scaled loss, that loss, the measurements of each position, and the load."""
     states_BTE = states_BTE if cfg.kl.ce < 1 else None
-    # On one batch shard nothing is gathered, and nothing is won by keeping the head apart.
-    is_apart = cfg.microbatches > 1 and mesh.size(mesh.BATCH) > 1
+    # On one batch shard nothing is gathered, and nothing is won by keeping the head apart. Several
+    # teachers have a head each, of which a piece needs those of its rows.
+    is_apart = cfg.microbatches > 1 and mesh.size(mesh.BATCH) > 1 and not cfg.others
     if packing is not None or is_apart:
+        assert not isinstance(teacher, tuple)
         if packing is None and states_BTE is not None:
             states_BTE = objective.split(states_BTE, cfg.microbatches)
         parts = pieces.of(rollout, goal, packing, cfg=cfg)
@@ -260,6 +263,7 @@ def _measured(
     goal = goal.replace(importance_BT=goal.mask_BT.astype(jnp.float32))
     if packing is not None:
         assert seen is None
+        assert not isinstance(teacher, tuple)
         parts = pieces.of(rollout, goal, packing, cfg=cfg)
         return pieces.measured(params, teacher, parts, packing, states_BTE, cfg=cfg)
 

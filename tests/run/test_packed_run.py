@@ -71,10 +71,17 @@ def test_given_completions_are_packed_for_adapters(tiny, tmp_path):
     assert shares[1] < shares[0]  # four long rows may lie as they did
 
 
-def test_prompts_of_the_teachers_own_are_not_packed(tiny, tmp_path, capsys):
-    keys = {"train__pack": True, "data__teacher_prompt": "{prompt} {answer}"}
-    assert tiny_run.train(tiny, tmp_path / "run", **keys) == 1
+PROMPT = {"data__teacher_prompt": "{prompt} {answer}"}
+SEVERAL = {f"teacher__paths__{name}": "embedded:teacher" for name in ("one", "two")}
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [(PROMPT, "data.teacher_prompt"), (SEVERAL | {"teacher__path": ""}, "teacher.paths")],
+)
+def test_what_is_not_packed_is_refused(tiny, tmp_path, capsys, keys, named):
+    assert tiny_run.train(tiny, tmp_path / "run", train__pack=True, **keys) == 1
     message = capsys.readouterr().err
-    assert "train.pack is True: expected False with data.teacher_prompt" in message
+    assert f"train.pack is True: expected False with {named}" in message
     assert "--config.train.pack" in message
     assert not (tmp_path / "run").exists()
