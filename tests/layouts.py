@@ -68,11 +68,14 @@ def start(
       variables: of the environment.
     """
     code += _EACH_KEEPS * (layout.processes > 1)
+    cache = Path(str(jax.config.jax_compilation_cache_dir))
+    if layout.processes > 1:  # where nothing lies that process 0 has and the others have not
+        cache /= "each"
     program = f"import sys\n{code}\nfrom opd_jax import cli\nsys.exit(cli.main(sys.argv[1:]))"
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={layout.devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONUNBUFFERED": "1",
     }
