@@ -142,7 +142,7 @@ class TrainSpec:
     steps: int = 1000  # optimizer steps
     prompts: int = 16  # prompts per step; rows per step are prompts x rollout.samples
     microbatches: int = 1  # equal pieces a step's rows are scanned in
-    pack: bool = False  # rows lie end to end, attention by blocks; one teacher, the same prompts
+    pack: bool = False  # rows lie end to end in fewer; for one teacher that reads the same prompts
     stage: str = "on_policy"  # off_policy: completions of the file of prompts; mixed: both by turns
     on_policy_share: float = 0.5  # of the steps, where the stage is mixed
     normaliser: str = "tokens"  # or weight; per_sequence for comparison

@@ -30,12 +30,19 @@ _GPU_HEADS = 256  # the widest that cuDNN has, in multiples of 8
 _HEADS = P(mesh.BATCH, None, "model", None, None)
 
 
-def chosen(platform: str, num_tokens: int, head_dim: int, dtype) -> Name:
-    """What mixes sequences of ``num_tokens`` on devices of a platform (``tpu``, ``cuda``, ...)."""
+def chosen(
+    platform: str, num_tokens: int, head_dim: int, dtype, *, is_packed: bool = False
+) -> Name:
+    """What mixes rows of ``num_tokens`` on devices of a platform (``tpu``, ``cuda``, ...).
+
+    Of rows that hold several sequences (``is_packed``) cuDNN's is not used.
+    """
     if num_tokens < FEWEST_TOKENS:
         return "blocks"
     if platform == "tpu":
         return "splash"
+    if is_packed:
+        return "blocks"
     is_half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     if platform in ("gpu", "cuda") and is_half and head_dim <= _GPU_HEADS and head_dim % 8 == 0:
         return "cudnn" if has_cudnn() else "blocks"
@@ -67,19 +74,21 @@ def causal(
 ) -> Float[Array, "B T K G H"]:
     """:func:`attention.causal` by the kernel ``name``, or else that of the devices.
 
-    Where several sequences lie in a row (``first_BT``) it is by our own blocks on all devices.
-
     A query that may read nothing gets something finite, to be ignored.
 
     **Sharding**: rows over the batch axes, key/value heads over ``model``; nothing is communicated.
     """
-    name = name or chosen(mesh.platform(), q_BTKGH.shape[1], q_BTKGH.shape[-1], q_BTKGH.dtype)
-    if name == "blocks" or first_BT is not None:
+    num_tokens, head_dim, is_packed = q_BTKGH.shape[1], q_BTKGH.shape[-1], first_BT is not None
+    if name is None:
+        name = chosen(mesh.platform(), num_tokens, head_dim, q_BTKGH.dtype, is_packed=is_packed)
+    if name == "blocks":
         return attention.causal(
             q_BTKGH, k_BTKH, v_BTKH, valid_BT, span=span, is_sliding=is_sliding, first_BT=first_BT
         )
-    kernel = by_splash if name == "splash" else by_cudnn
-    given = q_BTKGH, k_BTKH, v_BTKH, valid_BT
+    kernel, read_BT = by_cudnn, valid_BT
+    if name == "splash":
+        kernel, read_BT = by_splash, jnp.where(valid_BT, 0 if first_BT is None else first_BT, -1)
+    given = q_BTKGH, k_BTKH, v_BTKH, read_BT
     whole = dataclasses.replace(span, window=None)
     if span.window is None or is_sliding is False:
         return _on_shards(functools.partial(kernel, span=whole))(*given)
@@ -96,8 +105,10 @@ def _on_shards(function):
     return mesh.on_shards(function, (_HEADS, keys, keys, P(mesh.BATCH, None)), _HEADS)
 
 
-def by_splash(q_BTKGH, k_BTKH, v_BTKH, valid_BT, *, span: Span, interpret: bool = False):
-    """Splash attention; padding is a segment of its own, and tokens fill up the last block.
+def by_splash(q_BTKGH, k_BTKH, v_BTKH, segment_BT, *, span: Span, interpret: bool = False):
+    """Splash attention of tokens over those of their own segment (i32); -1 is padding.
+
+    Tokens of padding fill up the last block.
 
     **Sharding**: of one device.
     """
@@ -111,7 +122,8 @@ def by_splash(q_BTKGH, k_BTKH, v_BTKH, valid_BT, *, span: Span, interpret: bool 
 
     q_BTNH = q_BTKGH.reshape(rows, num_tokens, num_kv * group, head_dim)
     q_BNTH = placed((q_BTNH * span.scale).astype(q_BTNH.dtype))
-    segment_BT = jnp.pad(valid_BT.astype(jnp.int32), ((0, 0), (0, padded - num_tokens)))
+    around = ((0, 0), (0, padded - num_tokens))
+    segment_BT = jnp.pad(segment_BT, around, constant_values=-1)
     kernel = _splash(padded, num_kv * group, span.window, size, interpret)
     pairs = _pairs(padded // size, size, span.window)
     with rounds.visits(rows * num_kv * group * pairs):

@@ -33,7 +33,7 @@ def _kernel_text(cfg: ModelConfig, mesh: Mesh, *, is_packed: bool) -> str:
     name = kernels.chosen(platform, fewest, cfg.head_dim, cfg.dtype)
     if name == "blocks" or cfg.attention == "blocks":
         return ""
-    rest = ", of packed rows by blocks" if is_packed else ""
+    rest = ", of packed rows by blocks" if is_packed and name == "cudnn" else ""
     return f", attention by {name} from {fewest} tokens on{rest}"
 
 

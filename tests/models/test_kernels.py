@@ -18,7 +18,9 @@ from opd_jax.models.attention import Span
 
 B, K, G = 4, 2, 3
 KERNELS = {
-    "splash": functools.partial(kernels.by_splash, interpret=True),
+    "splash": lambda q, k, v, valid, **flags: kernels.by_splash(
+        q, k, v, jnp.where(valid, 0, -1), interpret=True, **flags
+    ),
     "cudnn": functools.partial(kernels.by_cudnn, implementation="xla"),
 }
 
@@ -71,6 +73,28 @@ def test_half_precision_stays(name):
     assert out.dtype == jnp.bfloat16
     sees = np.asarray(valid)
     np.testing.assert_allclose(np.asarray(out, np.float32)[sees], exact[sees], atol=0.04)
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_packed_rows_read_their_own_sequence(monkeypatch, window):
+    """On a TPU by segments, on a GPU by blocks."""
+    length = 150
+    qkv, _ = inputs(length, 16)
+    first = np.zeros((B, length), np.int32)
+    for row, at in enumerate((0, 1, 70, 149)):
+        first[row, at:] = at
+    valid = jnp.asarray(np.arange(length)[None] < np.array([150, 150, 120, 150])[:, None])
+    flags = {"span": Span(0.3, window), "first_BT": jnp.asarray(first)}
+    expected = value_and_grads(attention.causal, qkv, valid, **flags)
+    apart = value_and_grads(attention.causal, qkv, valid, span=Span(0.3, window))
+    assert abs(apart[0] - expected[0]) > 1e-2
+    for name, platform in (("splash", "tpu"), ("blocks", "cuda")):
+        assert kernels.chosen(platform, 8192, 128, "bfloat16", is_packed=True) == name
+        kernel = functools.partial(kernels.by_splash, interpret=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "by_splash", kernel)
+            mix = functools.partial(kernels.causal, name=name)
+            close(value_and_grads(mix, qkv, valid, **flags), expected)
 
 
 def test_tiles_are_whole_and_few():
@@ -144,12 +168,15 @@ def test_a_model_computes_the_same_with_a_kernel(monkeypatch, name, axes):
     expected = computed(CFG)
     used = []
 
+    own = {"interpret": True} if name == "splash" else {"implementation": "xla"}
+    by_kernel = getattr(kernels, f"by_{name}")
+
     def kernel(*args, **flags):
         used.append(flags["span"].window)
-        return KERNELS[name](*args, **flags)
+        return by_kernel(*args, **flags, **own)
 
     monkeypatch.setattr(kernels, f"by_{name}", kernel)
-    monkeypatch.setattr(kernels, "chosen", lambda *_: name)
+    monkeypatch.setattr(kernels, "chosen", lambda *_, **__: name)
     assert not used
     if mesh is None:
         found = computed(CFG)
