@@ -159,16 +159,6 @@ def ends(rollout: Rollout) -> Int[Array, " B"]:
     return jnp.max(jnp.where(rollout.mask_BT, jnp.arange(1, slots + 1)[None, :], 0), axis=1)
 
 
-def load(params: Params, rollout: Rollout, *, cfg: ObjectiveConfig) -> moe.Load | None:
-    """How the tokens of a batch spread over the student's experts; None where it has none.
-
-    **Sharding**: batch rows over ``data`` and ``fsdp``, the result everywhere.
-    """
-    return transformer.hidden_head_and_load(
-        params, *inputs(rollout), written(rollout), cfg=cfg.student
-    )[2]
-
-
 def teacher_states(
     teacher: Teacher, rollout: Rollout, seen: Rollout | None = None, *, cfg: ObjectiveConfig
 ) -> Float[Array, "B T E"]:

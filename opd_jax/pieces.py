@@ -183,7 +183,7 @@ def gradients(
     apart = {key: w for key, w in trained.items() if key == "head"}
     # Every piece needs the counts of all, which a single one has.
     is_first_counted = cfg.load_balance > 0 and pieces.ids.shape[0] > 1
-    counted = _counted(params, pieces, cfg) if is_first_counted else None
+    whole = counted(params, pieces, cfg=cfg) if is_first_counted else None
 
     def one(carry, given):
         grads, sums_SVD, loss, load = carry
@@ -196,8 +196,7 @@ def gradients(
             added = jnp.zeros((), jnp.float32)
             if cfg.load_balance:
                 assert more is not None
-                whole = more if counted is None else counted
-                added += cfg.load_balance * moe.imbalance(more, whole)
+                added += cfg.load_balance * moe.imbalance(more, more if whole is None else whole)
             return (hs_BTD, added), more
 
         (hs_BTD, added), back, new_load = jax.vjp(forward, body, has_aux=True)
@@ -227,8 +226,11 @@ def gradients(
     return grads, loss, _rows(tokens, packing), load
 
 
-def _counted(params: Params, pieces: Pieces, cfg: ObjectiveConfig) -> moe.Load:
-    """How all pieces spread over the student's experts, without gradient."""
+def counted(params: Params, pieces: Pieces, *, cfg: ObjectiveConfig) -> moe.Load:
+    """How all pieces spread over the student's experts, without gradient.
+
+    **Sharding**: the result everywhere.
+    """
 
     def one(load, piece):
         return load + _student(params, piece, cfg)[1], ()

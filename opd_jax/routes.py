@@ -121,12 +121,12 @@ def order(teacher_B: Int[Array, " B"], pieces: int) -> Int[Array, " B"]:
 
 def taken(tree, order_B: Int[Array, " B"], *, back: bool = False):
     """Rows of arrays in an order that :func:`order` gave, or ``back`` in the one before."""
-
-    def local(order_B, x):
-        return x[jnp.argsort(order_B) if back else order_B]
+    row = P(mesh.BATCH)
+    if back:
+        order_B = mesh.on_shards(jnp.argsort, (row,), row)(order_B)
 
     def of(x):
         rows = P(mesh.BATCH, *[None] * (x.ndim - 1))
-        return mesh.on_shards(local, (P(mesh.BATCH), rows), rows)(order_B, x)
+        return mesh.on_shards(lambda order_B, x: x[order_B], (row, rows), rows)(order_B, x)
 
     return jax.tree.map(of, tree)

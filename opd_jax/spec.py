@@ -91,6 +91,11 @@ class TeacherSpec(ModelSpec):
         object.__setattr__(self, "paths", tuple(sorted(self.paths)))
 
 
+def teacher_title(name: str) -> str:
+    """What a teacher is called in messages and records: ``teacher``, or one of several by name."""
+    return f"teacher {name}".strip()
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
     """Devices along each axis; -1 takes what is left."""

@@ -220,7 +220,7 @@ def _gradients(
     has_experts = cfg.student.has_experts
     whole = None
     if cfg.load_balance and cfg.microbatches > 1:  # every piece needs the counts of all
-        whole = _load(params, rollout, cfg)
+        whole = pieces.counted(params, pieces.of(rollout, goal, None, cfg=cfg), cfg=cfg)
 
     def micro(grads, piece):
         rollout, goal, states_BTE = piece
@@ -279,13 +279,6 @@ def _measured(
 def _rows_of(rollout: Rollout | None) -> Rollout | None:
     """What has rows of a batch, to be split into pieces."""
     return None if rollout is None else rollout.replace(policy_step=None)
-
-
-def _load(params, rollout, cfg: ObjectiveConfig) -> moe.Load:
-    """How the whole batch spreads over the student's experts, without gradient."""
-    pieces = objective.split(_rows_of(rollout), cfg.microbatches)
-    loads = jax.lax.map(lambda piece: objective.load(params, piece, cfg=cfg), pieces)
-    return jax.tree.map(lambda x_N: jnp.sum(x_N, axis=0), loads)
 
 
 def _spread(load: moe.Load) -> dict[str, Mean]:

@@ -107,11 +107,15 @@ def causal(
     **Sharding**: rows and heads are independent, so nothing is communicated.
     """
     span = Span(q_BTKGH.shape[-1] ** -0.5) if span is None else span
-    if isinstance(is_sliding, bool) and not is_sliding:
-        span = dataclasses.replace(span, window=None)
-    varies = span.window is not None and not isinstance(is_sliding, bool)
-    read = (valid_BT, first_BT)
-    return _causal(span, q_BTKGH, k_BTKH, v_BTKH, read, is_sliding if varies else None)
+    span, varies = settled(span, is_sliding)
+    return _causal(span, q_BTKGH, k_BTKH, v_BTKH, (valid_BT, first_BT), varies)
+
+
+def settled(span: Span, is_sliding: Bool[Array, ""] | bool) -> tuple[Span, Bool[Array, ""] | None]:
+    """The span of a layer, and what says whether its window holds; None where that is settled."""
+    if isinstance(is_sliding, bool):
+        return span if is_sliding else dataclasses.replace(span, window=None), None
+    return span, None if span.window is None else is_sliding
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -119,8 +123,11 @@ def _causal(span: Span, q_BTKGH, k_BTKH, v_BTKH, read, is_sliding):
     return _causal_forward(span, q_BTKGH, k_BTKH, v_BTKH, read, is_sliding)[0]
 
 
-def _either(function, span: Span, is_sliding, *args):
-    """``function(span, *args)``, or that without the window where a layer does not slide."""
+def either(function, span: Span, is_sliding: Bool[Array, ""] | None, *args):
+    """``function(span, *args)``, or that without the window where a layer does not slide.
+
+    ``span`` and ``is_sliding`` are :func:`settled`.
+    """
     if is_sliding is None:
         return function(span, *args)
     whole = dataclasses.replace(span, window=None)
@@ -131,7 +138,7 @@ def _either(function, span: Span, is_sliding, *args):
 
 def _causal_forward(span: Span, q_BTKGH, k_BTKH, v_BTKH, read, is_sliding):
     q_BKGTH, k_BKTH, v_BKTH = _heads_first(q_BTKGH, k_BTKH, v_BTKH)
-    out_BTKGH, norm_BKGT = _either(_mixed, span, is_sliding, q_BKGTH, k_BKTH, v_BKTH, read)
+    out_BTKGH, norm_BKGT = either(_mixed, span, is_sliding, q_BKGTH, k_BKTH, v_BKTH, read)
     return out_BTKGH, (q_BTKGH, k_BTKH, v_BTKH, read, is_sliding, out_BTKGH, norm_BKGT)
 
 
@@ -161,7 +168,7 @@ def _causal_backward(span: Span, residuals, dout_BTKGH):
     # sum_s p_s dp_s, which the softmax takes off each dp, is also out . dout.
     dot_BTKG = jnp.sum(out_BTKGH.astype(jnp.float32) * dout_BTKGH.astype(jnp.float32), axis=-1)
     dot_BKGT = dot_BTKG.transpose(0, 2, 3, 1)
-    dq_BKGTH, dk_BKTH, dv_BKTH = _either(
+    dq_BKGTH, dk_BKTH, dv_BKTH = either(
         _mixed_backward, span, is_sliding, *heads_first, read, norm_BKGT, dout_BKGTH, dot_BKGT
     )
     dq_BTKGH = dq_BKGTH.astype(dtype).transpose(0, 3, 1, 2, 4)

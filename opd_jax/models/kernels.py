@@ -7,14 +7,11 @@ fits, and on a CPU, it is :func:`attention.causal`, which both are tested agains
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -88,21 +85,14 @@ def causal(
     kernel, read_BT = by_cudnn, valid_BT
     if name == "splash":
         kernel, read_BT = by_splash, jnp.where(valid_BT, 0 if first_BT is None else first_BT, -1)
-    given = q_BTKGH, k_BTKH, v_BTKH, read_BT
-    whole = dataclasses.replace(span, window=None)
-    if span.window is None or is_sliding is False:
-        return _on_shards(functools.partial(kernel, span=whole))(*given)
-    sliding = functools.partial(kernel, span=span)
-    if is_sliding is True:
-        return _on_shards(sliding)(*given)
-    either = (_on_shards(function) for function in (sliding, functools.partial(kernel, span=whole)))
-    return jax.lax.cond(is_sliding, *either, *given)
-
-
-def _on_shards(function):
-    """Each device's rows and heads by themselves: XLA cannot split a kernel."""
     keys = P(*_HEADS[:3], None)
-    return mesh.on_shards(function, (_HEADS, keys, keys, P(mesh.BATCH, None)), _HEADS)
+
+    def on_shards(span, *given):  # each device's rows and heads: XLA cannot split a kernel
+        mixed = functools.partial(kernel, span=span)
+        return mesh.on_shards(mixed, (_HEADS, keys, keys, P(mesh.BATCH, None)), _HEADS)(*given)
+
+    span, varies = attention.settled(span, is_sliding)
+    return attention.either(on_shards, span, varies, q_BTKGH, k_BTKH, v_BTKH, read_BT)
 
 
 def by_splash(q_BTKGH, k_BTKH, v_BTKH, segment_BT, *, span: Span, interpret: bool = False):
@@ -112,6 +102,8 @@ def by_splash(q_BTKGH, k_BTKH, v_BTKH, segment_BT, *, span: Span, interpret: boo
 
     **Sharding**: of one device.
     """
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
     rows, num_tokens, num_kv, group, head_dim = q_BTKGH.shape
     size, padded = _tiles(num_tokens)
     heads = -(-head_dim // _LANES) * _LANES - head_dim
@@ -148,6 +140,10 @@ def _pairs(num: int, size: int, window: int | None) -> int:
 
 
 def _splash(num_tokens: int, num_heads: int, window: int | None, size: int, interpret: bool):
+    # Here and not above: Pallas takes a third of a second to import, and a CPU never calls it.
+    from jax.experimental.pallas.ops.tpu import splash_attention
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+
     shape = (num_tokens, num_tokens)
     if window is None:
         mask = splash_attention_mask.CausalMask(shape)

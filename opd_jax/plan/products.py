@@ -78,7 +78,7 @@ def _of(equation: Any, context: _Context) -> float:
         features = params["dimension_numbers"].rhs_spec[0]
         return 2.0 * math.prod(out) * math.prod(shapes[1]) / shapes[1][features]
     if name.startswith("dot_product_attention"):
-        return fused_attention(shapes, params["sliding_window_length"], name.count("bwd") > 0)
+        return fused_attention(shapes, params["sliding_window_length"], "bwd" in name)
     inner = list(jaxprs_in_params(params))
     if (visited := rounds.visited(str(equation.source_info.name_stack))) is not None:
         context = dataclasses.replace(context, visited=visited)

@@ -29,7 +29,7 @@ from opd_jax.rollout import decode, refill
 from opd_jax.rollout.sampling import Sampler
 from opd_jax.run import assemble, initial, iteration
 from opd_jax.run.assemble import Assembly, Words
-from opd_jax.spec import ConfigError, RunConfig
+from opd_jax.spec import ConfigError, RunConfig, teacher_title
 
 TRAIN, TEACHER, SAMPLE, EVALUATION, ANSWERS = "train", "teacher", "sample", "evaluation", "answers"
 ALL = (SAMPLE, TEACHER, TRAIN, ANSWERS, EVALUATION)
@@ -85,7 +85,7 @@ def assembly(
         )
     models = [("student", "student", run.student, student)]
     for name, spec in run.teachers.items():
-        models.append((f"teacher {name}".strip(), "teacher", spec, teacher))
+        models.append((teacher_title(name), "teacher", spec, teacher))
     found = []
     for who, group, spec, given in models:
         dtype = jnp.dtype(auto if spec.dtype == "auto" else spec.dtype)

@@ -31,7 +31,7 @@ from opd_jax.objective import ObjectiveConfig
 from opd_jax.rollout import decode, refill, sampling
 from opd_jax.rollout.sampling import Sampler
 from opd_jax.run import reading
-from opd_jax.spec import ConfigError, ModelSpec, RunConfig
+from opd_jax.spec import ConfigError, ModelSpec, RunConfig, teacher_title
 from opd_jax.store import hub
 from opd_jax.store import pair as pairs
 
@@ -97,7 +97,7 @@ def assemble(
     for name, spec in run.teachers.items():
         path = hub.folder(spec.path)
         folders.append(path)
-        teacher = _fitting(spec, path, f"teacher {name}".strip(), mesh, say)
+        teacher = _fitting(spec, path, teacher_title(name), mesh, say)
         other = tokenizers.load(path)
         if tokenizers.lend_template(tokenizer, other):
             say("the student has no chat template: prompts are written by the teacher's")
@@ -283,7 +283,7 @@ def needs(parts: Assembly, *, is_scoring: bool = False) -> list[memory.Need]:
         memory.Need("its optimizer", moments * trained, split),
     ]
     for part, name in zip(cfg.teachers, run.teachers, strict=True):
-        dtype, who = run.teacher.stored_dtype(part.dtype), f"the teacher {name}".strip()
+        dtype, who = run.teacher.stored_dtype(part.dtype), f"the {teacher_title(name)}"
         change = f"{split}, or set --config.teacher.offload=True"
         teacher = memory.Need(
             who, memory.weights(part, dtype, mesh), split if run.teacher.offload else change

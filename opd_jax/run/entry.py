@@ -19,7 +19,7 @@ from opd_jax.data import prompts as prompt_files
 from opd_jax.evaluate import grading
 from opd_jax.run import initial
 from opd_jax.run.assemble import Assembly
-from opd_jax.spec import RunConfig
+from opd_jax.spec import RunConfig, teacher_title
 from opd_jax.store import fingerprint, hub
 from opd_jax.store import pair as pairs
 from opd_jax.store import workdir as workdirs
@@ -133,7 +133,7 @@ def inputs(parts: Assembly) -> dict[str, Any]:
     """Fingerprints of all that a run is started on, for ``run.json``."""
     run = parts.run
     found: dict[str, Any] = {}
-    teachers = {f"{workdirs.TEACHER} {name}".strip(): spec for name, spec in run.teachers.items()}
+    teachers = {teacher_title(name): spec for name, spec in run.teachers.items()}
     for name, spec in ({"student": run.student} | teachers).items():
         files = fingerprint.of_model(Path(hub.folder(spec.path)))
         found[name] = {"path": spec.path, "files": files}

@@ -20,7 +20,7 @@ from opd_jax.models import hf, lora, params, resting, transformer
 from opd_jax.pytrees import Params, Teacher, TrainState
 from opd_jax.run import assemble, precision
 from opd_jax.run.assemble import Assembly
-from opd_jax.spec import ConfigError, RunConfig
+from opd_jax.spec import ConfigError, RunConfig, teacher_title
 from opd_jax.store import checkpoint, hub
 from opd_jax.store import pair as pairs
 from opd_jax.store.checkpoint import Checkpoints
@@ -39,8 +39,7 @@ def teacher_params(parts: Assembly) -> Teacher | None:
     found = []
     for cfg, (name, spec) in zip(parts.cfg.teachers, parts.run.teachers.items(), strict=True):
         dtype = spec.stored_dtype(cfg.dtype)
-        who = f"teacher {name}".strip()
-        tree = _load(parts, who, hub.folder(spec.path), jnp.dtype(dtype))
+        tree = _load(parts, teacher_title(name), hub.folder(spec.path), jnp.dtype(dtype))
         with jax.set_mesh(parts.mesh):
             fitted = transformer.with_vocab_rows(tree, cfg.vocab_size)
         del tree

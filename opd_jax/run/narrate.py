@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,16 +25,17 @@ from opd_jax.report import accuracy
 from opd_jax.rock import RockConfig
 from opd_jax.run import assemble
 from opd_jax.run.assemble import Assembly
-from opd_jax.spec import RunConfig
+from opd_jax.spec import RunConfig, teacher_title
 
 
 def _kernel_text(cfg: ModelConfig, mesh: Mesh, *, is_packed: bool) -> str:
     """By what kernel a model's attention is computed, where it is not by our own blocks."""
     fewest, platform = kernels.FEWEST_TOKENS, mesh.devices.flat[0].platform
-    name = kernels.chosen(platform, fewest, cfg.head_dim, cfg.dtype)
+    chosen = functools.partial(kernels.chosen, platform, fewest, cfg.head_dim, cfg.dtype)
+    name, packed = chosen(), chosen(is_packed=is_packed)
     if name == "blocks" or cfg.attention == "blocks":
         return ""
-    rest = ", of packed rows by blocks" if is_packed and name == "cudnn" else ""
+    rest = f", of packed rows by {packed}" if packed != name else ""
     return f", attention by {name} from {fewest} tokens on{rest}"
 
 
@@ -43,7 +45,7 @@ def introduction(parts: Assembly) -> list[str]:
     lines = []
     models = [("student", run.student, cfg.student)]
     models += [
-        (f"teacher {name}".strip(), spec, part)
+        (teacher_title(name), spec, part)
         for (name, spec), part in zip(run.teachers.items(), cfg.teachers, strict=True)
     ]
     for name, spec, part in models:
