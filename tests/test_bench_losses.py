@@ -98,15 +98,15 @@ def test_half_of_the_scored_ids_are_frozen():
 
 def test_fit_recovers_a_power_and_reports_scatter():
     sizes = [1, 2, 4, 8]
-    exponent, r_squared = bench_scaling.fit(sizes, [0.5 * n**1.5 for n in sizes])
+    exponent, r_squared = workloads.fit(sizes, [0.5 * n**1.5 for n in sizes])
     assert exponent == pytest.approx(1.5)
     assert r_squared == pytest.approx(1.0)
     # log2 seconds 0, 2, 1, 3 over 0, 1, 2, 3: slope 0.8; 1.8 of the variance of 5 is left.
-    exponent, r_squared = bench_scaling.fit(sizes, [1, 4, 2, 8])
+    exponent, r_squared = workloads.fit(sizes, [1, 4, 2, 8])
     assert exponent == pytest.approx(0.8)
     assert r_squared == pytest.approx(0.64)
 
 
 def test_fit_needs_two_sizes():
     with pytest.raises(ValueError, match=r"sizes \[4, 4\]: expected at least two.*measure another"):
-        bench_scaling.fit([4, 4], [1.0, 2.0])
+        workloads.fit([4, 4], [1.0, 2.0])

@@ -11,14 +11,22 @@ what does not grow, such as the optimizer's, less.
 
 from __future__ import annotations
 
-import itertools
+import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import toolkit
-from bench_scaling import fit
+import workloads
+
+from opd_jax import steps
+from opd_jax.objective import ObjectiveConfig
+from opd_jax.pytrees import Prompt
+from opd_jax.rollout import decode
+from opd_jax.rollout.sampling import Sampler
 
 HERE = Path(__file__).resolve().parent
 PROMPT = 64
@@ -26,55 +34,29 @@ PROMPT = 64
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """The steps of one length, in a process of its own."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from opd_jax import optim, steps
-    from opd_jax.models import params, transformer
-    from opd_jax.models.transformer import ModelConfig
-    from opd_jax.objective import ObjectiveConfig
-    from opd_jax.pytrees import Prompt
-    from opd_jax.rollout import decode
-    from opd_jax.rollout.sampling import Sampler
-
-    width, vocab = job["width"], job["vocab"]
-    heads = max(width // 64, 1)
-    model = ModelConfig(
-        "llama", vocab, width, 3 * width, job["layers"], heads, heads, 64, tied=True
-    )
+    vocab = job["vocab"]
+    model = workloads.llama(vocab, job["width"], job["layers"])
     cfg = ObjectiveConfig(model, model, microbatches=job["microbatches"])
-    tx = optim.make(optim.OptimSpec())
-    student = params.init(transformer.specs(model), jax.random.key(0))
-    teacher = params.init(transformer.specs(model), jax.random.key(1))
-    state = steps.init(student, jax.random.key(2), cfg=cfg, tx=tx)
+    run = workloads.Training(cfg)
     ids = np.random.default_rng(0).integers(3, vocab, (job["rows"], PROMPT))
     prompt = Prompt(jnp.asarray(ids, jnp.int32), jnp.zeros(job["rows"], jnp.int32))
     sampler = Sampler(vocab_size=vocab, pad_id=0)  # nothing stops an answer
-    jax.block_until_ready((state, teacher))
+    jax.block_until_ready((run.state, run.teacher))
     models_gb = toolkit.peak_rss_gb()
     keys = iter(jax.random.split(jax.random.key(3), 1 + job["steps"]))
 
     def once() -> dict[str, float]:
-        nonlocal state
-        times = [time.perf_counter()]
-
-        def done(tree):
-            jax.block_until_ready(tree)
-            times.append(time.perf_counter())
-            return tree
-
-        answers = done(
-            decode.sample(
-                state.params, prompt, next(keys), cfg=model, sampler=sampler, max_new=job["length"]
-            )
+        phases = workloads.Phases()
+        asked = (run.state.params, prompt, next(keys))
+        answers = phases.done(
+            decode.sample(*asked, cfg=model, sampler=sampler, max_new=job["length"])
         )
-        states_BTE = done(steps.teacher_states(teacher, answers, cfg=cfg))
-        state, _ = done(
-            steps.distill_step(state, teacher, answers, cfg=cfg, tx=tx, states_BTE=states_BTE)
+        states_BTE = phases.done(steps.teacher_states(run.teacher, answers, cfg=cfg))
+        given = (run.state, run.teacher, answers)
+        run.state, _ = phases.done(
+            steps.distill_step(*given, cfg=cfg, tx=run.tx, states_BTE=states_BTE)
         )
-        spans = itertools.pairwise(times)
-        return dict(zip(("rollout", "teacher", "update"), (b - a for a, b in spans), strict=True))
+        return phases.seconds("rollout", "teacher", "update")
 
     found = toolkit.measure(once, warmup=1, steps=job["steps"])
     return found | {"models_gb": models_gb, "peak_rss_gb": toolkit.peak_rss_gb()}
@@ -82,8 +64,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 def row(raw: dict[str, Any], length: int, rows: int) -> dict[str, Any]:
     """Medians of what a process found."""
-    import statistics
-
     if "failed" in raw:
         return {"length": length, "failed": raw["failed"]}
     seconds = statistics.median(raw["seconds"])
@@ -140,10 +120,10 @@ def main(argv: list[str] | None = None) -> int:
         sizes = [found["length"] for found in good]
         names = [name for name in good[0] if name.endswith("seconds") or name == "seconds_per_step"]
         for name in names:
-            fits[name] = fit(sizes, [found[name] for found in good])
-        fits["gb_above_models"] = fit(
-            sizes, [found["peak_rss_gb"] - found["models_gb"] for found in good]
-        )
+            fits[name] = workloads.fit(sizes, [found[name] for found in good])
+        above = [found["peak_rss_gb"] - found["models_gb"] for found in good]
+        if min(above) > 0:  # else too little to see
+            fits["gb_above_models"] = workloads.fit(sizes, above)
         for name, (exponent, r_squared) in fits.items():
             print(f"{name:18} exponent {exponent:.2f}  R^2 {r_squared:.4f}")
     work = same | {"prompt": PROMPT, "exponents": fits}
@@ -152,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3 and sys.argv[1].endswith(".job.json"):
+    if len(sys.argv) == 3 and sys.argv[1].endswith(".job"):
         toolkit.serve(run)
     else:
         raise SystemExit(main())

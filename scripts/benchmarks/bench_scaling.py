@@ -11,13 +11,13 @@ higher.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import toolkit
-from workloads import Step, draw, fused_loss, gradient, half_frozen, shapes
+from workloads import Step, draw, fit, fused_loss, gradient, half_frozen, shapes
 
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
@@ -28,26 +28,6 @@ VOCABS, AT_ROWS = (8192, 16_384, 32_768, 65_536), 512
 MODEL = ModelConfig("llama", 4096, 256, 768, 4, 4, 2, 64, tied=True)
 BATCHES, AT_LENGTH = (4, 8, 16, 32), 64
 LENGTHS, AT_BATCH = (64, 128, 256, 512), 4
-
-
-def fit(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    r"""Fit ``seconds = a sizes^k`` in logarithms.
-
-    Returns:
-      The exponent k, and R^2: the share of the variance of log seconds that the fit explains.
-
-    Raises:
-      ValueError: fewer than two different sizes.
-    """
-    if len(set(sizes)) < 2:
-        raise ValueError(
-            f"sizes {list(sizes)}: expected at least two different ones; measure another size"
-        )
-    x, y = np.log(sizes), np.log(seconds)
-    exponent, offset = np.polyfit(x, y, 1)
-    scatter = np.sum((y - np.mean(y)) ** 2)
-    left = np.sum((y - exponent * x - offset) ** 2)
-    return float(exponent), float(1.0 - left / scatter) if scatter else 1.0
 
 
 def kl_call(rows: int, vocab: int) -> Callable[[], Any]:

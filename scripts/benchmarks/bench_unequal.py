@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import toolkit
+import workloads
 
-from opd_jax import objective, optim, steps
+from opd_jax import objective, steps
 from opd_jax.data import packing, widths
 from opd_jax.models import params, transformer
 from opd_jax.models.transformer import ModelConfig
@@ -57,16 +58,12 @@ def draw(step: int, rows: int, vocab_size: int) -> Rollout:
     )
 
 
-class Layout:
+class Layout(workloads.Training):
     """A run of its own in one layout."""
 
     def __init__(self, name: str, cfg: ObjectiveConfig):
-        assert cfg.teacher is not None
-        self.name, self.cfg, self.tx = name, cfg, optim.make(optim.OptimSpec())
-        student = params.init(transformer.specs(cfg.student), jax.random.key(0))
-        self.teacher = params.init(transformer.specs(cfg.teacher), jax.random.key(1))
-        self.state = steps.init(student, jax.random.key(2), cfg=cfg, tx=self.tx)
-        self.ends = jax.jit(objective.ends)
+        super().__init__(cfg)
+        self.name, self.ends = name, jax.jit(objective.ends)
 
     def step(self, batch: Rollout) -> tuple[dict[str, float], tuple[int, ...]]:
         """One step; what it measured, and the shape that it was compiled for."""
@@ -172,10 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--slots", type=toolkit.whole, help="rows decoded at a time (rows / 4)")
     parser.add_argument("--segments", type=toolkit.whole, default=4, help="of a cache that grows")
     args = parser.parse_args(argv)
-    heads = max(args.width // 64, 1)
-    model = ModelConfig(
-        "llama", args.vocab, args.width, 3 * args.width, args.layers, heads, heads, 64, tied=True
-    )
+    model = workloads.llama(args.vocab, args.width, args.layers)
     cfg = ObjectiveConfig(model, model, microbatches=args.microbatches)
     results = measure(cfg, args.rows, args.steps)
     padded, packed = results

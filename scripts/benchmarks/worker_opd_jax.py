@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import peer_job
 import toolkit
+import workloads
 from peer_job import Job
 
 from opd_jax import mesh as meshlib
@@ -107,25 +107,14 @@ def _run(job: Job, mesh) -> dict[str, Any]:
 
     def once() -> dict[str, float]:
         nonlocal state
-        times = [time.perf_counter()]
-
-        def done(tree):
-            jax.block_until_ready(tree)
-            times.append(time.perf_counter())
-            return tree
-
-        answers = fixed
+        phases, answers = workloads.Phases(), fixed
         if job.kind == "step":
-            answers = done(sample(state.params, key=next(keys), max_new=job.new))
-        states_BTE = done(steps.teacher_states(teacher_tree, answers, cfg=cfg))
-        state, _ = done(
+            answers = phases.done(sample(state.params, key=next(keys), max_new=job.new))
+        states_BTE = phases.done(steps.teacher_states(teacher_tree, answers, cfg=cfg))
+        state, _ = phases.done(
             steps.distill_step(state, teacher_tree, answers, cfg=cfg, tx=tx, states_BTE=states_BTE)
         )
-        names = ("rollout", "teacher", "update")[-(len(times) - 1) :]
-        return {
-            name: after - before
-            for name, before, after in zip(names, times[:-1], times[1:], strict=True)
-        }
+        return phases.seconds("rollout", "teacher", "update")
 
     result = peer_job.measure(once, job)
     result["peak_rss_gb"] = toolkit.peak_rss_gb()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import time
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import numpy as np
 
 from opd_jax import kl, optim, steps
 from opd_jax.models import params, transformer
+from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Rollout
 
@@ -72,15 +75,67 @@ def half_frozen(rng: np.random.Generator, batch: int, length: int, vocab_size: i
     )
 
 
-class Step:
-    """A training step to call over and over; it keeps the state that each call donates."""
+def fit(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    r"""Fit ``seconds = a sizes^k`` in logarithms.
 
-    def __init__(self, cfg: ObjectiveConfig, batch: Rollout):
+    Returns:
+      The exponent k, and R^2: the share of the variance of log seconds that the fit explains.
+
+    Raises:
+      ValueError: fewer than two different sizes.
+    """
+    if len(set(sizes)) < 2:
+        raise ValueError(
+            f"sizes {list(sizes)}: expected at least two different ones; measure another size"
+        )
+    x, y = np.log(sizes), np.log(seconds)
+    exponent, offset = np.polyfit(x, y, 1)
+    scatter = np.sum((y - np.mean(y)) ** 2)
+    left = np.sum((y - exponent * x - offset) ** 2)
+    return float(exponent), float(1.0 - left / scatter) if scatter else 1.0
+
+
+def llama(vocab: int, width: int, layers: int) -> ModelConfig:
+    """A model of the proportions of small Llamas, 64 to a head."""
+    heads = max(width // 64, 1)
+    return ModelConfig("llama", vocab, width, 3 * width, layers, heads, heads, 64, tied=True)
+
+
+class Training:
+    """A run on random weights: its state, which each step donates, and the teacher."""
+
+    def __init__(self, cfg: ObjectiveConfig):
         assert cfg.teacher is not None
-        self.cfg, self.batch, self.tx = cfg, batch, optim.make(optim.OptimSpec())
+        self.cfg, self.tx = cfg, optim.make(optim.OptimSpec())
         student = params.init(transformer.specs(cfg.student), jax.random.key(0))
         self.teacher = params.init(transformer.specs(cfg.teacher), jax.random.key(1))
         self.state = steps.init(student, jax.random.key(2), cfg=cfg, tx=self.tx)
+
+
+class Phases:
+    """Seconds of what follows each other, each from the end of the one before."""
+
+    def __init__(self):
+        self.times = [time.perf_counter()]
+
+    def done(self, tree):
+        """What was computed, once it is there."""
+        jax.block_until_ready(tree)
+        self.times.append(time.perf_counter())
+        return tree
+
+    def seconds(self, *names: str) -> dict[str, float]:
+        """By name, the last of ``names`` where fewer were done."""
+        spans = [after - before for before, after in itertools.pairwise(self.times)]
+        return dict(zip(names[-len(spans) :], spans, strict=True))
+
+
+class Step(Training):
+    """A training step to call over and over; it keeps the state that each call donates."""
+
+    def __init__(self, cfg: ObjectiveConfig, batch: Rollout):
+        super().__init__(cfg)
+        self.batch = batch
 
     def __call__(self):
         self.state, metrics = steps.distill_step(
