@@ -57,6 +57,8 @@ def driver():
 @pytest.fixture
 def open_page(driver, page):
     """Open the page afresh at a width and in a colour scheme; afterwards, nothing went wrong."""
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.support.ui import WebDriverWait
 
     def open_at(width=1280, scheme="light", height=900, motion="reduce"):
         # Motion is off unless a test is about it: a page that still scrolls takes no click.
@@ -67,7 +69,10 @@ def open_page(driver, page):
             {"name": "prefers-reduced-motion", "value": motion},
         ]
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        # On a busy machine ``get`` comes back while the page of before still stands.
+        driver.execute_script("window.standing = true")
         driver.get(page.as_uri())
+        WebDriverWait(driver, 60, 0.05, [WebDriverException]).until(is_afresh)
         return driver
 
     driver.get_log("browser")
@@ -78,6 +83,11 @@ def open_page(driver, page):
     asked = [m for m in messages if m["method"] == "Network.requestWillBeSent"]
     urls = {m["params"]["request"]["url"] for m in asked}
     assert all(url.startswith("data:") or url == page.as_uri() for url in urls), urls
+
+
+def is_afresh(driver) -> bool:
+    """Whether the page that was asked for stands whole in the place of the one before."""
+    return driver.execute_script("return !window.standing && document.readyState === 'complete'")
 
 
 def find(driver, selector):
