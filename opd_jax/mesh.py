@@ -94,7 +94,7 @@ def repeat_rows(x: jax.Array, n: int, *rest) -> jax.Array:
 
 
 def on_shards(function: Callable[..., Any], given: Any, made: Any) -> Callable[..., Any]:
-    """``function`` of what each device has, without a word between them; as it is without a mesh.
+    """``function`` of what each device has; as it is without a mesh.
 
     Args:
       function: of arrays.

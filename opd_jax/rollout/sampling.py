@@ -1,9 +1,4 @@
-"""Logits to a token and its log-probability: bias, temperature, top-k, top-p, min-p.
-
-The draw inverts the cumulative distribution on two levels, first over blocks of about sqrt(V) ids
-and then inside the chosen block, with one uniform number for each. Gumbel noise would need a random
-number per vocabulary item, which is the dearest part of a decode step on CPU.
-"""
+"""Logits to a token and its log-probability: bias, temperature, top-k, top-p, min-p."""
 
 from __future__ import annotations
 
@@ -17,6 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from opd_jax import mesh
+from opd_jax.rollout import inversion
 
 _AGAIN = 1  # folded into a row's key for the draw that replaces a banned one
 
@@ -161,29 +157,31 @@ def sample(
     would move the draws behind every banned id.) The log-probability is
     that of the last draw.
 
-    Sharding: logits may arrive as P(BATCH, "model"); they are gathered over the vocabulary first,
-    ids and log-probabilities leave as P(BATCH).
+    Sharding: logits may arrive as P(BATCH, "model") and stay so where ids are drawn without a
+    filter and without bans; else they are gathered over the vocabulary first. Ids and
+    log-probabilities leave as P(BATCH).
     """
     if banned_BK is not None:
         return _without(logits_BV, keys_B, banned_BK, sampler=sampler, bias_V=bias_V)
-    logits_BV = mesh.constrain(logits_BV, mesh.BATCH, None).astype(jnp.float32)
+    over = "model" if inversion.is_split(logits_BV) and not sampler.is_truncated else None
+    logits_BV = mesh.constrain(logits_BV, mesh.BATCH, over).astype(jnp.float32)
     if bias_V is not None:
-        logits_BV = logits_BV + bias_V.astype(jnp.float32)[None, :]
-    is_real_1V = jnp.arange(logits_BV.shape[1])[None, :] < sampler.vocab_size
-    logits_BV = jnp.where(is_real_1V, logits_BV, -jnp.inf)
-    best_B = jnp.max(logits_BV, axis=1)
+        bias_V = mesh.constrain(jnp.asarray(bias_V, jnp.float32), over)
+        logits_BV = logits_BV + bias_V[None, :]
+    is_real_V = mesh.constrain(jnp.arange(logits_BV.shape[1]) < sampler.vocab_size, over)
+    logits_BV = jnp.where(is_real_V[None, :], logits_BV, -jnp.inf)
+    best_B = inversion.highest(logits_BV)
     # Shifted before the division, so that a small temperature cannot overflow.
     z_BV = logits_BV - best_B[:, None]
     if sampler.is_greedy:
-        ids_B = jnp.argmax(z_BV, axis=1).astype(jnp.int32)
-        return ids_B, jnp.where(jnp.isfinite(best_B), jnp.float32(0), jnp.nan)
+        return inversion.best(z_BV), jnp.where(jnp.isfinite(best_B), jnp.float32(0), jnp.nan)
     if sampler.temperature != 1:
         z_BV = z_BV / sampler.temperature
     if sampler.is_truncated:
         z_BV = jnp.where(keep(z_BV, sampler=sampler), z_BV, -jnp.inf)
     keys_B = mesh.constrain(keys_B, mesh.BATCH)
     uniform_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
-    return jax.vmap(_draw)(z_BV, uniform_B2)
+    return inversion.draw(z_BV, uniform_B2)
 
 
 def _without(
@@ -230,27 +228,3 @@ def keep(z_BV: Float[Array, "B V"], *, sampler: Sampler) -> Bool[Array, "B V"]:
     if sampler.min_p > 0:
         keep_BV &= z_BV >= math.log(sampler.min_p)
     return keep_BV
-
-
-def _draw(z_V: jax.Array, uniform_2: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Draw one id from logits whose maximum is 0; also return its log-probability."""
-    num_ids = z_V.shape[0]
-    width = math.isqrt(num_ids - 1) + 1
-    p_V = jnp.exp(z_V)
-    p_NC = jnp.pad(p_V, (0, -num_ids % width)).reshape(-1, width)
-    mass_N = jnp.sum(p_NC, axis=1)
-    block = _invert(mass_N, uniform_2[0])
-    # A second number, because one f32 number has too few bits to tell rare ids of one block apart.
-    id_ = block * width + _invert(p_NC[block], uniform_2[1])
-    return id_, z_V[id_] - jnp.log(jnp.sum(mass_N))
-
-
-def _invert(mass_N: jax.Array, uniform: jax.Array) -> jax.Array:
-    """First index with mass above 0 whose cumulative mass passes ``uniform`` x total."""
-    cumulative_N = jnp.cumsum(mass_N)
-    is_positive_N = mass_N > 0
-    # XLA sums prefixes in its own order, so an empty entry may still change the rounding of its
-    # sum, and no sum may pass the target. Neither may yield an id that cannot be sampled.
-    is_passed_N = (cumulative_N > uniform * cumulative_N[-1]) & is_positive_N
-    last = mass_N.shape[0] - 1 - jnp.argmax(is_positive_N[::-1])
-    return jnp.where(jnp.any(is_passed_N), jnp.argmax(is_passed_N), last).astype(jnp.int32)

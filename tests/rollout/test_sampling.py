@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from opd_jax import mesh
-from opd_jax.rollout import sampling
+from opd_jax.rollout import inversion, sampling
 from opd_jax.rollout.sampling import Sampler
 
 SAMPLE = jax.jit(sampling.sample, static_argnames="sampler")
@@ -134,7 +134,7 @@ def test_the_ends_of_the_uniform_range_never_give_an_impossible_id(num_ids, unif
     uniform_2 = jnp.full(2, uniform, jnp.float32)
     for allowed in {0, num_ids // 2, num_ids - 1}:
         z_V = jnp.full(num_ids, -jnp.inf).at[allowed].set(0.0)
-        id_, logp = sampling._draw(z_V, uniform_2)
+        id_, logp = inversion._draw(z_V, uniform_2)
         assert (int(id_), float(logp)) == (allowed, 0.0)
 
 
@@ -143,7 +143,7 @@ def test_a_rounded_prefix_sum_never_gives_an_id_without_mass():
     mass = np.zeros(301, np.float32)
     mass[[3, 100, 250]] = [1.0, 1e-9, 1e-9]
     for uniform in np.linspace(0, 1, 97, dtype=np.float32):
-        assert mass[int(sampling._invert(jnp.asarray(mass), jnp.float32(uniform)))] > 0
+        assert mass[int(inversion._invert(jnp.asarray(mass), jnp.float32(uniform)))] > 0
 
 
 def test_ids_rarer_than_the_spacing_of_one_uniform_can_all_be_drawn():
@@ -153,7 +153,7 @@ def test_ids_rarer_than_the_spacing_of_one_uniform_can_all_be_drawn():
     z_V = jnp.full(num_ids, np.log(2e-4 / (num_ids - 1)), jnp.float32).at[0].set(0.0)
     inside = (jnp.arange(width) + 0.5) / width
     uniforms = jnp.stack([jnp.full(width, 1 - 1e-4), inside], axis=1)
-    ids, _ = jax.jit(jax.vmap(sampling._draw, in_axes=(None, 0)))(z_V, uniforms)
+    ids, _ = jax.jit(jax.vmap(inversion._draw, in_axes=(None, 0)))(z_V, uniforms)
     ids = np.asarray(ids)
     assert ids[0] % width == 0
     np.testing.assert_array_equal(ids, ids[0] + np.arange(width))
@@ -183,19 +183,35 @@ def test_logits_that_cannot_be_sampled_show_as_nan_in_their_row_only(value, temp
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"temperature": 0.0}, {"top_k": 9, "top_p": 0.8, "min_p": 0.01}], ids=str
+    "fields",
+    [{}, {"temperature": 0.7}, {"temperature": 0.0}, {"top_k": 9, "top_p": 0.8, "min_p": 0.01}],
+    ids=str,
 )
-def test_a_mesh_changes_nothing(fields):
-    sampler = Sampler(vocab_size=60, **fields)
-    logits_BV, bias_V = logits_of(8, 64), jnp.linspace(-1, 1, 64)
-    alone = SAMPLE(jnp.asarray(logits_BV), keys_of(8), sampler=sampler, bias_V=bias_V)
-    devices = mesh.make(data=2, fsdp=2, model=2)
+@pytest.mark.parametrize("num_ids", [4, 64, 100, 4096])
+def test_a_mesh_changes_nothing(fields, num_ids):
+    """Also where a block of ids lies on two devices (100 ids: blocks of 10, parts of 25)."""
+    sampler = Sampler(vocab_size=num_ids - 1, **fields)
+    rows = 256
+    logits_BV, bias_V = logits_of(rows, num_ids), jnp.linspace(-1, 1, num_ids)
+    logits_BV[3] = np.nan
+    logits_BV[5, num_ids // 2] = np.nan  # on one device alone
+    logits_BV[7] = -np.inf
+    logits_BV[9, : num_ids - 2] = -np.inf  # two ids of the last device, of which one is padding
+    alone = SAMPLE(jnp.asarray(logits_BV), keys_of(rows), sampler=sampler, bias_V=bias_V)
+    devices = mesh.make(data=1, fsdp=2, model=4)
     with jax.set_mesh(devices):
         split_BV = jax.device_put(logits_BV, jax.NamedSharding(devices, jax.P(mesh.BATCH, "model")))
-        ids, logp = SAMPLE(split_BV, keys_of(8), sampler=sampler, bias_V=bias_V)
+        ids, logp = SAMPLE(split_BV, keys_of(rows), sampler=sampler, bias_V=bias_V)
     assert ids.sharding.spec == jax.P(mesh.BATCH)
-    np.testing.assert_array_equal(ids, alone[0])
-    np.testing.assert_allclose(logp, alone[1], atol=1e-6)
+    assert np.flatnonzero(np.isnan(logp)).tolist() == [3, 5, 7]
+    is_drawn_B = ~np.isnan(alone[1])
+    np.testing.assert_array_equal(is_drawn_B, ~np.isnan(logp))
+    np.testing.assert_array_equal(np.asarray(ids)[is_drawn_B], np.asarray(alone[0])[is_drawn_B])
+    np.testing.assert_allclose(logp, alone[1], atol=1e-5)
+    ids = np.asarray(ids)
+    assert ids[9] == num_ids - 2
+    assert ids.max() < num_ids
+    assert len(np.unique(ids)) > min(num_ids, 50) / 2
 
 
 def test_only_plain_sampling_is_on_policy():
