@@ -7,6 +7,7 @@ do nothing, so the same functions run on one device with no set-up at all.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,28 @@ def make(data: int = -1, fsdp: int = 1, model: int = 1, devices=None) -> Mesh:
             f"{len(devices)}: change --config.mesh.data / .fsdp / .model to multiply to that"
         )
     return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, devices=devices)
+
+
+def regrouped(mesh: Mesh, model: int) -> Mesh:
+    """The same devices in the same order with ``model`` of them along that axis; 0: as they are.
+
+    Raises:
+      ValueError: they do not divide so.
+    """
+    data, fsdp, now = (mesh.shape[axis] for axis in AXES)
+    if model in (0, now):
+        return mesh
+    group = model // now
+    is_whole = model == group * now and data * fsdp % max(group, 1) == 0
+    if not is_whole or max(group, fsdp) % min(group, fsdp):
+        raise ValueError(
+            f"mesh.rollout_model is {model} for a mesh of data {data} x fsdp {fsdp} x model {now}: "
+            f"expected 0 or {now} times a number that divides fsdp, or fsdp and then data; set "
+            "--config.mesh.rollout_model"
+        )
+    shape = (data, fsdp // group) if group <= fsdp else (data * fsdp // group, 1)
+    devices = mesh.devices.reshape(*shape, model)
+    return Mesh(devices, AXES, axis_types=mesh.axis_types)
 
 
 def is_active() -> bool:
@@ -117,6 +140,36 @@ def placed(tree, mesh: Mesh):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(place, tree)
+
+
+def moved(tree, to: Mesh, dtypes=None):
+    """The leaves of ``tree`` as they would lie on another arrangement of the same devices.
+
+    Args:
+      tree: arrays; those that lie on no mesh stay as they are.
+      to: the arrangement; devices in the order that they have.
+      dtypes: of each leaf, a tree like it; default: their own.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    wanted = [x.dtype for x in leaves] if dtypes is None else jax.tree.leaves(dtypes)
+    here = [i for i, x in enumerate(leaves) if isinstance(x.sharding, NamedSharding)]
+    places = tuple(NamedSharding(to, leaves[i].sharding.spec) for i in here)
+    move = mover(places, tuple(wanted[i] for i in here))
+    for i, x in zip(here, move(*[leaves[i] for i in here]), strict=True):
+        leaves[i] = x
+    return structure.unflatten(leaves)
+
+
+@functools.lru_cache
+def mover(places: tuple[NamedSharding, ...], dtypes: tuple) -> Any:
+    """The program that lays arrays out anew."""
+    return jax.jit(
+        lambda *arrays: tuple(
+            x if x.dtype == dtype else x.astype(dtype)
+            for x, dtype in zip(arrays, dtypes, strict=True)
+        ),
+        out_shardings=places,
+    )
 
 
 def batch_shards(mesh: Mesh) -> int:

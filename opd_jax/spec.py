@@ -103,6 +103,14 @@ class MeshSpec:
     data: int = -1  # copies of the models, each with rows of its own; -1: all that are left
     fsdp: int = 1  # devices, 1 or more, that share rows' weights, gathered layer by layer
     model: int = 1  # devices, 1 or more, that split heads, features and the vocabulary
+    rollout_model: int = 0  # the same while the student samples, a multiple of model; 0: as model
+
+    def __post_init__(self):
+        rules.check(
+            self,
+            "mesh",
+            ("rollout_model", self.rollout_model >= 0, "0 (as mesh.model) or a multiple of it"),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,7 +74,7 @@ ORDER: list[str | tuple[str, list]] = [
     ),
     "routes",
     "objective",
-    ("rollout", ["inversion", "sampling", "drawn", "refill", "decode", "answers"]),
+    ("rollout", ["inversion", "sampling", "drawn", "refill", "decode", "regrouped", "answers"]),
     "pieces",
     "steps",
     # what a run is, and what it leaves on disk

@@ -103,6 +103,7 @@ class EvalPlan:
       slots: rows decoded at a time; 0: all.
       grader: of answers: a name of ``grading.GRADERS``, or a function of the user's own.
       bias_V: logit bias of the policy, also in evaluation.
+      on: the devices in the arrangement that a student samples in; None: that of its parameters.
     """
 
     policy: Sampler
@@ -118,6 +119,7 @@ class EvalPlan:
     bias_V: jax.Array | None = None
     widths: tuple[int, ...] = ()
     teacher_width: int = 0
+    on: Mesh | None = None
 
     def __post_init__(self):
         grading.named(self.grader)  # raises before anything is sampled
@@ -131,6 +133,7 @@ class EvalPlan:
             "size": self.size,
             "slots": self.slots,
             "bias_V": self.bias_V,
+            "on": self.on,
         }
 
     @property

@@ -221,8 +221,14 @@ def specs(cfg: ModelConfig) -> Specs:
     return tree
 
 
-def check_mesh(cfg: ModelConfig, mesh: Mesh, who: str = "the model") -> None:
+def check_mesh(cfg: ModelConfig, mesh: Mesh, who: str = "the model", key: str = "") -> None:
     """Check that a mesh divides a model, in the words of its config.json.
+
+    Args:
+      cfg: of the model.
+      mesh: devices.
+      who: the model, in words.
+      key: of the config, that sets the axis; default: the axis's own.
 
     Raises:
       ValueError: it does not; names all sizes that an axis does not divide, and what would do.
@@ -234,7 +240,7 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh, who: str = "the model") -> None:
             raise ValueError(
                 f"{who} has {' and '.join(found)}, which does not divide over {shards} shards of "
                 f"mesh axis '{axis}': expected a divisor of {math.gcd(*sizes.values())}; choose "
-                f"--config.mesh.{axis}"
+                f"--config.mesh.{key or axis}"
             )
 
 

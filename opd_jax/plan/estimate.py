@@ -27,6 +27,7 @@ from opd_jax.run.assemble import Assembly
 _USED = re.compile(r"(?:[Uu]sed |temporaries \(|hbm usage >= )([\d.]+)([KMGT]?)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # A program with a loop over tokens is told in two parts.
+STEP = ("switch", "prefill", "decode", "teacher", "train")
 PARTS = {programs.SAMPLE: ("prefill", "decode"), programs.ANSWERS: ("answers", "answers_decode")}
 
 
@@ -112,6 +113,7 @@ class Plan:
       topology: the machine's name.
       chip: one of its.
       mesh: its axes.
+      rollout_mesh: those in which the student samples.
       programs: by name, in the order in which they run.
       rows, max_new: answers of a step, and most ids of each.
       steps: of the run.
@@ -122,6 +124,7 @@ class Plan:
     topology: str
     chip: Chip
     mesh: dict[str, int]
+    rollout_mesh: dict[str, int]
     programs: dict[str, ProgramPlan]
     rows: int
     max_new: int
@@ -150,7 +153,7 @@ class Plan:
     @property
     def seconds_per_step(self) -> float | None:
         """Of the programs of a step, with the longest answers."""
-        return self.seconds(("prefill", "decode", "teacher", "train")) if self.is_whole else None
+        return self.seconds(STEP) if self.is_whole else None
 
     @property
     def chip_hours(self) -> float | None:
@@ -162,7 +165,8 @@ class Plan:
         )
         if step is None or answers is None or measured is None:
             return None
-        evaluation = (graded + kl) * answers + kl * measured
+        switched = (bool(graded) + bool(kl)) * (self.seconds(("switch",)) or 0.0)
+        evaluation = switched + (graded + kl) * answers + kl * measured
         return self.num_chips * (self.steps * step + times * evaluation) / 3600
 
 
@@ -188,7 +192,7 @@ def plan(
     with jax.set_mesh(parts.mesh), afresh():
         for traced in programs.of_run(parts):
             if not only or traced.name in only:
-                for each in compiled(traced, machine, parts.mesh, say):
+                for each in compiled(traced, machine, traced.mesh, say):
                     found[each.name] = each
                     held, took = memory.text(each.bytes_per_chip), each.cost and each.cost.seconds
                     say(
@@ -202,6 +206,7 @@ def plan(
         topology=machine.name,
         chip=machine.chip,
         mesh=dict(parts.mesh.shape),
+        rollout_mesh=dict(parts.rollout_mesh.shape),
         programs=found,
         rows=run.rows_read
         if run.train.stage == "off_policy"

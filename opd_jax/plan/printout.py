@@ -13,6 +13,7 @@ _KEYS = {
     "optimizer": "raise --config.mesh.fsdp or .model, which split it",
     "teacher": "raise --config.mesh.fsdp or .model, which split it, or set "
     "--config.teacher.offload=True",
+    "policy": "raise --config.mesh.fsdp or .model, which split it",
     "batch": "lower --config.train.prompts or --config.rollout.samples",
     "cache": "lower --config.rollout.samples, .max_new or --config.train.prompts, or raise "
     "--config.mesh.model",
@@ -28,6 +29,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "topology": plan.topology,
         "chips": plan.num_chips,
         "mesh": plan.mesh,
+        "rollout_mesh": plan.rollout_mesh,
         "fits": plan.fits,
         "seconds_per_step": plan.seconds_per_step,
         "tokens_per_step": plan.rows * plan.max_new,
@@ -83,9 +85,15 @@ def _share(plan: Plan, each: ProgramPlan) -> float:
     return each.flops / max(each.cost.seconds * plan.num_chips * plan.chip.flops, 1e-30)
 
 
+def _axes(mesh: dict[str, int]) -> str:
+    return " x ".join(f"{name} {size}" for name, size in mesh.items())
+
+
 def lines(plan: Plan) -> list[str]:
     """The plan as a table, what does not fit, and what a step takes."""
-    axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    axes = _axes(plan.mesh)
+    if plan.rollout_mesh != plan.mesh:
+        axes += f"; {_axes(plan.rollout_mesh)} while the student samples"
     found = [
         f"{plan.topology}: {plan.num_chips} chips ({axes}), {memory.text(plan.chip.memory)} each; "
         "compiled for and estimated, not run",
@@ -120,7 +128,7 @@ def lines(plan: Plan) -> list[str]:
 
 def _row(plan: Plan, each: ProgramPlan) -> str:
     gib = {name: value / 2**30 for name, value in each.memory.items()}
-    weights = gib["student"] + gib["teacher"]
+    weights = gib["student"] + gib["teacher"] + gib["policy"]
     row = (
         f"{each.name:<15}{'yes' if each.fits else 'NO':<6}{each.bytes_per_chip / 2**30:>9.3g}"
         f"{weights:>9.3g}{gib['optimizer']:>8.3g}{gib['cache']:>8.3g}{gib['temporaries']:>8.3g}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opd_jax import mesh as meshlib
@@ -25,14 +25,15 @@ from opd_jax.models import architecture, resting
 from opd_jax.plan import known_models
 from opd_jax.plan.chips import Machine
 from opd_jax.pytrees import Packing, Prompt, Rollout
-from opd_jax.rollout import decode, refill
+from opd_jax.rollout import decode, refill, regrouped
 from opd_jax.rollout.sampling import Sampler
 from opd_jax.run import assemble, initial, iteration
 from opd_jax.run.assemble import Assembly, Words
 from opd_jax.spec import ConfigError, RunConfig, teacher_title
 
 TRAIN, TEACHER, SAMPLE, EVALUATION, ANSWERS = "train", "teacher", "sample", "evaluation", "answers"
-ALL = (SAMPLE, TEACHER, TRAIN, ANSWERS, EVALUATION)
+SWITCH = "switch"  # to the arrangement in which the student samples, where that is another
+ALL = (SWITCH, SAMPLE, TEACHER, TRAIN, ANSWERS, EVALUATION)
 # The names under which ``iteration.Programs`` has them.
 _NAMES = {"sample": SAMPLE, "teacher_states": TEACHER}
 
@@ -47,11 +48,13 @@ class Traced:
       alive: bytes on each device of what is there while it runs, by what it is.
       cache: bytes on each device of the keys and values that it makes; 0: none.
       scored_share: of the positions of a batch.
+      mesh: the devices in the arrangement that it runs in.
     """
 
     name: str
     traced: Any
     alive: dict[str, float]
+    mesh: Mesh
     cache: float = 0.0
     scored_share: float = 1.0
 
@@ -120,7 +123,8 @@ class _Recorder:
     """Stands in for the programs of a step, and notes what they are called with."""
 
     def __init__(self, parts: Assembly):
-        self.parts, self.found = parts, []
+        self.parts, self.found, self.mesh = parts, [], parts.mesh
+        self.policy: Any = None  # the student's parameters where it samples in another arrangement
         self.state = initial.state_template(parts)
         self.teacher = initial.teacher_template(parts)
         self.awake: Any = resting.awake(self.teacher)
@@ -234,7 +238,40 @@ class _Recorder:
         slots: int = 0,
         segments: int = 1,
     ) -> Any:
-        """The rollout of prompts of one width."""
+        """The rollout of prompts of one width, in the arrangement of sampling."""
+        parts = self.parts
+        home, self.mesh = self.mesh, parts.rollout_mesh
+        if self.mesh != home and self.policy is None:
+            self.policy = self.switched(params)
+        params = params if self.policy is None else self.policy
+        with jax.set_mesh(self.mesh):
+            answers = self.answered(
+                name, params, rows, width, sampler, max_new, samples, slots, segments
+            )
+        self.mesh = home
+        return meshlib.placed(answers, home)
+
+    def switched(self, params: Any) -> Any:
+        """The program that lays parameters out for sampling; returns what it makes."""
+        wanted = regrouped.dtypes(params, self.parts.cfg.student)
+        leaves, structure = jax.tree.flatten(params)
+        places = tuple(NamedSharding(self.mesh, leaf.sharding.spec) for leaf in leaves)
+        program = meshlib.mover(places, tuple(jax.tree.leaves(wanted)))
+        return structure.unflatten(self.call(SWITCH, program, *leaves))
+
+    def answered(
+        self,
+        name: str,
+        params: Any,
+        rows: int,
+        width: int,
+        sampler: Sampler,
+        max_new: int,
+        samples: int,
+        slots: int,
+        segments: int,
+    ) -> Any:
+        """The same where the parameters lie for it."""
         parts = self.parts
         ids_BP: Any = self.array((rows, width), jnp.int32, meshlib.BATCH, None)
         start_B: Any = self.array((rows,), jnp.int32, meshlib.BATCH)
@@ -255,7 +292,7 @@ class _Recorder:
             {} if parts.bias_V is None else {"bias_V": self.array(parts.bias_V.shape, jnp.float32)}
         )
         cache = refill.cells(
-            parts.cfg.student, rows, samples, width, max_new, parts.mesh, wanted=slots
+            parts.cfg.student, rows, samples, width, max_new, self.mesh, wanted=slots
         )
         return self.call(
             name,
@@ -272,23 +309,26 @@ class _Recorder:
         """Trace a program, note it, and return the shapes of its results."""
         traced = program.trace(*args, **kwargs)
         self.found.append(
-            Traced(name, traced, self.alive((args, kwargs)), cache, self.scored(args))
+            Traced(name, traced, self.alive((args, kwargs)), self.mesh, cache, self.scored(args))
         )
         results = [
             jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
             for a in traced.jaxpr.out_avals
         ]
         tree = jax.tree.structure(traced.out_info)
-        return meshlib.placed(tree.unflatten(results), self.parts.mesh)
+        return meshlib.placed(tree.unflatten(results), self.mesh)
 
     def alive(self, given: Any) -> dict[str, float]:
         """Bytes on each device of the models and of whatever else a program is given."""
         found, seen = {}, set()
         here = [leaf for leaf in jax.tree.leaves(self.teacher) if not resting.is_resting(leaf)]
         brought = {id(leaf) for leaf in jax.tree.leaves(self.awake)} - {id(leaf) for leaf in here}
-        if brought & {id(leaf) for leaf in jax.tree.leaves(given)}:
+        used = {id(leaf) for leaf in jax.tree.leaves(given)}
+        if brought & used:
             here = self.awake
-        for name, tree in (*self.base.items(), ("teacher", here), ("batch", (self.state, given))):
+        policy = [leaf for leaf in jax.tree.leaves(self.policy) if id(leaf) in used]
+        known = (*self.base.items(), ("teacher", here), ("policy", policy))
+        for name, tree in (*known, ("batch", (self.state, given))):
             leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
             new = [x for x in leaves if id(x) not in seen]
             seen |= {id(x) for x in new}
@@ -303,7 +343,7 @@ class _Recorder:
         return (columns[0] - self.parts.prompt_widths[-1]) / (columns[0] - 1)
 
     def array(self, shape: tuple[int, ...], dtype: Any, *spec: Any) -> jax.ShapeDtypeStruct:
-        place = NamedSharding(self.parts.mesh, P(*spec))
+        place = NamedSharding(self.mesh, P(*spec))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 

@@ -17,7 +17,7 @@ from opd_jax.data import widths as padding
 from opd_jax.data.prompts import Example
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.pytrees import Params, Prompt, Rollout
-from opd_jax.rollout import decode
+from opd_jax.rollout import regrouped
 from opd_jax.rollout.sampling import Sampler
 
 
@@ -46,6 +46,7 @@ def sample(
     bias_V: jax.Array | None = None,
     numbers: Sequence[int] | None = None,
     slots: int = 0,
+    on: Mesh | None = None,
 ) -> Iterator[tuple[Rollout, int]]:
     """Sample answers to all rows, batch by batch, each process its own share.
 
@@ -65,8 +66,10 @@ def sample(
       bias_V: logit bias.
       slots: rows decoded at a time, see ``decode.sample``; 0: all of a batch.
       numbers: of the rows; default: their places in ``rows``.
+      on: the devices in the arrangement that they sample in; default: ``mesh``.
     """
     own = meshlib.own(size)
+    params = regrouped.policy(params, cfg=cfg, on=on)
     numbers = range(len(rows)) if numbers is None else numbers
     for number, (part, real) in enumerate(batches(rows, size)):
         prompt = batching.pad([row.ids for row in part[own]], width, sampler.pad_id)
@@ -74,10 +77,11 @@ def sample(
         places = [number * size + i if i < real else 0 for i in range(size)]
         ids = np.array([numbers[place] for place in places], np.int32)[own]
         prompt, rows_B = meshlib.to_global((prompt, ids), mesh)
-        answers = decode.sample(
+        answers = regrouped.sample(
             params,
             prompt,
             key,
+            on=on,
             cfg=cfg,
             sampler=sampler,
             max_new=max_new,

@@ -15,7 +15,7 @@ from opd_jax.data import batches, packing, widths
 from opd_jax.data.batches import Batch
 from opd_jax.data.prompts import Example
 from opd_jax.pytrees import Packing, Params, Rollout
-from opd_jax.rollout import decode
+from opd_jax.rollout import regrouped
 from opd_jax.rollout.answers import crop, routed, seen_by_teacher
 from opd_jax.run.assemble import Assembly
 from opd_jax.spec import RunConfig
@@ -27,10 +27,11 @@ def sample(parts: Assembly, params: Params, batch: Batch, step: int) -> Rollout:
     width = widths.bucket(batch.longest, parts.prompt_widths)
     rows = asked(parts.run, batch.examples)
     prompt = batches.pad([row.ids for row in rows], width, parts.policy.pad_id)
-    answers = decode.sample(
-        params,
+    answers = regrouped.sample(
+        regrouped.policy(params, cfg=parts.cfg.student, on=parts.rollout_mesh),
         meshlib.to_global(prompt, parts.mesh),
         jax.random.fold_in(jax.random.key(parts.run.seed), step),
+        on=parts.rollout_mesh,
         cfg=parts.cfg.student,
         sampler=parts.policy,
         max_new=spec.max_new,

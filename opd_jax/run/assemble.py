@@ -58,6 +58,11 @@ class Assembly:
     teacher_widths: tuple[int, ...] = ()  # of prompts that the teacher reads; (): the student's
 
     @property
+    def rollout_mesh(self) -> Mesh:
+        """The devices in the arrangement that the student samples in."""
+        return meshlib.regrouped(self.mesh, self.run.mesh.rollout_model)
+
+    @property
     def last_step(self) -> int:
         """Step at which the run ends: ``train.steps``, or where its epochs of prompts do."""
         return min(self.run.train.steps, steps_of_epochs(self.run, len(self.rows)))
@@ -182,6 +187,8 @@ def composed(
         )
     shards = meshlib.batch_shards(mesh)
     check_batches(run, shards)
+    sampling_on = meshlib.regrouped(mesh, run.mesh.rollout_model)
+    architecture.check_mesh(student, sampling_on, "the student", "rollout_model")
     run = _ended(run, len(rows), say)
     policy = Sampler(
         vocab_size=vocab_size,
@@ -247,7 +254,10 @@ def composed(
         policy=policy,
         rows=tuple(rows),
         heldout=tuple(heldout),
-        plan=_eval_plan(run, policy, heldout, shards, bias_V, (prompt_widths, teacher_widths)),
+        plan=dataclasses.replace(
+            _eval_plan(run, policy, heldout, shards, bias_V, (prompt_widths, teacher_widths)),
+            on=sampling_on,
+        ),
         bias_V=bias_V,
         prompt_widths=prompt_widths,
         answer_widths=run.rollout.buckets or widths.ladder(run.rollout.max_new),
@@ -282,6 +292,9 @@ def needs(parts: Assembly, *, is_scoring: bool = False) -> list[memory.Need]:
         *[memory.Need("its adapters", trained, split)] * bool(adapters),
         memory.Need("its optimizer", moments * trained, split),
     ]
+    if is_answering and parts.rollout_mesh != mesh:
+        again = memory.weights(cfg.student, cfg.student.compute_dtype, parts.rollout_mesh)
+        found.append(memory.Need("the student as it samples", again, split))
     for part, name in zip(cfg.teachers, run.teachers, strict=True):
         dtype, who = run.teacher.stored_dtype(part.dtype), f"the {teacher_title(name)}"
         change = f"{split}, or set --config.teacher.offload=True"

@@ -51,7 +51,7 @@ def measured(
     Raises:
       WorkdirError: ``teacher.json`` is damaged.
     """
-    plan = parts.plan
+    plan = dataclasses.replace(parts.plan, on=None)
     is_graded = bool(heldout.graded_rows(parts.heldout, plan))
     if not (parts.run.eval.every and parts.run.eval.teacher and is_graded) or teacher is None:
         return None
