@@ -3,8 +3,8 @@
 A token's step reads all weights that a device has: of a model that is split by ``fsdp`` and
 gathered, all of them, whatever the number of devices. With more devices along ``model`` each reads
 a part, and exchanges a row's state twice a layer. An update is the other way round. So a phase of
-sampling begins with the weights laid out anew, in the dtype that they are computed in, and ends with
-the answers brought back.
+sampling begins with the weights laid out anew, in the dtype that they are computed in, and ends
+with the answers brought back.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def sample(
     home = _home(prompt)
     if on is None or home in (None, on):
         return decode.sample(params, prompt, key, **how)
-    prompt, key, how = meshlib.moved((prompt, key), on) + (how,)
     given = {name: how[name] for name in ("bias_V", "rows_B") if how.get(name) is not None}
+    prompt, key, given = meshlib.moved((prompt, key, given), on)
     with jax.set_mesh(on):
-        answers = decode.sample(params, prompt, key, **(how | meshlib.moved(given, on)))
+        answers = decode.sample(params, prompt, key, **(how | given))
     return meshlib.moved(answers, home)
 
 

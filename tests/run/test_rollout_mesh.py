@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import adapters
 import jax
@@ -66,7 +67,9 @@ def test_what_is_moved_has_all_bits_that_are_used(has_adapters):
         declared = lora.attached(declared, lora.specs(cfg, adapters.SPEC), adapters.SPEC)
     home = mesh.make(1, 8, 1)
     on = mesh.regrouped(home, 2)
-    prompt = Prompt(np.arange(64, dtype=np.int32).reshape(8, 8), np.arange(8, dtype=np.int32) % 5)
+    ids_BP: Any = np.arange(64, dtype=np.int32).reshape(8, 8)
+    start_B: Any = np.arange(8, dtype=np.int32) % 5
+    prompt = Prompt(ids_BP, start_B)
     how = {"cfg": cfg, "sampler": Sampler(vocab_size=600), "max_new": 8}
 
     def placed(where):
@@ -77,7 +80,8 @@ def test_what_is_moved_has_all_bits_that_are_used(has_adapters):
         found = regrouped.sample(
             moved, mesh.to_global(prompt, home), jax.random.key(3), on=on, **how
         )
-        assert found.ids_BT.sharding.mesh == home
+        place: Any = found.ids_BT.sharding
+        assert place.mesh == home
     with jax.set_mesh(on):
         expected = decode.sample(placed(on), mesh.to_global(prompt, on), jax.random.key(3), **how)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
