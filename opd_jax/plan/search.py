@@ -46,6 +46,7 @@ def search(
 
     Meshes come in the order of what they hold of the models on a chip; on each, micro-batches are
     doubled and remat raised only as long as the run does not fit: beyond, both only take longer.
+    For the best of them the arrangement in which the student samples is chosen last.
 
     Args:
       run: its config; its own keys come first.
@@ -56,6 +57,7 @@ def search(
     """
     tried: list[Tried] = []
     compiled = 0
+    models = {"student": student, "teacher": teacher}
     for mesh in meshes(len(machine.devices), run):
         for remat, pieces in itertools.product(_remats(run), _pieces(run, mesh)):
             keys = {
@@ -66,11 +68,9 @@ def search(
                 "student.remat": remat,
             }
             if compiled == most:
-                return tried
+                return [*tried, *_sampling(run, machine, models, best(tried), say)]
             try:
-                parts = programs.assembly(
-                    with_keys(run, keys), machine, student=student, teacher=teacher, say=_silent
-                )
+                parts = programs.assembly(with_keys(run, keys), machine, **models, say=_silent)
                 needed = max(
                     sum(need.num_bytes for need in assemble.needs(parts, is_scoring=is_scoring))
                     for is_scoring in (False, True)
@@ -89,7 +89,43 @@ def search(
                 break
         else:
             continue
-    return tried
+    return [*tried, *_sampling(run, machine, models, best(tried), say)]
+
+
+def _sampling(
+    run: RunConfig,
+    machine: Machine,
+    models: dict[str, str],
+    found: Tried | None,
+    say: Callable[[str], None],
+) -> Iterator[Tried]:
+    """The best that was found, with its student sampling in other arrangements.
+
+    Only what samples is compiled again, with twice the devices along ``model`` each time, as long
+    as that is faster.
+    """
+    is_sampled = run.train.stage != "off_policy" and not run.mesh.rollout_model  # not set already
+    if found is None or found.plan is None or not is_sampled:
+        return
+    fastest = _step_seconds(found)
+    given = with_keys(run, found.keys)
+    for group in range(1, len(machine.devices).bit_length()):
+        keys = found.keys | {"mesh.rollout_model": given.mesh.model << group}
+        try:
+            parts = programs.assembly(with_keys(run, keys), machine, **models, say=_silent)
+            say(f"trying {_text(keys)}")
+            only = (programs.SWITCH, programs.SAMPLE)
+            plan = estimate.plan(parts, machine, say=_silent, only=only)
+        except ValueError as error:
+            yield Tried(keys, problem=str(error).partition(":")[0][:120])
+            return
+        whole = dataclasses.replace(
+            plan, programs=found.plan.programs | plan.programs, is_whole=True
+        )
+        yield Tried(keys, whole)
+        if not whole.fits or _step_seconds(Tried(keys, whole)) >= fastest:
+            return
+        fastest = _step_seconds(Tried(keys, whole))
 
 
 def best(tried: list[Tried]) -> Tried | None:

@@ -130,6 +130,21 @@ def test_what_a_stage_does_not_run_is_not_planned(planned):
             assert [each.name for each in programs.of_run(parts)] == wanted
 
 
+def test_sampling_in_another_arrangement_is_planned_in_it(tiny):
+    keys = ("mesh.data=1", "mesh.fsdp=8", "mesh.rollout_model=2", "train.prompts=8", "eval.every=2")
+    flags = [f"--config.{key}" for key in keys]
+    given, _ = config.load([f"--config={tiny / 'config.py'}", *flags])
+    machine = chips.machine("cpu:8")
+    parts = programs.assembly(config.resolve(given), machine, say=str)
+    with jax.set_mesh(parts.mesh):
+        found = {each.name: each for each in programs.of_run(parts)}
+    assert [*found] == ["switch", "sample", "teacher", "train", "answers", "evaluation"]
+    meshes = {name: each.mesh.shape["model"] for name, each in found.items()}
+    assert meshes == dict.fromkeys(found, 1) | dict.fromkeys(("switch", "sample", "answers"), 2)
+    held = {name: each.alive["policy"] for name, each in found.items()}
+    assert held["sample"] == held["answers"] > 0 == held["train"] == held["teacher"]
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Machines whose devices have little memory."""
@@ -161,20 +176,31 @@ def test_the_search_names_the_fastest_that_fits(planned, small, capsys, monkeypa
     small(largest - 1)
     seen = []
 
-    def cheap(parts, machine, say=print):
+    def cheap(parts, machine, say=print, only=()):
         """Half the temporaries with each doubling of micro-batches, and no compiling."""
         seen.append(parts.run.train.microbatches)
         size = largest / parts.run.train.microbatches
-        seconds = float(parts.run.train.microbatches + parts.run.mesh.fsdp)
-        cost = estimate.Cost(1.0, 1.0, seconds, (), {"compute": 1.0})
-        made = estimate.ProgramPlan(
-            "train", {"temporaries": size}, machine.chip.memory, 1.0, 1.0, cost
+        spec = parts.run.mesh
+        seconds = {
+            "train": float(parts.run.train.microbatches + spec.fsdp + 10 * spec.model),
+            "decode": 8.0 / (spec.rollout_model or spec.model),  # fastest along the model alone
+        }
+        made = {
+            name: estimate.ProgramPlan(
+                name, {"temporaries": size}, machine.chip.memory, 1.0, 1.0,
+                estimate.Cost(1.0, 1.0, value, (), {"compute": 1.0}),
+            )
+            for name, value in seconds.items()
+            if not only or name == "decode"
+        }  # fmt: skip
+        axes, other = dict(parts.mesh.shape), dict(parts.rollout_mesh.shape)
+        return estimate.Plan(
+            machine.name, machine.chip, axes, other, made, 8, 6, 4, (0, 0, 0), is_whole=not only
         )
-        axes = dict(parts.mesh.shape)
-        return estimate.Plan(machine.name, machine.chip, axes, {"train": made}, 8, 6, 4, (0, 0, 0))
 
     monkeypatch.setattr(search.estimate, "plan", cheap)
-    given, _ = config.load([f"--config={folder / 'config.py'}", *MESH])
+    flags = (*MESH, "--config.train.prompts=8")
+    given, _ = config.load([f"--config={folder / 'config.py'}", *flags])
     found = search.search(config.resolve(given), chips.machine("cpu:8"), say=lambda line: None)
     assert seen[:2] == [1, 2]  # doubled until it fits, and no further
     chosen = search.best(found)
@@ -182,6 +208,10 @@ def test_the_search_names_the_fastest_that_fits(planned, small, capsys, monkeypa
     assert chosen in fitting
     assert all(each.plan.seconds_per_step >= chosen.plan.seconds_per_step for each in fitting)
     assert len({tuple(each.keys.values()) for each in found}) == len(found)
+    assert chosen.keys["mesh.rollout_model"] == 2  # of two heads
+    assert chosen.plan.rollout_mesh["model"] == 2
+    assert chosen.plan.programs["decode"].cost.seconds == 4.0
+    assert found[-1].problem.startswith("the student has 2 key/value heads")  # 4 do not divide them
     text = search.lines(found)
     assert text[-1].startswith("best: --config.mesh.data=")
     assert printout.as_json(chosen.plan)["fits"]
@@ -240,4 +270,4 @@ def test_some_of_the_programs_say_nothing_of_a_step(tiny, tmp_path, capsys):
     assert plan["seconds_per_step"] is None
     assert plan["chip_hours"] is None
     assert command(tiny, *MESH, "--only=teachers") == 1
-    assert "no program 'teachers': expected some of sample, teacher" in capsys.readouterr().err
+    assert "no program 'teachers': expected some of switch, sample" in capsys.readouterr().err
