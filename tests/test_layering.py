@@ -151,6 +151,7 @@ ORDER: list[str | tuple[str, list]] = [
         [
             "reading",
             "precision",
+            "portions",
             "assemble",
             "initial",
             "entry",

@@ -27,7 +27,7 @@ from opd_jax.plan.chips import Machine
 from opd_jax.pytrees import Packing, Prompt, Rollout
 from opd_jax.rollout import decode, refill, regrouped
 from opd_jax.rollout.sampling import Sampler
-from opd_jax.run import assemble, initial, iteration
+from opd_jax.run import assemble, initial, iteration, portions
 from opd_jax.run.assemble import Assembly, Words
 from opd_jax.spec import ConfigError, RunConfig, teacher_title
 
@@ -79,7 +79,7 @@ def assembly(
       ConfigError, ValueError: something does not fit.
     """
     mesh = meshlib.make(run.mesh.data, run.mesh.fsdp, run.mesh.model, machine.devices)
-    assemble.check_batches(run, meshlib.batch_shards(mesh))
+    portions.check_batches(run, meshlib.batch_shards(mesh))
     auto = "float32" if machine.chip.name == "cpu" else "bfloat16"
     if teacher and run.teacher.paths:
         raise ConfigError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,7 +29,7 @@ from opd_jax.models.transformer import ModelConfig
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.rollout import decode, refill, sampling
 from opd_jax.rollout.sampling import Sampler
-from opd_jax.run import reading
+from opd_jax.run import portions, reading
 from opd_jax.spec import ConfigError, ModelSpec, RunConfig, teacher_title
 from opd_jax.store import hub
 from opd_jax.store import pair as pairs
@@ -65,13 +64,7 @@ class Assembly:
     @property
     def last_step(self) -> int:
         """Step at which the run ends: ``train.steps``, or where its epochs of prompts do."""
-        return min(self.run.train.steps, steps_of_epochs(self.run, len(self.rows)))
-
-
-def steps_of_epochs(run: RunConfig, num_rows: int) -> int:
-    """Steps that the epochs of prompts are enough for; endless where they are not limited."""
-    full = num_rows // run.rows_read
-    return run.data.epochs * full if run.data.epochs else sys.maxsize
+        return min(self.run.train.steps, portions.steps_of_epochs(self.run, len(self.rows)))
 
 
 def assemble(
@@ -89,7 +82,7 @@ def assemble(
       ConfigError, ValueError, FileNotFoundError: the first thing that does not fit.
     """
     mesh = meshlib.make(run.mesh.data, run.mesh.fsdp, run.mesh.model)
-    check_batches(run, meshlib.batch_shards(mesh))
+    portions.check_batches(run, meshlib.batch_shards(mesh))
     path = hub.folder(run.student.path)
     student = _fitting(run.student, path, "student", mesh, say)
     folders = [path]
@@ -186,10 +179,10 @@ def composed(
             f"({student.model_type}) has no experts; set --config.train.load_balance=0"
         )
     shards = meshlib.batch_shards(mesh)
-    check_batches(run, shards)
+    portions.check_batches(run, shards)
     sampling_on = meshlib.regrouped(mesh, run.mesh.rollout_model)
     architecture.check_mesh(student, sampling_on, "the student", "rollout_model")
-    run = _ended(run, len(rows), say)
+    run = portions.ended(run, len(rows), say)
     policy = Sampler(
         vocab_size=vocab_size,
         temperature=run.rollout.temperature,
@@ -358,44 +351,6 @@ def adapter_specs(run: RunConfig, student: ModelConfig) -> params.Specs | None:
         return lora.specs(student, run.lora)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def check_batches(run: RunConfig, shards: int) -> None:
-    """Check that a step's rows divide over the mesh.
-
-    Raises:
-      ConfigError: they do not.
-    """
-    rows = run.train.prompts * run.rollout.samples
-    if run.train.prompts % shards or rows % (run.train.microbatches * shards):
-        raise ConfigError(
-            f"{run.train.prompts} prompts x {run.rollout.samples} samples in "
-            f"{run.train.microbatches} micro-batches do not divide over {shards} batch shards "
-            "(mesh data x fsdp): change --config.train.prompts, --config.train.microbatches or "
-            "the mesh"
-        )
-    if run.rollout.slots % shards:
-        raise ConfigError(
-            f"rollout.slots is {run.rollout.slots}: expected a multiple of the {shards} batch "
-            "shards (mesh data x fsdp), or 0; set --config.rollout.slots"
-        )
-    if run.train.prompts % jax.process_count():
-        raise ConfigError(
-            f"{run.train.prompts} prompts do not divide over {jax.process_count()} processes: "
-            "change --config.train.prompts"
-        )
-
-
-def _ended(run: RunConfig, num_rows: int, say: Callable[[str], None]) -> RunConfig:
-    """The run with a schedule that ends where its prompts are used up."""
-    limit = steps_of_epochs(run, num_rows)
-    if limit >= run.train.steps:
-        return run
-    say(
-        f"data.epochs: {run.data.epochs} x {num_rows} prompts are used up after {limit} steps, "
-        f"before train.steps ({run.train.steps}): there the run ends, and its schedule"
-    )
-    return dataclasses.replace(run, optim=dataclasses.replace(run.optim, steps=max(limit, 1)))
 
 
 def _eval_plan(
