@@ -444,7 +444,8 @@ def main() -> int:
     parser.add_argument("--part", default="", help="only cases with this in their name")
     parser.add_argument("--every", type=int, default=1, help="only every N-th case")
     flags = parser.parse_args()
-    os.environ.pop("XLA_FLAGS", None)  # one device
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{given} --xla_force_host_platform_device_count=1"
 
     from opd_jax import cli
 

@@ -1,10 +1,19 @@
-"""Eight CPU devices, strict numerics and strict warnings for every test."""
+"""Eight CPU devices, strict numerics, strict warnings and quick compiling for every test.
+
+Compiling is most of what the tests cost, and what comes after XLA's own passes most of that: a
+program's operations, collectives and sharding stay as they are, but its fusions are written without
+MLIR and LLVM optimizes nothing. What is made of two programs may then differ in other bits than a
+user's, so tests that compare bits of different programs, and those of real models and of compilers,
+are marked ``optimized`` and compile as users do. Processes that tests start compile likewise.
+"""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 ).strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -12,6 +21,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax._src import compiler
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
@@ -21,6 +31,38 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+_QUICK = os.environ["XLA_FLAGS"]
+_AS_USERS = " ".join(
+    flag
+    for flag in _QUICK.split()
+    if not flag.startswith(("--xla_backend_optimization_level", "--xla_cpu_use_fusion_emitters"))
+)
+
+
+def _options(*args, make=compiler.get_compile_options, **kwargs):
+    """What jax tells XLA of a program: ``XLA_FLAGS`` are read once, and this is asked each time."""
+    is_quick = os.environ["XLA_FLAGS"] == _QUICK
+    if not is_quick and kwargs["backend"].platform == "cpu":
+        emitters = {"xla_cpu_use_fusion_emitters": True}
+        kwargs["env_options_overrides"] = emitters | (kwargs["env_options_overrides"] or {})
+    options = make(*args, **kwargs)
+    if not is_quick:
+        options.executable_build_options.debug_options.xla_backend_optimization_level = 3
+    return options
+
+
+compiler.get_compile_options = _options
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before the fixtures of a test, which compile too."""
+    flags = _QUICK if item.get_closest_marker("optimized") is None else _AS_USERS
+    if os.environ["XLA_FLAGS"] != flags:
+        os.environ["XLA_FLAGS"] = flags
+        jax.clear_caches()  # of programs that were compiled the other way
 
 
 @pytest.fixture(scope="module", autouse=True)

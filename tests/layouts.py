@@ -73,9 +73,10 @@ def start(
     if layout.processes > 1:  # where nothing lies that process 0 has and the others have not
         cache /= "each"
     program = f"import sys\n{code}\nfrom opd_jax import cli\nsys.exit(cli.main(sys.argv[1:]))"
+    flags = os.environ.get("XLA_FLAGS", "")
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={layout.devices}",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={layout.devices}",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONUNBUFFERED": "1",

@@ -1,12 +1,15 @@
-"""What transformers makes of an export and of the folder that it was made from, as one JSON object.
+"""What transformers makes of exports and of the folders that they were made from, as one JSON list.
 
-    python tests/read_export.py EXPORT SOURCE IDS.npy LOGITS.npy
+    python tests/read_export.py EXPORT SOURCE IDS.npy LOGITS.npy [EXPORT SOURCE ...]
 
-Runs in the environments of transformers 4 and of 5 (with torch), where opd_jax is not.
+Runs in the environments of transformers 4 and of 5 (with torch), where opd_jax is not. To start it
+takes longer than to read an export, so it reads many; of one that it cannot read it says why.
 """
 
+import itertools
 import json
 import sys
+import traceback
 
 import numpy as np
 import torch
@@ -50,14 +53,14 @@ def told(folder: str) -> dict:
     }
 
 
-def main(export: str, source: str, ids: str, logits: str) -> None:
+def read(export: str, source: str, ids: str, logits: str) -> dict:
     model, report = AutoModelForCausalLM.from_pretrained(
         export, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
     )
     with torch.no_grad():
         np.save(logits, model(torch.tensor(np.load(ids)).long()).logits.numpy())
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    result = {
+    return {
         "version": transformers.__version__,
         "export": told(export),
         "source": told(source),
@@ -66,7 +69,16 @@ def main(export: str, source: str, ids: str, logits: str) -> None:
         "bos": model.config.bos_token_id,
         "temperature": model.generation_config.temperature,
     }
-    print(json.dumps(result))
+
+
+def main(*paths: str) -> None:
+    results = []
+    for job in itertools.zip_longest(*[iter(paths)] * 4):
+        try:
+            results.append(read(*job))
+        except Exception:
+            results.append({"error": traceback.format_exc()})
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -248,6 +248,7 @@ def test_an_update_of_adapters_takes_less_memory():
     assert taken[0] < taken[1] - 2.5 * whole
 
 
+@pytest.mark.optimized
 def test_the_gradient_of_a_head_is_formed_where_it_is_asked_for():
     hs_BTD, head_VD = jnp.ones((2, 4, 8)), jnp.asarray(STUDENT_0["embed"])
     ids_BT, weight_BT = jnp.ones((2, 4), jnp.int32), jnp.ones((2, 4))

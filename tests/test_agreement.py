@@ -68,6 +68,7 @@ def test_equal_models_agree():
     assert np.all(np.asarray(found.overlap_BT) > agreement.FAVOURITES / REAL)
 
 
+@pytest.mark.optimized
 def test_they_change_no_other_measurement_and_cost_nothing_where_not_asked():
     arrays = [jnp.asarray(x) for x in models()]
     plain = kl.token_kl(*arrays, spec=KLSpec(vocab_size=REAL))

@@ -229,6 +229,7 @@ def test_a_file_that_is_no_wheel_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.ci
+@pytest.mark.optimized
 def test_the_real_model_answers_a_question():
     import torch
     from transformers import AutoModelForCausalLM

@@ -188,6 +188,7 @@ def test_four_devices_give_what_one_gives(axes):
         assert on_four[name].weight == on_one[name].weight
 
 
+@pytest.mark.optimized
 def test_one_of_several_teachers_gives_what_it_gives_alone_bit_for_bit():
     cfg, rollout, (_, teachers) = config(), batch(whose=(0,) * ROWS), models()
     several = step(cfg, teachers, rollout)

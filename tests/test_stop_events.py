@@ -118,6 +118,7 @@ def test_it_is_never_larger_and_entropies_stay_the_models_own():
         np.testing.assert_allclose(getattr(merged, name), getattr(plain, name), atol=2e-5)
 
 
+@pytest.mark.optimized
 def test_one_stop_id_changes_no_bit():
     plain = loss_and_gradients(KLSpec(vocab_size=NUM_IDS))
     one = loss_and_gradients(KLSpec(vocab_size=NUM_IDS, stop_ids=(3,)))

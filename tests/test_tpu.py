@@ -29,7 +29,7 @@ from opd_jax.rock import RockConfig
 from opd_jax.rollout import decode
 from opd_jax.rollout.sampling import Sampler
 
-pytestmark = pytest.mark.ci
+pytestmark = [pytest.mark.ci, pytest.mark.optimized]
 
 TOPOLOGY, AXES = "v5e:2x4", {"data": 2, "fsdp": 2, "model": 2}
 VOCAB, REAL_IDS = 151_936, 151_669  # of Qwen3: padded, and with a token
@@ -57,9 +57,10 @@ COLLECTIVE = re.compile(
 
 @pytest.fixture(scope="module")
 def mesh():
-    """A mesh of described devices; libtpu must not look for a machine around it."""
+    """A mesh of described devices; libtpu must not look for a machine around it, nor lock one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         described = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY)
         devices = np.array(described.devices).reshape(tuple(AXES.values()))
         yield Mesh(devices, tuple(AXES), axis_types=(AxisType.Explicit,) * 3)

@@ -67,6 +67,7 @@ def test_without_the_harness_it_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.ci
+@pytest.mark.optimized
 def test_the_harness_itself(monkeypatch, tmp_path):
     (tmp_path / "tokenizers" / "punkt_tab").mkdir(parents=True)  # else it would be downloaded
     nltk = importlib.import_module("nltk")

@@ -149,6 +149,7 @@ def check_same(ours, theirs, rel):
 
 
 @pytest.mark.ci
+@pytest.mark.optimized
 @pytest.mark.parametrize("flags", [(), ("--apply_chat_template",)])
 def test_a_small_model_gives_the_numbers_of_hf(tiny, tasks, tmp_path, flags):
     args = f"pretrained={tiny / 'student'},dtype=float32"
@@ -160,6 +161,7 @@ def test_a_small_model_gives_the_numbers_of_hf(tiny, tasks, tmp_path, flags):
 
 
 @pytest.mark.ci
+@pytest.mark.optimized
 def test_smollm2_gives_the_numbers_of_hf(tasks, tmp_path):
     args = f"pretrained={SMOLLM2},dtype=float32"
     flags = ("--apply_chat_template",)
@@ -169,6 +171,7 @@ def test_smollm2_gives_the_numbers_of_hf(tasks, tmp_path):
 
 
 @pytest.mark.ci
+@pytest.mark.optimized
 def test_what_the_harness_cannot_run_is_named(tiny, tasks, tmp_path):
     for args, part in (
         ("pretrained=absent", "'absent' is no model"),

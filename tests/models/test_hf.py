@@ -59,6 +59,7 @@ def edit_tensors(folder, change):
 # --- parity ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 @pytest.mark.ci
 def test_smollm2_equals_transformers():
     import torch

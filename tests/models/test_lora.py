@@ -48,6 +48,7 @@ IDS = np.random.default_rng(3).integers(0, 32, (4, 7)).astype(np.int32)
 VALID = np.arange(7) >= np.array([0, 3, 1, 2])[:, None]
 
 
+@pytest.mark.optimized
 def test_fresh_adapters_are_the_base_bit_for_bit():
     tree = base()
     with_adapters = fresh(tree, CFG)
@@ -92,6 +93,7 @@ def test_every_family_with_adapters_is_its_merged_model(name):
     np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["qwen3_moe_untied_mixed_sharded"])
 def test_adapters_answer_as_their_merged_model_does(name):
     """Prefilled apart, then token by token merged, layers of either kind."""

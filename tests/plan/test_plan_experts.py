@@ -17,7 +17,7 @@ import tiny_run
 from opd_jax.models import grouped, hf_config, params, transformer
 from opd_jax.plan import hlo, known_models
 
-pytestmark = pytest.mark.ci
+pytestmark = [pytest.mark.ci, pytest.mark.optimized]
 
 VOCAB, PROMPTS, PROMPT, NEW = 151_936, 128, 128, 128
 SAMPLES, PIECES, LAYERS = 2, 2, 3

@@ -9,7 +9,7 @@ from opd_jax import cli
 from opd_jax.models import memory
 from opd_jax.plan import chips, estimate, known_models, programs
 
-pytestmark = pytest.mark.ci
+pytestmark = [pytest.mark.ci, pytest.mark.optimized]
 
 tiny = tiny_run.tiny
 

@@ -42,6 +42,7 @@ def test_what_is_drawn_has_the_law_of_a_bias_and_moves_only_where_it_was_banned(
     assert np.isfinite(logp).all()
 
 
+@pytest.mark.optimized
 def test_a_ban_of_nothing_changes_nothing(logits):
     for a, b in zip(drawn(logits, None), drawn(logits, [NEVER, V - 1]), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -83,6 +84,7 @@ def answers(model, ids_BK, first, end, temperature, pick=(0, 0, 1, 1)):
     return np.array(new.ids_BN)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_window_bans_there_and_the_answer_before_it_is_the_same(model, temperature):
     none = [[NEVER, NEVER]] * 4

@@ -177,6 +177,7 @@ def test_samples_of_a_prompt_share_one_prefill_and_differ(monkeypatch):
     assert (3 * len(STARTS), CFG.vocab_size) not in carried
 
 
+@pytest.mark.optimized
 def test_a_row_does_not_depend_on_its_batch_or_its_padding():
     whole = run()
     ids, logp = new_ids(whole), np.asarray(whole.logp_BT)[:, WIDTH:]
@@ -225,6 +226,7 @@ def test_greedy_rollouts_repeat_and_a_bias_forbids_what_they_chose():
     assert np.asarray(other.truncated_B).all()  # no stop id exists, so none was sampled
 
 
+@pytest.mark.optimized
 def test_a_mesh_changes_no_id():
     alone = run(bias_V=SLOPE)
     devices = mesh.make(data=2, fsdp=2, model=2)
@@ -238,6 +240,7 @@ def test_a_mesh_changes_no_id():
     np.testing.assert_allclose(split.logp_BT, alone.logp_BT, atol=1e-4)
 
 
+@pytest.mark.optimized
 def test_a_cache_that_grows_in_pieces_changes_no_id():
     assert decode.rooms(512, 4) == (128, 256, 384, 512)
     assert decode.rooms(2, 4) == (1, 2)

@@ -69,6 +69,7 @@ def equal(found, expected):
     np.testing.assert_allclose(found.logp_BT, expected.logp_BT, atol=2e-5)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("sampler", "slots"), [(SAMPLER, 1), (SAMPLER, 3), (GREEDY, 3)], ids=["one", "three", "greedy"]
 )
@@ -87,6 +88,7 @@ def test_samples_of_a_prompt_bias_and_numbers_of_rows_are_those_of_a_batch_in_st
     assert (np.asarray(in_step.ids_BT) != np.asarray(run(0, samples=3).ids_BT)).any()
 
 
+@pytest.mark.optimized
 def test_as_many_slots_as_rows_is_the_batch_in_step_itself():
     in_step, slots = (np.asarray(run(n).logp_BT) for n in (0, ROWS))
     np.testing.assert_array_equal(in_step, slots)

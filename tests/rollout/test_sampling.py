@@ -159,6 +159,7 @@ def test_ids_rarer_than_the_spacing_of_one_uniform_can_all_be_drawn():
     np.testing.assert_array_equal(ids, ids[0] + np.arange(width))
 
 
+@pytest.mark.optimized
 def test_a_row_depends_on_its_own_key_only():
     logits_BV, keys = jnp.asarray(logits_of(6, 64, scale=0.5)), keys_of(6)
     whole, _ = SAMPLE(logits_BV, jax.random.clone(keys), sampler=Sampler(vocab_size=64))
@@ -182,6 +183,7 @@ def test_logits_that_cannot_be_sampled_show_as_nan_in_their_row_only(value, temp
     assert 0 <= int(ids[0]) < 16
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "fields",
     [{}, {"temperature": 0.7}, {"temperature": 0.0}, {"top_k": 9, "top_p": 0.8, "min_p": 0.01}],

@@ -38,7 +38,8 @@ def start(tiny, tmp_path, *flags, arms="full,ema", seeds=2):
     file = tmp_path / "arms.py"
     file.write_text(ARMS.format(base=str(tiny / "config.py")))
     argv = [f"--config={file}", f"--arms={arms}", f"--seeds={seeds}", *flags]
-    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environ = dict(os.environ)
+    environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
     environ["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
     return subprocess.Popen(
         crew.command("sweep", *argv),

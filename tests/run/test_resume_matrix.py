@@ -1,7 +1,7 @@
 """A run saved on one mesh goes on, is exported, tabulated and analysed on any other.
 
-Every command is the real one, in processes of its own. ``scripts/test`` does a few pairs of
-layouts, ``.ci/run`` all of them.
+Every command is the real one, in processes of its own, but for those that only read what a run
+left: they share one. ``scripts/test`` does a few pairs of layouts, ``.ci/run`` all of them.
 """
 
 import itertools
@@ -106,12 +106,24 @@ def prompts(workdir):
     ]
 
 
-def exported(workdir, tmp_path, layout=LAYOUTS["one"]):
+def in_turn(*commands):
+    """Run commands one after the other in one process of one device: to start takes longest."""
+    code = "".join(f"assert cli.main({argv!r}) == 0\n" for argv in commands[:-1])
+    layouts.run(LAYOUTS["one"], commands[-1], code=f"from opd_jax import cli\n{code}")
+
+
+def reading(workdir, out):
+    """The commands that export the weights and the table of types into a folder."""
+    out.mkdir()
+    return (
+        ["export", f"--workdir={workdir}", f"--out={out / 'model'}"],
+        ["table", f"--workdir={workdir}", f"--out={out / 'types.csv'}"],
+    )
+
+
+def written(out):
     """Bytes of the exported weights and of the table of types."""
-    out, table = tmp_path / "model", tmp_path / "types.csv"
-    layouts.run(layout, ["export", f"--workdir={workdir}", f"--out={out}"])
-    layouts.run(layout, ["table", f"--workdir={workdir}", f"--out={table}"])
-    return (out / "model.safetensors").read_bytes(), table.read_bytes()
+    return (out / "model" / "model.safetensors").read_bytes(), (out / "types.csv").read_bytes()
 
 
 def check(folder, saved, tmp_path, source, target, kind="dense"):
@@ -128,10 +140,9 @@ def check(folder, saved, tmp_path, source, target, kind="dense"):
     found, expected = tiny_run.curve(workdir), tiny_run.curve(whole)
     if source == target:
         assert found == expected
-        pair = [tmp_path / name for name in ("found", "expected")]
-        for path in pair:
-            path.mkdir()
-        assert exported(workdir, pair[0]) == exported(whole, pair[1])
+        outs = tmp_path / "found", tmp_path / "expected"
+        in_turn(*reading(workdir, outs[0]), *reading(whole, outs[1]))
+        assert written(outs[0]) == written(outs[1])
         return
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for line, other in zip(found, expected, strict=True):
@@ -167,23 +178,23 @@ def test_so_does_one_of_adapters(tiny, saved, tmp_path, source, target):
 )
 def test_what_a_layout_saved_is_read_by_all_commands(tiny, saved, tmp_path, name):
     workdir = saved(name, HALF)
-    weights, table = exported(workdir, tmp_path)
-    assert len(weights) > 1000
-    assert table.count(b"\n") == tiny_run.MODEL.vocab_size + 1
     out = tmp_path / "rocks"
     argv = ["rocks", f"--run={workdir}", "--k=4", "--max-new=4", f"--out={out}"]
-    layouts.run(LAYOUTS["one"], argv)
+    in_turn(*reading(workdir, tmp_path / "read"), argv)
+    weights, table = written(tmp_path / "read")
+    assert len(weights) > 1000
+    assert table.count(b"\n") == tiny_run.MODEL.vocab_size + 1
     assert json.loads((out / "summary.json").read_text())["k"] == 4
 
 
 def test_two_processes_read_what_one_saved(tiny, saved, tmp_path):
     """The commands beside training, in several processes: one writes, and the same bytes."""
     workdir = saved("one", HALF)
-    folders = [tmp_path / name for name in ("alone", "together")]
-    for folder in folders:
-        folder.mkdir()
-    alone = exported(workdir, folders[0])
-    assert exported(workdir, folders[1], LAYOUTS["two-processes"]) == alone
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    in_turn(*reading(workdir, alone))
+    for argv in reading(workdir, together):
+        layouts.run(LAYOUTS["two-processes"], argv)
+    assert written(together) == written(alone)
 
 
 def test_processes_of_different_configs_refuse_each_other(tiny, tmp_path):

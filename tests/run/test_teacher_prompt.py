@@ -133,6 +133,7 @@ def states(folder, workdir, **keys):
     return leaves, rest["latest"]
 
 
+@pytest.mark.optimized
 @pytest.mark.usefixtures("one_device")
 def test_the_same_prompt_gives_the_plain_run_bit_for_bit(tiny, rows, tmp_path):
     plain = {"data__prompts": rows, "data__heldout": rows, "train__stage": "mixed"}

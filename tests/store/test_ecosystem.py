@@ -4,6 +4,7 @@
 transformers 5 are in the environment of the tests. ``.ci/run`` makes both.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -79,8 +80,8 @@ def python4() -> str:
     return os.environ["OPD_JAX_HF4_PYTHON"]
 
 
-def run(python: str, *argv, **variables) -> dict:
-    """The JSON object that a script of another environment prints last."""
+def run(python: str, *argv, **variables):
+    """The JSON value that a script of another environment prints last."""
     done = subprocess.run(
         [python, *map(str, argv)],
         capture_output=True,
@@ -118,21 +119,50 @@ def exports(tiny, tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="module")
+def told(exports, tmp_path_factory):
+    """Makes, once per version of transformers, what it tells of all exports, by name.
+
+    ``run-CASE`` is a run's, ``memory-CASE`` has a tokenizer that was written from memory.
+    """
+    folder = tmp_path_factory.mktemp("told")
+    jobs = {f"run-{case}": exports(case) for case in CASES}
+    for case, write in hub_folders.FOLDERS.items():
+        source, out = write(folder / case / "source", 0), folder / case / "out"
+        cfg, tree = hf.load(source)
+        hf.save(out, cfg, tree, tokenizer=tokenizers.load(source))
+        jobs[f"memory-{case}"] = source, out
+    ids = {}
+    for name, (source, _) in jobs.items():
+        size = len(tokenizers.load(source))
+        ids[name] = np.random.default_rng(0).integers(0, size, (2, 24)).astype(np.int32)
+        np.save(folder / f"{name}.npy", ids[name])
+
+    @functools.cache
+    def of(version: str) -> dict[str, dict]:
+        argv = []
+        for name, (source, out) in jobs.items():
+            argv += [out, source, folder / f"{name}.npy", folder / f"{name}-{version}.npy"]
+        found = run(python4() if version == "4" else sys.executable, READER, *argv)
+        for name, told in zip(jobs, found, strict=True):
+            told["ids"], told["logits"] = ids[name], folder / f"{name}-{version}.npy"
+        return dict(zip(jobs, found, strict=True))
+
+    return of
+
+
 @pytest.mark.parametrize("version", ["4", "5"])
 @pytest.mark.parametrize("case", CASES)
-def test_transformers_reads_an_export_as_its_source(exports, tmp_path, case, version):
+def test_transformers_reads_an_export_as_its_source(exports, told, case, version):
     source, out = exports(case)
     cfg, tree = hf.load(out)
     fast = tokenizers.load(source)
-    rows = np.random.default_rng(0).integers(0, len(fast), (2, 24)).astype(np.int32)
-    np.save(tmp_path / "ids.npy", rows)
-    python = python4() if version == "4" else sys.executable
-    paths = tmp_path / "ids.npy", tmp_path / "logits.npy"
-    found = run(python, READER, out, source, *paths)
+    found = told(version)[f"run-{case}"]
+    assert "error" not in found, found["error"]
     assert found["version"].startswith(f"{version}.")
     assert found["stray"] == []
-    expected = jax.jit(transformer.logits, static_argnames="cfg")(tree, rows, cfg=cfg)
-    np.testing.assert_allclose(np.load(paths[1]), expected, atol=1e-4, rtol=0)
+    expected = jax.jit(transformer.logits, static_argnames="cfg")(tree, found["ids"], cfg=cfg)
+    np.testing.assert_allclose(np.load(found["logits"]), expected, atol=1e-4, rtol=0)
     assert found["export"] == found["source"]
     assert found["export"]["ids"] == [fast(text)["input_ids"] for text in texts()]
     stops = json.loads((out.parent / "run" / "run.json").read_text())["stop_ids"]
@@ -146,14 +176,9 @@ def test_transformers_reads_an_export_as_its_source(exports, tmp_path, case, ver
 
 @pytest.mark.parametrize("version", ["4", "5"])
 @pytest.mark.parametrize("case", hub_folders.FOLDERS)
-def test_transformers_reads_a_tokenizer_that_was_written_from_memory(tmp_path, case, version):
-    source = hub_folders.FOLDERS[case](tmp_path / "source", 0)
-    cfg, tree = hf.load(source)
-    hf.save(tmp_path / "out", cfg, tree, tokenizer=tokenizers.load(source))
-    np.save(tmp_path / "ids.npy", np.zeros((1, 2), np.int32))
-    python = python4() if version == "4" else sys.executable
-    paths = tmp_path / "out", source, tmp_path / "ids.npy", tmp_path / "logits.npy"
-    found = run(python, READER, *paths)
+def test_transformers_reads_a_tokenizer_that_was_written_from_memory(told, case, version):
+    found = told(version)[f"memory-{case}"]
+    assert "error" not in found, found["error"]
     for name in found["source"].keys() - {"class"}:
         assert found["export"][name] == found["source"][name], name
 
