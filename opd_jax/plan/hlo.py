@@ -19,6 +19,7 @@ _BITS = re.compile(r"(\d+)")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([0-9,<=]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_END = re.compile(r"^\}(, [\w=\"]+)*$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
@@ -133,11 +134,11 @@ def read(text: str) -> Program:
     """
     computations: dict[str, dict[str, Operation]] = {}
     entry, inside = "", None
-    for line in text.splitlines():
+    for line in _lines(text):
         if head := _HEAD.match(line):
             inside = computations.setdefault(head[2], {})
             entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             inside = None
         elif inside is not None and (found := _LINE.match(line)):
             op = _operation(found[2], found[3], bool(found[1]))
@@ -145,6 +146,23 @@ def read(text: str) -> Program:
     if not entry:
         raise ValueError("the text holds no compiled program: expected what as_text() gives")
     return Program(computations, entry)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Lines of the text; an operation that is printed over several, as kernels are, is one."""
+    held: str | None = None
+    for line in text.splitlines():
+        begins = _LINE.match(line) or _END.match(line) or _HEAD.match(line)
+        if held is not None and not begins:
+            held += f" {line}"
+            continue
+        if held is not None:
+            yield held
+        held = line if _LINE.match(line) else None
+        if held is None:
+            yield line
+    if held is not None:
+        yield held
 
 
 def _operation(name: str, text: str, is_root: bool) -> Operation:

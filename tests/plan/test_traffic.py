@@ -163,3 +163,33 @@ def test_bytes_of_a_program_in_the_order_of_numpy():
         read = program(lambda x: x + x, jnp.ones((3, 5), dtype))
         (root,) = [op for op in read.computations[read.entry].values() if op.is_root]
         assert root.arrays[0].num_bytes == 15 * np.dtype(jnp.dtype(dtype)).itemsize
+
+
+PRINTED_OVER_LINES = """HloModule jit_f, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %tanh.1 = f32[8]{0} tanh(%p)
+}, execution_thread="main"
+
+ENTRY %main.1 (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %kernel = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"about": "two lines
+}}, metadata={op_name="jit(f)/visits_12/kernel"}
+  ROOT %last = f32[8]{0} fusion(%kernel), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"70"}
+}
+"""  # noqa: E501
+
+
+def test_what_comes_after_an_operation_printed_over_several_lines_is_read():
+    """As a kernel of Pallas is, whose own text has lines that begin as the end of a program does."""
+    read = hlo.read(PRINTED_OVER_LINES)
+    assert {name: [*ops] for name, ops in read.computations.items()} == {
+        "fused": ["p", "tanh.1"],
+        "main.1": ["x", "kernel", "last"],
+    }
+    assert read.computations["main.1"]["kernel"].op_name == "jit(f)/visits_12/kernel"
+    found = traffic.traffic(read.runs(), read)
+    assert (found.cycles, found.silent) == (70, 1)
+    assert found.num_bytes == 4 * 32
