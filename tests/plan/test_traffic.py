@@ -183,7 +183,7 @@ ENTRY %main.1 (x: f32[8]) -> f32[8] {
 
 
 def test_what_comes_after_an_operation_printed_over_several_lines_is_read():
-    """As a kernel of Pallas is, whose own text has lines that begin as the end of a program does."""
+    """As a Pallas kernel is, whose own text has lines that begin as the end of a program does."""
     read = hlo.read(PRINTED_OVER_LINES)
     assert {name: [*ops] for name, ops in read.computations.items()} == {
         "fused": ["p", "tanh.1"],
