@@ -61,6 +61,7 @@ def test_a_run_goes_on_in_another_arrangement(tiny, as_trained, tmp_path):
     compare(*curves, steps=3)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("has_adapters", [False, True], ids=["whole", "adapters"])
 def test_what_is_moved_has_all_bits_that_are_used(has_adapters):
     """Parameters that were moved in 16 bits answer as those of 32 bits do on that arrangement."""
