@@ -110,6 +110,12 @@ def add_filters(parser: argparse.ArgumentParser) -> None:
     add("--min-p", type=float, default=0.0, help="0: off")
 
 
+def add_slots(parser: argparse.ArgumentParser) -> None:
+    """The flag that says how many rows of a batch are decoded at a time."""
+    told = "rows of a batch decoded at a time: where one ends the next begins; 0: all, in step"
+    parser.add_argument("--slots", type=int, default=0, help=told)
+
+
 def add_mesh(parser: argparse.ArgumentParser) -> None:
     """The flags that spread a model over devices; read them with :func:`mesh`."""
     add = parser.add_argument

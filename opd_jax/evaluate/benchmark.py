@@ -1,7 +1,7 @@
 """One model on tasks: samples, graded as they come, in a folder that a killed evaluation resumes.
 
 A response follows from the model, its problem, its number and the seed alone: not from the batch,
-the mesh, the other problems or tasks, nor from where an evaluation was interrupted.
+the slots, the mesh, the other problems or tasks, nor from where an evaluation was interrupted.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from opd_jax.evaluate.tasks import Form, Task
 from opd_jax.models import memory
 from opd_jax.pytrees import Params
 from opd_jax.rollout import answers as drawing
+from opd_jax.rollout import refill
 from opd_jax.rollout.sampling import Sampler
 from opd_jax.store import pair as pairs
 from opd_jax.store.pair import Model
@@ -85,6 +86,7 @@ def evaluate(
     settings: Settings,
     form: Form,
     batch: int = 16,
+    slots: int = 0,
     mesh: Mesh | None = None,
     dtype: str | None = None,
     say: Callable[[str], None] = processes.say,
@@ -97,6 +99,7 @@ def evaluate(
       out: folder of the evaluation.
       settings, form: how.
       batch: problems at a time; changes no response.
+      slots: responses decoded at a time, see ``rollout.refill``; 0: all of a batch.
       mesh: default: all devices along ``data``.
       dtype: compute dtype; default: float32 on CPU, bfloat16 elsewhere.
       say: receives progress.
@@ -110,6 +113,7 @@ def evaluate(
     if batch < 1:
         raise ValueError(f"batch is {batch}: expected at least 1; set --batch")
     model = pairs.open_model(ref, mesh=mesh, dtype=dtype)
+    drawing.check_slots(slots, batch, settings.samples, model.mesh)
     rows = asked.rows(model, given, settings.max_new, form)
     told = dataclasses.asdict(settings)
     del told["ks"]  # of the summary, not of the responses
@@ -120,7 +124,7 @@ def evaluate(
         if done:
             say(f"{out} has {done} of {len(rows)} problems: going on")
         with growth.Writing(out, results.LINES) as stream:
-            for lines in _graded(model, rows[done:], settings, batch, len(rows), say):
+            for lines in _graded(model, rows[done:], settings, batch, slots, len(rows), say):
                 if stream is not None:
                     files.append(stream, lines)
         processes.meet("evaluated")
@@ -143,6 +147,7 @@ def _graded(
     rows: Sequence[asked.Row],
     settings: Settings,
     batch: int,
+    slots: int,
     total: int,
     say: Callable[[str], None],
 ) -> Iterator[list[results.Line]]:
@@ -155,8 +160,16 @@ def _graded(
         ),
         memory.Need(
             "keys and values",
-            memory.cache(model.cfg, size * settings.samples, widest + settings.max_new, model.mesh),
-            "lower --batch, --samples or --max-new",
+            refill.cells(
+                model.cfg,
+                size,
+                settings.samples,
+                widest,
+                settings.max_new,
+                model.mesh,
+                wanted=slots,
+            ),
+            f"lower {refill.FLAGS}",
         ),
     ]
     memory.check(needs, model.mesh)
@@ -166,7 +179,7 @@ def _graded(
     with jax.set_mesh(model.mesh):
         for group in asked.groups(rows):
             for part, lines in _group(
-                model, params, group, settings=settings, sampler=sampler, size=size
+                model, params, group, settings=settings, sampler=sampler, size=size, slots=slots
             ):
                 progress.add(part, lines, lines[-1]["task"])
                 yield lines
@@ -181,6 +194,7 @@ def _group(
     settings: Settings,
     sampler: Sampler,
     size: int,
+    slots: int,
 ) -> Iterator[tuple[int, list[results.Line]]]:
     """Number of problems and lines of each batch."""
     name = rows[0].task.name
@@ -197,6 +211,7 @@ def _group(
         size=size,
         samples=settings.samples,
         numbers=[row.problem.index for row in rows],
+        slots=slots,
     )
     first = 0
     for rollouts, real in drawn:

@@ -50,7 +50,8 @@ def _parser() -> command.Parser:
     command.add_filters(parser)
     add("--max-new", type=int, default=1024, help="most tokens of a response")
     add("--k", default="", help="of pass@k, such as 1,4,16; default: powers of 2 up to --samples")
-    add("--batch", type=int, default=16, help="problems at a time")
+    add("--batch", type=int, default=16, help="problems at a time; changes no response")
+    command.add_slots(parser)
     add("--seed", type=int, default=0, help="of the draws")
     add("--dtype", help="that is computed in; default: float32 on CPU, bfloat16 elsewhere")
     command.add_mesh(parser)
@@ -109,6 +110,7 @@ def _evaluate(flags: Any) -> list[str]:
             settings=settings,
             form=form(flags),
             batch=flags.batch,
+            slots=flags.slots,
             mesh=mesh,
             dtype=flags.dtype,
         )

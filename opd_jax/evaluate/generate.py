@@ -38,6 +38,7 @@ from opd_jax.evaluate.benchmark import Settings
 from opd_jax.files import path_of
 from opd_jax.models import memory
 from opd_jax.rollout import answers as drawing
+from opd_jax.rollout import refill
 from opd_jax.store import fingerprint, workdir
 from opd_jax.store import pair as pairs
 from opd_jax.store.pair import Model
@@ -96,6 +97,7 @@ def main(argv: Sequence[str]) -> int:
     add("--template", default="{}", help="variables of the chat template, as a JSON object")
     add("--limit", type=int, default=0, help="only the first prompts; 0: all")
     add("--batch", type=int, default=16, help="prompts at a time; changes no answer")
+    command.add_slots(parser)
     add("--seed", type=int, default=0, help="of the draws")
     add("--dtype", help="that is computed in; default: float32 on CPU, bfloat16 elsewhere")
     command.add_mesh(parser)
@@ -122,6 +124,7 @@ def generate(
     template: Sequence[tuple[str, Any]] = (),
     limit: int = 0,
     batch: int = 16,
+    slots: int = 0,
     seed: int = 0,
     mesh: Mesh | None = None,
     dtype: str | None = None,
@@ -130,7 +133,7 @@ def generate(
     """Sample answers and write one JSON object per answer, or go on where it was stopped.
 
     An answer follows from the model, its prompt, that prompt's line and the seed: not from the
-    batch, the mesh or the other prompts.
+    batch, the slots, the mesh or the other prompts.
 
     Args:
       model: a reference, see ``store.pair``: Hugging Face folder, ``owner/name``, ``RUN[@STEP]``.
@@ -144,6 +147,7 @@ def generate(
       columns, system, template: of the prompts, as ``DataSpec`` has them.
       limit: only the first prompts; 0: all.
       batch: prompts at a time.
+      slots: rows decoded at a time, see ``rollout.refill``; 0: all of a batch.
       seed: of the draws.
       mesh: default: all devices along ``data``.
       dtype: compute dtype; default: float32 on CPU, bfloat16 elsewhere.
@@ -165,6 +169,7 @@ def generate(
             raise ValueError(f"{name} is {value}: expected {least} to 2^31 - 1; set --{name}")
     settings = Settings(samples, max_new, temperature, top_k, top_p, min_p, seed)
     opened = pairs.open_model(model, mesh=mesh, dtype=dtype)
+    drawing.check_slots(slots, batch, samples, opened.mesh)
     room = opened.cfg.max_positions - max_new
     if room < 1:
         raise ValueError(
@@ -197,7 +202,7 @@ def generate(
     if done < len(rows):
         with growth.Writing(partial, _LINES) as stream:
             progress = growth.Progress("prompts", len(rows), done, say)
-            for lines in _answered(opened, rows, done, settings, batch):
+            for lines in _answered(opened, rows, done, settings, batch, slots):
                 if stream is not None:
                     files.append(stream, lines)
                 progress.add(len(lines) // samples, lines)
@@ -285,19 +290,21 @@ def _lines(partial: Path) -> Iterator[Line]:
 
 
 def _answered(
-    model: Model, rows: Sequence[Example], done: int, settings: Settings, batch: int
+    model: Model, rows: Sequence[Example], done: int, settings: Settings, batch: int, slots: int
 ) -> Iterator[list[Line]]:
     """Sample what is left, batch by batch, each process its share of every batch."""
     width = max(len(row.ids) for row in rows)
     left = rows[done:]
     size = meshlib.batch_rows(min(batch, len(left)), model.mesh)
-    cells = memory.cache(model.cfg, size * settings.samples, width + settings.max_new, model.mesh)
+    cells = refill.cells(
+        model.cfg, size, settings.samples, width, settings.max_new, model.mesh, wanted=slots
+    )
     memory.check(
         [
             memory.Need(
                 "the model", memory.weights(model.cfg, model.stored, model.mesh), "use more devices"
             ),
-            memory.Need("keys and values", cells, "lower --batch, --samples or --max-new"),
+            memory.Need("keys and values", cells, f"lower {refill.FLAGS}"),
         ],
         model.mesh,
     )
@@ -314,6 +321,7 @@ def _answered(
             size=size,
             samples=settings.samples,
             numbers=[row.index for row in left],
+            slots=slots,
         )
         first = 0
         for rollouts, real in drawn:

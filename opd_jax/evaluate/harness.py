@@ -49,7 +49,7 @@ def _parser() -> command.Parser:
     add(
         "--model_args",
         metavar="NAME=VALUE,...",
-        help=f"pretrained: {command.MODEL}; dtype, max_length, max_gen_toks, mesh_fsdp, "
+        help=f"pretrained: {command.MODEL}; dtype, slots, max_length, max_gen_toks, mesh_fsdp, "
         "mesh_model, add_bos_token, seed, think_end_token, template",
     )
     add("--tasks", metavar="NAME,...", help="tasks of the harness; opd-jax lm-eval ls tasks")

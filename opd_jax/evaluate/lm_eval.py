@@ -45,6 +45,7 @@ class OpdJax(TemplateLM):
         *,
         dtype: str | None = None,
         batch_size: int | str = _BATCH,
+        slots: int = 0,
         max_length: int | None = None,
         max_gen_toks: int = _MAX_NEW,
         mesh_fsdp: int = 1,
@@ -61,6 +62,7 @@ class OpdJax(TemplateLM):
           pretrained: a model reference.
           dtype: compute dtype; default: float32 on CPU, bfloat16 elsewhere.
           batch_size: rows at a time; ``auto`` is 16.
+          slots: rows of a batch decoded at a time, see ``rollout.refill``; 0: all.
           max_length: most ids of context and continuation; default: the model's positions.
           max_gen_toks: most ids of a response, where a task does not say.
           mesh_fsdp, mesh_model: as the flags of the other commands.
@@ -77,8 +79,8 @@ class OpdJax(TemplateLM):
         if unknown:
             raise ValueError(
                 f"model argument {unknown[0]!r} is not known: expected pretrained, dtype, "
-                "batch_size, max_length, max_gen_toks, mesh_fsdp, mesh_model, add_bos_token, seed, "
-                "think_end_token, template; correct --model_args"
+                "batch_size, slots, max_length, max_gen_toks, mesh_fsdp, mesh_model, "
+                "add_bos_token, seed, think_end_token, template; correct --model_args"
             )
         if jax.process_count() > 1:
             raise ValueError(
@@ -89,6 +91,9 @@ class OpdJax(TemplateLM):
         self.model = pairs.open_model(pretrained, mesh=mesh, dtype=dtype)
         self.tokenizer: Any = self.model.tokenizer
         self.batch_size = _BATCH if str(batch_size).startswith("auto") else int(batch_size)
+        self.slots = int(slots)
+        change = "set slots in --model_args, or raise --batch_size"
+        drawing.check_slots(self.slots, self.batch_size, 1, mesh, change=change)
         self.max_length = min(int(max_length or 1 << 30), self.model.cfg.max_positions)
         self.max_gen_toks = int(max_gen_toks)
         self.add_bos_token = add_bos_token
@@ -253,6 +258,7 @@ class OpdJax(TemplateLM):
                     width=width,
                     size=meshlib.batch_rows(min(self.batch_size, len(rows)), mesh),
                     numbers=[places[r] for r in rows],
+                    slots=self.slots,
                 )
                 waiting = iter(rows)
                 with jax.set_mesh(mesh):

@@ -17,8 +17,8 @@ import numpy as np
 
 from opd_jax import files, objective, processes, records, rock, steps
 from opd_jax import mesh as meshlib
-from opd_jax.data import batches, widths
 from opd_jax.data import prompts as prompt_files
+from opd_jax.data import widths
 from opd_jax.data.prompts import Example
 from opd_jax.evaluate import growth
 from opd_jax.instrument import corpus as corpora
@@ -29,7 +29,7 @@ from opd_jax.objective import ObjectiveConfig
 from opd_jax.pytrees import Params, RockState, Rollout, TokenKL
 from opd_jax.rock import RockConfig
 from opd_jax.rollout import answers as drawing
-from opd_jax.rollout import decode
+from opd_jax.rollout import refill
 from opd_jax.rollout.sampling import Sampler
 from opd_jax.store.pair import Pair
 
@@ -50,6 +50,7 @@ def write(
     samples: int = 1,
     seed: int = 0,
     batch: int = 16,
+    slots: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Corpus:
     """Sample answers to all rows into ``folder`` and read them back; goes on where it was stopped.
@@ -66,6 +67,7 @@ def write(
       samples: answers per prompt.
       seed: of the draws.
       batch: prompts at a time, rounded up to the mesh; may change when a collection goes on.
+      slots: answers decoded at a time, see ``rollout.refill``; 0: all of a batch; may change, too.
       say: receives progress.
 
     Raises:
@@ -79,6 +81,7 @@ def write(
             "both or neither, as the corpus says who wrote it; pass name="
         )
     _check(pair, rows, max_new, samples, batch, temperature)
+    drawing.check_slots(slots, batch, samples, pair.mesh)
     folder, name = Path(folder), name or pair.student_name
     info = {
         "writer": name,
@@ -102,15 +105,17 @@ def write(
         for stale in sorted(folder.glob("answers-*.npz"))[pieces:]:
             stale.unlink()  # what follows a damaged piece would be out of order
     size = meshlib.batch_rows(min(batch, len(rows)), pair.mesh)
-    slots = widths.padded(max(len(row.ids) for row in rows)) + max_new
-    cells = memory.cache(cfg or pair.cfg.student, size * samples, slots, pair.mesh)
-    lower = "lower --batch, --samples or --max-new"
+    cfg = cfg or pair.cfg.student
+    widest = widths.padded(max(len(row.ids) for row in rows))
+    cells = refill.cells(cfg, size, samples, widest, max_new, pair.mesh, wanted=slots)
+    lower = f"lower {refill.FLAGS}"
     memory.check([memory.Need("keys and values", cells, lower)], pair.mesh)
     draw = functools.partial(
-        decode.sample,
+        drawing.sample,
         pair.student if writer is None else writer,
         key=jax.random.key(seed),
-        cfg=cfg or pair.cfg.student,
+        mesh=pair.mesh,
+        cfg=cfg,
         sampler=Sampler(
             vocab_size=pair.vocab_size,
             temperature=temperature,
@@ -118,17 +123,23 @@ def write(
             pad_id=pair.sampler.pad_id,
         ),
         max_new=max_new,
+        size=size,
         samples=samples,
+        slots=slots,
     )
     progress = growth.Progress("prompts", len(rows), done, say)
-    for filled, real in drawing.batches(rows[done:], size):
+    for first in range(done, len(rows), size):
+        part = rows[first : first + size]
+        width = widths.padded(max(len(row.ids) for row in part))
+        # Drawn by line, so that --limit or a dropped prompt does not change anybody else's answer.
+        drawn = draw(rows=part, width=width, numbers=[row.index for row in part])
         with jax.set_mesh(pair.mesh):
-            answers = meshlib.to_host(_sample(draw, filled, pair))
-        found = _rows(answers, filled[:real], samples, name)
+            (answers,) = [meshlib.to_host(answers) for answers, _ in drawn]
+        found = _rows(answers, part, samples, name)
         if jax.process_index() == 0:
             corpora.write_answers(folder, pieces, found)
         pieces += 1
-        progress.add(real, [{"tokens": len(row["answer"])} for row in found])
+        progress.add(len(part), [{"tokens": len(row["answer"])} for row in found])
     if progress.fresh:
         progress.tell()
     if jax.process_index() == 0:
@@ -224,17 +235,6 @@ def _measure(
     _, tokens = steps.eval_step(params, teacher, answers, state, cfg=cfg)
     next_ = objective.predicted(answers)
     return tokens, rock.update(state, next_.ids_BT, tokens.reverse_BT, next_.mask_BT, cfg=_PLAIN)
-
-
-def _sample(draw: Callable[..., Rollout], batch: Sequence[Example], pair: Pair) -> Rollout:
-    """Sample a batch, each process its own share of the prompts."""
-    own = batch[meshlib.own(len(batch))]
-    width = widths.padded(max(len(row.ids) for row in batch))
-    prompt = batches.pad([row.ids for row in own], width, pair.sampler.pad_id)
-    # Drawn by line, so that --limit or a dropped prompt does not change anybody else's answer.
-    lines = np.array([row.index for row in own], np.int32)
-    prompt, rows_B = meshlib.to_global((prompt, lines), pair.mesh)
-    return draw(prompt=prompt, rows_B=rows_B)
 
 
 def _rows(

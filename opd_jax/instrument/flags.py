@@ -39,6 +39,7 @@ class Flags:
     temperature: float | None = None
     seed: int = 0
     batch: int = 16
+    slots: int = 0
     writer: str | None = None
     corpus: str | None = None
     k: int = 100
@@ -71,7 +72,7 @@ class Flags:
                 "--with=persistence, which compares them; add it, or drop --checkpoints"
             )
         least = {"limit": 1, "max_new": 1, "max_prompt": 1, "samples": 1, "batch": 1, "k": 1}
-        for name, smallest in (least | {"temperature": 0, "seed": 0}).items():
+        for name, smallest in (least | {"temperature": 0, "seed": 0, "slots": 0}).items():
             value = getattr(self, name)
             if value is not None and not smallest <= value < 2**31:
                 raise RocksError(
@@ -135,6 +136,7 @@ def parse(argv: Sequence[str], studies: Sequence[str] = ()) -> Flags:
     add("--temperature", type=float, help="0 is greedy; default: 1")
     add("--seed", type=int, default=0, help="of answers and statistics; default: 0")
     add("--batch", type=int, default=16, help="answers at a time; changes memory, not results")
+    command.add_slots(parser)
     add("--writer", help="who answers: student (default), teacher, or another reference")
     add("--corpus", help="an earlier --out, or its corpus/: use those answers, write none")
     add("--k", type=int, default=100, help="number of rocks; default: 100")

@@ -24,7 +24,8 @@ from opd_jax.store import pair as pairs
 MANIFEST = "rocks.json"
 SELECTED = "summary.json"  # the last file of the selection
 PERSISTENCE = "persistence.json"
-_MAY_CHANGE = ("out", "extras", "batch", "mesh_fsdp", "mesh_model")  # do not change a result
+# Do not change a result.
+_MAY_CHANGE = ("out", "extras", "batch", "slots", "mesh_fsdp", "mesh_model")
 _SELECTING = ("k", "skip_top", "min_count", "score")  # may change until types are selected
 _LARGE = ("reader.json",)  # written without line breaks
 _REMAKE = "expected what this command wrote; remove the file to have it made again"

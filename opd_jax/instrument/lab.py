@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from opd_jax import mesh as meshlib
 from opd_jax import processes
@@ -21,6 +22,7 @@ from opd_jax.instrument.corpus import Corpus, Occurrences
 from opd_jax.instrument.flags import MAX_NEW, Flags, RocksError
 from opd_jax.instrument.subject import Subject
 from opd_jax.pytrees import Params
+from opd_jax.rollout import answers as drawing
 from opd_jax.store import pair as pairs
 from opd_jax.store.pair import Pair
 
@@ -35,19 +37,29 @@ class Lab:
         self.flags, self.subject, self.say = flags, subject, say
 
     @functools.cached_property
-    def pair(self) -> Pair:
-        """Student and teacher."""
+    def mesh(self) -> Mesh:
+        """The devices, as the flags split them.
+
+        Raises:
+          RocksError, ValueError: they do not divide so, or the flags' slots over them.
+        """
         fsdp, model, devices = self.flags.mesh_fsdp, self.flags.mesh_model, jax.device_count()
         if min(fsdp, model) < 1 or devices % (fsdp * model):
             raise RocksError(
                 f"--mesh-fsdp is {fsdp} and --mesh-model {model} on {devices} devices: expected "
                 f"positive numbers whose product divides {devices}; change them"
             )
-        student, teacher = self.subject.student.name, self.subject.teacher.name
-        self.say(f"  loading {student} and {teacher}, {devices} device(s)")
         mesh = meshlib.make(fsdp=fsdp, model=model)
+        drawing.check_slots(self.flags.slots, self.flags.batch, self.flags.samples or 1, mesh)
+        return mesh
+
+    @functools.cached_property
+    def pair(self) -> Pair:
+        """Student and teacher."""
+        student, teacher = self.subject.student.name, self.subject.teacher.name
+        self.say(f"  loading {student} and {teacher}, {self.mesh.size} device(s)")
         try:
-            return pairs.open_pair(student, teacher, mesh=mesh, say=self.say)
+            return pairs.open_pair(student, teacher, mesh=self.mesh, say=self.say)
         except ValueError as error:
             # A mesh that does not divide the models is told in the flags of a training run.
             message = str(error).replace("--config.mesh.", "--mesh-")
@@ -117,7 +129,7 @@ class Lab:
         if self.given is not None:
             info = self.given.info
             how |= {name: info[name] for name in (*how, "max_new") if name in info}
-        return {"max_new": self.max_new, **how, "batch": flags.batch}
+        return {"max_new": self.max_new, **how, "batch": flags.batch, "slots": flags.slots}
 
     def write(self, folder: Path, ref: str, say: Callable[[str], None]) -> Corpus:
         """Let a model (a reference, "student" or "teacher") answer the prompts into a folder."""

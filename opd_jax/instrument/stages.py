@@ -44,6 +44,7 @@ def run(flags: Flags, *, say: Callable[[str], None] = say) -> dict[str, Any]:
     """
     studies = catalogue.chosen(flags.extras)
     bench = Workbench(flags, say)
+    _ = bench.lab.mesh  # raises before anything is written
     bench.folder.enter(flags, bench.subject, {s.name: s.question for s in catalogue.STUDIES})
     for name, file, question, stage in _stages(bench, studies):
         is_done = (bench.folder.path / file).exists()

@@ -17,7 +17,7 @@ from opd_jax.data import widths as padding
 from opd_jax.data.prompts import Example
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.pytrees import Params, Prompt, Rollout
-from opd_jax.rollout import regrouped
+from opd_jax.rollout import refill, regrouped
 from opd_jax.rollout.sampling import Sampler
 
 
@@ -29,6 +29,57 @@ def batches(rows: Sequence[Example], size: int) -> Iterator[tuple[list[Example],
     for first in range(0, len(rows), size):
         part = list(rows[first : first + size])
         yield part + [part[0]] * (size - len(part)), len(part)
+
+
+def check_slots(
+    slots: int,
+    batch: int,
+    samples: int,
+    mesh: Mesh,
+    *,
+    change: str = "set --slots, or raise --batch",
+) -> None:
+    """Refuse the flag of a command before anything is begun; see ``command.add_slots``.
+
+    Args:
+      slots: the flag.
+      batch: the flag: prompts at a time.
+      samples: rows of each.
+      mesh: devices.
+      change: what mends it.
+
+    Raises:
+      ValueError: they are no number of slots for such a batch.
+    """
+    rows, shards = meshlib.batch_rows(batch, mesh) * samples, meshlib.batch_shards(mesh)
+    if not 0 <= slots <= rows or slots % shards:
+        raise ValueError(
+            f"slots is {slots} for batches of {rows} rows over {shards} batch shards (data x "
+            f"fsdp): expected 0 (all rows in step) or a multiple of {shards} up to {rows}; {change}"
+        )
+
+
+def dealt(size: int, shards: int) -> list[int]:
+    """Which row of a batch stands where, so that every shard has as many of the first ones."""
+    return [row for shard in range(shards) for row in range(shard, size, shards)]
+
+
+def restored(answers: Rollout, order_B: Sequence[int], mesh: Mesh, *, samples: int = 1) -> Rollout:
+    """Answers to prompts that stood as :func:`dealt` says, in their own order."""
+    if list(order_B) == list(range(len(order_B))):
+        return answers
+    place_R = np.argsort(order_B)[:, None] * samples + np.arange(samples)
+    place_R = place_R.reshape(-1).astype(np.int32)
+    return _placed(answers, meshlib.to_global(place_R[meshlib.own(len(place_R))], mesh))
+
+
+@jax.jit
+def _placed(answers: Rollout, place_R: jax.Array) -> Rollout:
+    def moved(x: jax.Array) -> jax.Array:
+        rest = [None] * (x.ndim - 1)
+        return x.at[place_R].get(out_sharding=meshlib.out(meshlib.BATCH, *rest)) if x.ndim else x
+
+    return jax.tree.map(moved, answers)
 
 
 def sample(
@@ -64,19 +115,21 @@ def sample(
       size: prompts at a time, over all processes.
       samples: answers per prompt.
       bias_V: logit bias.
-      slots: rows decoded at a time, see ``decode.sample``; 0: all of a batch.
+      slots: rows decoded at a time, see ``decode.sample``; 0: all of a batch. Rows that fill the
+        last batch up then cost nothing.
       numbers: of the rows; default: their places in ``rows``.
       on: the devices in the arrangement that they sample in; default: ``mesh``.
     """
     own = meshlib.own(size)
+    order_B = dealt(size, meshlib.batch_shards(on or mesh) if slots else 1)
     params = regrouped.policy(params, cfg=cfg, on=on)
     numbers = range(len(rows)) if numbers is None else numbers
     for number, (part, real) in enumerate(batches(rows, size)):
-        prompt = batching.pad([row.ids for row in part[own]], width, sampler.pad_id)
-        # Rows that fill a batch up have any number: they are dropped.
-        places = [number * size + i if i < real else 0 for i in range(size)]
-        ids = np.array([numbers[place] for place in places], np.int32)[own]
-        prompt, rows_B = meshlib.to_global((prompt, ids), mesh)
+        prompt = batching.pad([part[i].ids for i in order_B[own]], width, sampler.pad_id)
+        # Rows that fill a batch up are dropped, so that in step they have any number.
+        fill = refill.FILL if slots else numbers[0]
+        given = [numbers[number * size + i] if i < real else fill for i in order_B]
+        prompt, rows_B = meshlib.to_global((prompt, np.array(given, np.int32)[own]), mesh)
         answers = regrouped.sample(
             params,
             prompt,
@@ -90,7 +143,7 @@ def sample(
             rows_B=rows_B,
             slots=slots,
         )
-        yield answers, real * samples
+        yield restored(answers, order_B, mesh, samples=samples), real * samples
 
 
 def crop(answers: Rollout, max_new: int, widths: Sequence[int]) -> Rollout:

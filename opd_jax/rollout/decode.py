@@ -61,7 +61,8 @@ def sample(
       samples: static; continuations per prompt. The prompt is prefilled once for all of them.
       bias_V: added to the logits (padded ids included) before temperature; -inf forbids an id.
       policy_step: train step of ``params``, copied into the result.
-      rows_B: global prompt numbers, ``arange(B)`` when None.
+      rows_B: global prompt numbers, ``arange(B)`` when None. In slots, a row with a number below 0
+        only fills the batch up, and stays empty; each shard has those behind its others.
       slots: static; rows that are decoded at a time, each of which makes room for the next when it
         has ended (:mod:`opd_jax.rollout.refill`); 0, or as many as there are: all, in step.
       segments: static; of rows in step, pieces in which the cache grows, see :func:`rooms`.
@@ -115,6 +116,7 @@ def _sample(
     """The compiled rollout, and the number of ids that its longest row sampled."""
     _traced["sample"] += 1
     num_prompts, width = prompt.ids_BP.shape
+    has_fill = rows_B is not None
     if rows_B is None:
         rows_B = jnp.arange(num_prompts, dtype=jnp.int32)
     rows_B = mesh.constrain(jnp.asarray(rows_B, jnp.int32), mesh.BATCH)
@@ -130,7 +132,7 @@ def _sample(
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
     given: dict[str, Any] = {"cfg": cfg, "sampler": sampler, "max_new": max_new, "bias_V": bias_V}
     if is_refilled:
-        given |= {"slots": slots, "samples": samples}
+        given |= {"slots": slots, "samples": samples, "is_real_R": row_B >= 0 if has_fill else None}
         new = refill.decode(params, h_BD, cache, width - start_B, keys_B, **given)
     else:
         h_BD, cache = mesh.repeat_rows(h_BD, samples), kv_cache.repeat(cache, samples)

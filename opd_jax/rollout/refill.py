@@ -20,13 +20,15 @@ there is room for.
 from __future__ import annotations
 
 import dataclasses
+import heapq
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from opd_jax import mesh, rounds
 from opd_jax.models import kv_cache, memory, transformer
@@ -37,6 +39,8 @@ from opd_jax.rollout import drawn
 from opd_jax.rollout.drawn import Ban, Decoded
 from opd_jax.rollout.sampling import Sampler
 
+FILL = -1  # number of a row that is there to fill a batch up
+FLAGS = "--slots, --batch, --samples or --max-new"  # of a command that needs less memory with less
 _ROWS = jax.P(mesh.BATCH)
 _WIDE = jax.P(mesh.BATCH, None)
 _CACHE: Any = Cache(jax.P(*kv_cache.AXES), jax.P(*kv_cache.AXES), _WIDE, _ROWS)  # pyright: ignore
@@ -61,6 +65,25 @@ class _Slots:
 def slots(wanted: int, rows: int) -> int:
     """How many of ``rows`` rows are decoded at a time: ``wanted``; all where that is 0 or more."""
     return wanted if 0 < wanted < rows else rows
+
+
+def taken(lengths: Sequence[int], slots: int, shards: int = 1) -> int:
+    """Rounds of the loop over tokens for rows of these lengths, dealt to the shards in turn.
+
+    Args:
+      lengths: ids of each row, in the order in which rows are started.
+      slots: of all shards; 0: all rows are in step.
+      shards: of the batch.
+    """
+    if not slots:
+        return max(lengths)
+    most = 0
+    for shard in range(shards):
+        ends = [0] * (slots // shards)  # a heap: the next row begins where one ends first
+        for length in lengths[shard::shards]:
+            heapq.heapreplace(ends, ends[0] + length)
+        most = max(most, *ends)
+    return most
 
 
 def cells(
@@ -102,6 +125,7 @@ def decode(
     samples: int = 1,
     bias_V: Float[Array, " V"] | None = None,
     ban: Ban | None = None,
+    is_real_R: Bool[Array, " R"] | None = None,
 ) -> Decoded:
     """Sample up to ``max_new`` ids per row, ``slots`` rows at a time; see ``decode.decode``.
 
@@ -118,6 +142,8 @@ def decode(
       samples: static; row ``b * samples + j`` is sample j of prompt b.
       bias_V: added to the logits before temperature.
       ban: what each row may not sample, see ``sampling.sample``.
+      is_real_R: rows that are decoded, default: all; the others only fill up, and each shard has
+        them behind its real ones. They stay empty.
 
     **Sharding**: rows and slots over the batch axes, every row in a slot of its own device; a token
     costs the collectives that it costs in a batch in step. The loop runs while any device has work.
@@ -130,15 +156,16 @@ def decode(
     prompts = dataclasses.replace(prompts, length=mesh.constrain(length_P, mesh.BATCH))
     # Keys as numbers, which every primitive takes.
     of_rows = (jnp.asarray(position_R), jax.random.key_data(keys_R), ban)
+    rows_H = _counts(is_real_R, rows_here)
     seat = mesh.on_shards(
-        lambda *given: _seat(*given, samples=samples, rows=rows_here),
-        (_slots_spec(), _WIDE, _CACHE),
+        lambda *given: _seat(*given, samples=samples),
+        (_slots_spec(), _ROWS, _WIDE, _CACHE),
         (_slots_spec(), _ROWS),
     )
 
     def step(carry: tuple[_Slots, Decoded]) -> tuple[_Slots, Decoded]:
         now, new = carry
-        now, is_fresh_S = seat(now, h_PD, prompts)
+        now, is_fresh_S = seat(now, rows_H, h_PD, prompts)
         position_S, key_S, ban_S = _picked(of_rows, now.row_S)
         keys_S = jax.random.wrap_key_data(key_S, impl=jax.random.key_impl(keys_R))
         # The token that goes in is the one before the id that comes out, hence the - 1. A slot that
@@ -168,11 +195,19 @@ def decode(
 
     def is_running(carry: tuple[_Slots, Decoded]) -> jax.Array:
         now = carry[0]
-        return jnp.any(now.is_on_S) | jnp.any(now.next_H < rows_here)
+        return jnp.any(now.is_on_S) | jnp.any(now.next_H < rows_H)
 
     carry = _empty(h_PD, prompts, slots, max_new), drawn.nothing(num_rows, max_new, sampler)
     with rounds.expected(-(-num_rows // slots) * max_new):
         return jax.lax.while_loop(is_running, step, carry)[1]
+
+
+def _counts(is_real_R: jax.Array | None, rows_here: int) -> jax.Array:
+    """How many rows of each shard are decoded, [H]."""
+    if is_real_R is None:
+        return mesh.constrain(jnp.full(mesh.size(mesh.BATCH), rows_here, jnp.int32), mesh.BATCH)
+    count = mesh.on_shards(lambda x: jnp.sum(x, dtype=jnp.int32, keepdims=True), (_ROWS,), _ROWS)
+    return count(is_real_R)
 
 
 def _slots_spec() -> Any:
@@ -207,7 +242,7 @@ def _empty(h_PD: jax.Array, prompts: Cache, slots: int, max_new: int) -> _Slots:
 
 
 def _seat(
-    now: _Slots, h_PD: jax.Array, prompts: Cache, *, samples: int, rows: int
+    now: _Slots, rows_H: jax.Array, h_PD: jax.Array, prompts: Cache, *, samples: int
 ) -> tuple[_Slots, jax.Array]:
     """Start the next rows in the slots that have none; also return which slots those are.
 
@@ -216,7 +251,7 @@ def _seat(
 
     def is_wanted(carry: tuple[_Slots, jax.Array]) -> jax.Array:
         now = carry[0]
-        return ~jnp.all(now.is_on_S) & (now.next_H[0] < rows)
+        return ~jnp.all(now.is_on_S) & (now.next_H[0] < rows_H[0])
 
     def start(carry: tuple[_Slots, jax.Array]) -> tuple[_Slots, jax.Array]:
         now, is_fresh_S = carry

@@ -11,6 +11,7 @@ what does not grow, such as the optimizer's, less.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """The steps of one length, in a process of its own."""
     vocab = job["vocab"]
     model = workloads.llama(vocab, job["width"], job["layers"])
+    model = dataclasses.replace(model, max_positions=PROMPT + job["length"])
     cfg = ObjectiveConfig(model, model, microbatches=job["microbatches"])
     run = workloads.Training(cfg)
     ids = np.random.default_rng(0).integers(3, vocab, (job["rows"], PROMPT))

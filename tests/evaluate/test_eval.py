@@ -108,8 +108,8 @@ def test_batch_and_other_tasks_change_no_response(tiny, task, sampled, tmp_path,
     assert re.search(r"3 of 3 problems: right .*, took \d+s", said)
 
 
-def test_on_eight_devices_the_responses_are_the_same(tiny, task, sampled, tmp_path):
-    given = {"samples": 3, "temperature": 1.0, "mesh_model": 2, "mesh_fsdp": 2}
+def test_on_eight_devices_in_slots_the_responses_are_the_same(tiny, task, sampled, tmp_path):
+    given = {"samples": 3, "temperature": 1.0, "mesh_model": 2, "mesh_fsdp": 2, "slots": 4}
     assert evaluate(tiny, task, tmp_path / "eight", **given) == 0
     ours, theirs = lines_of(tmp_path / "eight"), lines_of(sampled)
     assert [x["response"] for x in ours] == [x["response"] for x in theirs]
@@ -183,6 +183,8 @@ def test_another_evaluation_is_refused(tiny, task, sampled, tmp_path, capsys):
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_p": 0.0}, "top-p is 0.0"),
         ({"batch": 0}, "batch is 0"),
+        ({"slots": -1}, "slots is -1 for batches of 4 rows"),
+        ({"slots": 5}, "a multiple of 1 up to 4; set --slots, or raise --batch"),
         ({"limit": -1}, "limit is -1"),
         ({"k": "2"}, "k is (2,): expected 1 to --samples 1"),
         ({"k": "two"}, "k is 'two'"),

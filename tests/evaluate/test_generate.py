@@ -79,6 +79,28 @@ def test_the_batch_size_does_not_change_an_answer(tiny, tmp_path):
     assert first != other
 
 
+def test_slots_change_no_byte_whoever_goes_on(tiny, tmp_path, monkeypatch, capsys):
+    """On four batch shards, of whose second batch half only fills up; then on one device."""
+    flags = {"samples": 2, "temperature": 1.0}
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+
+    def fail(*args):
+        raise ValueError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_finish", fail)  # all is there, and not yet in its place
+        assert generate(tiny, out, **flags, slots=4, mesh_fsdp=2, mesh_model=2) == 1
+    file = partial / "answers.jsonl"
+    split = file.read_text()
+    file.write_text("".join(split.splitlines(keepends=True)[:7]))
+    tiny_run.use_one_device(monkeypatch)
+    capsys.readouterr()
+    assert generate(tiny, out, **flags, slots=3) == 0
+    assert "has answers to 3 of 12 prompts: going on" in capsys.readouterr().out
+    assert generate(tiny, tmp_path / "in-step", **flags) == 0
+    assert out.read_text() == split == (tmp_path / "in-step").read_text()
+
+
 @pytest.mark.usefixtures("one_device")
 def test_a_killed_command_goes_on_and_writes_the_same(tiny, tmp_path, capsys):
     flags = {"samples": 2, "temperature": 1.0, "batch": 2}
@@ -184,6 +206,9 @@ def test_an_existing_file_is_refused(tiny, tmp_path, capsys):
         ({"max_new": 0}, "max-new"),
         ({"samples": 0}, "samples"),
         ({"batch": 0}, "batch"),
+        ({"slots": -8}, "slots is -8 for batches of 8 rows over 8 batch shards"),
+        ({"slots": 3}, "a multiple of 8 up to 8; set --slots, or raise --batch"),
+        ({"slots": 16}, "slots is 16 for batches of 8 rows"),
         ({"limit": -1}, "limit"),
         ({"max_new": 64}, "max-new"),
         ({"samples": 2}, "temperature"),

@@ -100,8 +100,12 @@ def test_an_answer_is_the_rollout_of_its_line(pair, rows, written):
         assert written.answers[14 + sample].tolist() == expected.tolist()
 
 
-def test_neither_batch_nor_the_other_prompts_change_an_answer(pair, rows, written, tmp_path):
-    part = collect.write(tmp_path / "part", pair, rows[3:6], **FLAGS | {"batch": 2})
+@pytest.mark.parametrize("slots", [0, 3])
+def test_neither_batch_nor_slots_nor_the_other_prompts_change_an_answer(
+    pair, rows, written, tmp_path, slots
+):
+    given = FLAGS | {"batch": 2, "slots": slots}
+    part = collect.write(tmp_path / "part", pair, rows[3:6], **given)
     assert ids(part) == ids(written)[6:12]
 
 
@@ -182,6 +186,7 @@ def test_a_folder_of_something_else_is_refused(pair, rows, tmp_path):
         ({"max_new": 0}, "--max-new is 0"),
         ({"max_new": 60}, "64 together.*lower --max-new"),
         ({"samples": 0}, "--samples is 0"),
+        ({"slots": 9}, "slots is 9 for batches of 8 rows"),
         ({"temperature": 0}, "--samples is 2 at --temperature 0"),
         ({"name": "somebody"}, "pass name="),
     ],

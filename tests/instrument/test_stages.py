@@ -201,7 +201,7 @@ def test_a_killed_command_goes_on(tiny, made, one_device, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(corpus, "write_answers", dying)
         with pytest.raises(Killed):
-            cli.main([*given, "--batch=4"])
+            cli.main([*given, "--batch=4", "--slots=3"])
     with monkeypatch.context() as patch:
         patch.setattr(stages, "_write_selection", lambda bench: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
@@ -309,6 +309,7 @@ def test_an_empty_prompt_file_is_refused(tiny, one_device, tmp_path, refused):
         ({"student": "s", "teacher": "t"}, "no --prompts"),
         ({"run": "r", "corpus": "c", "limit": 3, "writer": "t"}, "--limit, --writer"),
         ({"run": "r", "samples": 0}, "--samples is 0"),
+        ({"run": "r", "slots": -1}, "--slots is -1"),
         ({"run": "r", "k": 0}, "--k is 0"),
         ({"run": "r", "score": "best"}, "--score"),
         ({"run": "r", "checkpoints": (2,)}, "--checkpoints names 2 without"),
@@ -328,6 +329,9 @@ def test_a_step_without_checkpoint_and_a_folder_without_run(workdir, tmp_path, r
 def test_a_mesh_that_does_not_fit(tiny, tmp_path, refused, capsys):
     message = refused(argv(tiny, tmp_path / "out", "--mesh-fsdp=3"))
     assert "--mesh-fsdp is 3 and --mesh-model 1 on 8 devices" in message
+    message = refused(argv(tiny, tmp_path / "out", "--slots=12"))
+    assert "slots is 12 for batches of 32 rows over 8 batch shards" in message
+    assert not (tmp_path / "out").exists()
     assert cli.main(argv(tiny, tmp_path / "out", "--mesh-model=8")) == 1
     message = capsys.readouterr().err
     assert "the student has 2 key/value heads" in message

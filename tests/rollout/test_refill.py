@@ -97,15 +97,20 @@ def test_as_many_slots_as_rows_is_the_batch_in_step_itself():
 def test_a_loop_takes_as_many_rounds_as_its_slots_need():
     """Rows are started in order, each where one ended first: the schedule on paper."""
     lengths = np.asarray(run(0).mask_BT).sum(1).tolist()
-    for slots in (1, 3):
-        _, rounds = decode._sample(
-            WEIGHTS, prompts(), jax.random.key(1), None, jnp.int32(0), None,
+    numbers = np.arange(ROWS, dtype=np.int32)
+    numbers[5:] = refill.FILL  # are not started
+    for slots, given in ((1, None), (3, numbers), (3, None)):
+        rollout, rounds = decode._sample(
+            WEIGHTS, prompts(), jax.random.key(1), None, jnp.int32(0), given,
             cfg=CFG, sampler=SAMPLER, max_new=MAX_NEW, samples=1, slots=slots,
         )  # fmt: skip
+        started = lengths if given is None else lengths[:5]
         ends = [0] * slots
-        for length in lengths:
+        for length in started:
             ends[int(np.argmin(ends))] += length
-        assert int(rounds) == max(ends)
+        assert int(rounds) == max(ends) == refill.taken(started, slots)
+        found = np.asarray(rollout.mask_BT).sum(1).tolist()
+        assert found == started + [0] * (ROWS - len(started))
     in_step = sum(max(lengths[i : i + slots]) for i in range(0, ROWS, slots))
     assert int(rounds) < in_step  # than batches of as many rows, one after the other
 

@@ -26,6 +26,7 @@ from opd_jax.instrument.knockout.ledger import Key, Ledger, Line
 from opd_jax.instrument.knockout.request import Request
 from opd_jax.instrument.knockout.targets import Targets
 from opd_jax.instrument.knockout.trials import Prefix, Trials
+from opd_jax.rollout import answers as drawing
 from opd_jax.store import pair as pairs
 from opd_jax.store import workdir
 from opd_jax.store.pair import Model
@@ -34,7 +35,7 @@ Batch = tuple[list[int], list[list[Job]]]  # places of problems that are read, a
 _PLAIN = Arm(BASELINE, BASELINE, ())
 # Change no answer, or are told in another way.
 _FREE = (
-    *("out", "dtype", "model", "tasks", "limit", "form", "settings", "types", "groups"),
+    *("out", "slots", "dtype", "model", "tasks", "limit", "form", "settings", "types", "groups"),
     *("margin", "effect", "power", "teacher"),
 )
 
@@ -62,6 +63,7 @@ def run(
       ValueError, OSError: something that was named cannot be used.
     """
     model = pairs.open_model(request.model, mesh=mesh, dtype=request.dtype)
+    drawing.check_slots(request.slots, request.batch, 1, model.mesh)
     if request.teacher:
         pairs.resolve(request.teacher)  # raises before anything is decoded
     given = tasks.read_all(request.tasks, grader=request.grader, limit=request.limit)
@@ -87,7 +89,9 @@ def run(
         jobs += [job for arm in chosen for job in baseline.jobs(arm)]
         batches = work.batches(baseline, jobs)
         calls = ledger.missing([call for _, part in batches for call in part])
-        for line in costs.lines(costs.of_calls(calls, baseline), len(calls), steps_per_s):
+        for line in costs.lines(
+            costs.of_calls(calls, baseline, trials.rounds), len(calls), steps_per_s
+        ):
             say(line)
         if plan:
             return None
@@ -154,7 +158,8 @@ class _Work:
         steps, begins = 0, []
         for call, lines in self._run(calls, None):
             begins.append(time.monotonic())
-            steps += max(line["tokens"] for line in lines) if len(begins) > 1 else 0
+            lengths = [line["tokens"] for line in lines]
+            steps += self._trials.rounds(lengths) if len(begins) > 1 else 0
             for job, line in zip(call, lines, strict=True):
                 ids = np.array(line["ids"], np.int32)
                 answers[job.row].append(Answer(ids, line["correct"], line["found"]))

@@ -24,7 +24,7 @@ from opd_jax.instrument.knockout.request import KnockoutError
 
 _WHY = (
     "the decode is not deterministic on these devices: expected the same ids whatever is decoded "
-    "beside a row; compute in --dtype=float32, on other devices, or with another --batch"
+    "beside a row; compute in --dtype=float32, on other devices, or with another --batch or --slots"
 )
 
 

@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--max-new", type=int, default=1024, help="most tokens of an answer")
     add("--batch", type=int, default=64, help="answers decoded at a time, of any arms")
+    command.add_slots(parser)
     add("--margin", type=float, default=0.01, help="smallest change of accuracy that counts (0.01)")
     add("--effect", type=float, default=0.1, help="change among the problems that hold a type, to "
         "be seen with --power (0.1)")  # fmt: skip
@@ -69,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
         grader=flags.grader,
         limit=flags.limit,
         batch=flags.batch,
+        slots=flags.slots,
         margin=flags.margin,
         effect=flags.effect,
         power=flags.power,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from opd_jax.evaluate.growth import duration
 from opd_jax.instrument.knockout.answered import Baseline, Job
@@ -33,7 +33,7 @@ class Cost:
 
     Attributes:
       answers, tokens: to decode; tokens as if every answer had the length of the baseline's.
-      steps: of the decode loop, of all rows at a time.
+      steps: of the decode loop, of all rows of a call at a time, or of as many as have slots.
       families: answers by family of arms.
     """
 
@@ -43,14 +43,24 @@ class Cost:
     families: dict[str, int]
 
 
-def of_calls(calls: Sequence[Sequence[Job]], baseline: Baseline) -> Cost:
-    """The cost of jobs that are decoded call by call."""
+def of_calls(
+    calls: Sequence[Sequence[Job]],
+    baseline: Baseline,
+    rounds: Callable[[Sequence[int]], int] = max,
+) -> Cost:
+    """The cost of jobs that are decoded call by call.
+
+    Args:
+      calls: jobs of each.
+      baseline: whose lengths their answers are taken to have.
+      rounds: of the decode loop for answers of such lengths.
+    """
     lengths = [[len(baseline.answers[job.row][job.sample].ids) for job in jobs] for jobs in calls]
     kinds = collections.Counter(job.arm.family for jobs in calls for job in jobs)
     return Cost(
         answers=sum(map(len, calls)),
         tokens=sum(map(sum, lengths)),
-        steps=sum(map(max, lengths)),
+        steps=sum(map(rounds, lengths)),
         families=dict(kinds),
     )
 

@@ -35,7 +35,8 @@ class Request:
       orders: random orders of the cumulative arms.
       settings: how answers are sampled; neither top-k, top-p nor min-p.
       form, grader, limit: how tasks are read and asked, as in ``opd-jax eval``.
-      batch: rows (problem, sample, arm) decoded at a time.
+      batch: rows (problem, sample, arm) of one call.
+      slots: rows of a call that are decoded at a time, see ``rollout.refill``; 0: all.
       margin: the smallest change of accuracy that counts, as a share; 0.01 is the published one.
       effect: the change of accuracy, among the problems that hold a type, that shall be seen.
       power: the probability that it shall be seen with.
@@ -59,6 +60,7 @@ class Request:
     grader: str = "math"
     limit: int = 0
     batch: int = 64
+    slots: int = 0
     margin: float = 0.01
     effect: float = 0.1
     power: float = 0.8

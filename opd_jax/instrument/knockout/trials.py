@@ -26,7 +26,7 @@ from opd_jax.instrument.knockout.request import Request
 from opd_jax.models import kv_cache, memory
 from opd_jax.pytrees import Rollout
 from opd_jax.rollout import answers as drawing
-from opd_jax.rollout import decode
+from opd_jax.rollout import decode, refill
 from opd_jax.store.pair import Model
 
 # Counted while tracing: no arm may have a program of its own.
@@ -51,24 +51,26 @@ def _read(params, prompt, *, cfg):
     return h_PD, cache, width - prompt.start_B
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "sampler", "max_new"))
+@functools.partial(jax.jit, static_argnames=("cfg", "sampler", "max_new", "slots"))
 def _answer(
-    params, h_PD, cache, position_P, key, pick_R, number_R, ban, *, cfg, sampler, max_new
+    params, h_PD, cache, position_P, key, pick_R, number_R, ban, *, cfg, sampler, max_new, slots
 ) -> Rollout:
     """Answers alone, without their prompts, of picked rows."""
     _traced["answer"] += 1
     width, num_rows = cache.valid_BS.shape[1], pick_R.shape[0]
-    new = decode.decode(
+    is_refilled = refill.slots(slots, num_rows) < num_rows
+    given = (
         params,
         h_PD.at[pick_R].get(out_sharding=meshlib.out(meshlib.BATCH, None)),
-        kv_cache.pick(cache, pick_R, width + max_new),
+        kv_cache.pick(cache, pick_R, width + max_new * (not is_refilled)),
         position_P.at[pick_R].get(out_sharding=meshlib.out(meshlib.BATCH)),
         jax.vmap(jax.random.fold_in, (None, 0))(key, number_R),
-        cfg=cfg,
-        sampler=sampler,
-        max_new=max_new,
-        ban=ban,
     )
+    how: dict[str, Any] = {"cfg": cfg, "sampler": sampler, "max_new": max_new, "ban": ban}
+    if is_refilled:
+        new = refill.decode(*given, **how, slots=slots, is_real_R=number_R >= 0)
+    else:
+        new = decode.decode(*given, **how)
     return Rollout(
         ids_BT=new.ids_BN,
         start_B=meshlib.constrain(jnp.zeros(num_rows, jnp.int32), meshlib.BATCH),
@@ -97,13 +99,17 @@ class Trials:
     def __init__(self, model: Model, request: Request, room: int, widest: int):
         self.model, self.request, self.room = model, request, room
         self.size = meshlib.batch_rows(request.batch, model.mesh)
+        self._shards = meshlib.batch_shards(model.mesh)
         self._widest = widest
 
     @functools.cached_property
     def _params(self) -> Any:
         model, settings = self.model, self.request.settings
         prompts = memory.cache(model.cfg, self.size, self._widest, model.mesh)
-        slots = self._widest + settings.max_new
+        answers = refill.cells(
+            model.cfg, self.size, 1, self._widest, settings.max_new, model.mesh,
+            wanted=self.request.slots,
+        )  # fmt: skip
         memory.check(
             [
                 memory.Need(
@@ -113,8 +119,8 @@ class Trials:
                 ),
                 memory.Need(
                     "keys and values",
-                    prompts + memory.cache(model.cfg, self.size, slots, model.mesh),
-                    "lower --batch or --max-new",
+                    prompts + answers,
+                    "lower --batch, --slots or --max-new",
                 ),
             ],
             model.mesh,
@@ -135,31 +141,38 @@ class Trials:
         return Prefix(h_PD, cache, position_P, key, places)
 
     def answer(self, prefix: Prefix, rows: Sequence[Row], jobs: Sequence[Job]) -> Rollout:
-        """Answer up to ``size`` jobs; further rows repeat the first. It does not wait.
+        """Answer up to ``size`` jobs; further rows repeat the first, or have no slot.
+
+        It does not wait.
 
         Args:
           prefix: that has read the problems of the jobs.
           rows: all problems, which ``Job.row`` counts.
           jobs: what is answered.
         """
-        filled = [*jobs, *[jobs[0]] * (self.size - len(jobs))]
-        samples = self.request.settings.samples
+        slots, samples = self.request.slots, self.request.settings.samples
+        order_R = drawing.dealt(self.size, self._shards if slots else 1)
+        filled = [jobs[i] if i < len(jobs) else jobs[0] for i in order_R]
+        numbers = [
+            rows[job.row].problem.index * samples + job.sample
+            if i < len(jobs) or not slots
+            else refill.FILL
+            for i, job in zip(order_R, filled, strict=True)
+        ]
         nothing = np.iinfo(np.int32).max
         ids_RK = np.full((self.size, self.room), nothing, np.int32)
         for place, job in enumerate(filled):
             ids_RK[place, : len(job.arm.ids)] = job.arm.ids
         host: Any = (  # of numpy arrays, to be global ones
             np.array([prefix.places[job.row] for job in filled], np.int32),
-            np.array(
-                [rows[job.row].problem.index * samples + job.sample for job in filled], np.int32
-            ),
+            np.array(numbers, np.int32),
             ids_RK,
             np.array([job.first for job in filled], np.int32),
             np.array([job.end for job in filled], np.int32),
         )
         with jax.set_mesh(self.model.mesh):
             pick_R, number_R, *ban = meshlib.to_global(meshlib.own_rows(host), self.model.mesh)
-            return _answer(
+            answers = _answer(
                 self._params,
                 *prefix[:4],
                 pick_R,
@@ -168,7 +181,13 @@ class Trials:
                 cfg=self.model.cfg,
                 sampler=self._sampler,
                 max_new=self.request.settings.max_new,
+                slots=slots,
             )
+            return drawing.restored(answers, order_R, self.model.mesh)
+
+    def rounds(self, lengths: Sequence[int]) -> int:
+        """Of the decode loop, for a call whose answers have these lengths."""
+        return refill.taken(lengths, self.request.slots, self._shards)
 
     def texts(self, answers: Rollout, real: int) -> list[str]:
         """Decode the real ones.

@@ -60,6 +60,7 @@ def of_run(
     samples: int = 1,
     seed: int = 0,
     batch: int = 16,
+    slots: int = 0,
     say: Callable[[str], None] = print,
 ) -> Matrix:
     """Let the checkpoints of a run answer and score each other's answers.
@@ -75,7 +76,7 @@ def of_run(
       rows: prompts that every corpus answers.
       steps: checkpoints; default all. Step 0, the student before training, is always there.
       with_teacher: also score a corpus that the teacher writes, which no checkpoint has seen.
-      max_new, temperature, samples, seed, batch: see :func:`collect.write`.
+      max_new, temperature, samples, seed, batch, slots: see :func:`collect.write`.
       say: receives lines of progress.
 
     Raises:
@@ -95,6 +96,7 @@ def of_run(
         samples=samples,
         seed=seed,
         batch=batch,
+        slots=slots,
         say=processes.indented(say, "  "),
     )
     corpora = {}

@@ -274,7 +274,7 @@ def test_a_killed_knockout_goes_on_to_the_same_bytes(
         assert knockout(tiny, task, out, **(flags | {"temperature": 0.7})) == 1
     assert "temperature was 0.6 and is 0.7" in capsys.readouterr().err
     assert (out / ledger.LINES).read_bytes() == done
-    assert knockout(tiny, task, out, **flags) == 0
+    assert knockout(tiny, task, out, **flags, slots=5) == 0
     assert f"{out} has 80 answers: going on" in capsys.readouterr().out
     assert (out / ledger.LINES).read_bytes() == (census / ledger.LINES).read_bytes()
     assert summary_of(out) == summary_of(census)
@@ -284,8 +284,8 @@ def test_a_killed_knockout_goes_on_to_the_same_bytes(
     assert "to decode: nothing" in capsys.readouterr().out
 
 
-def test_on_eight_devices_the_answers_are_the_same(tiny, task, census, flags, tmp_path):
-    given = flags | {"mesh_model": 2, "mesh_fsdp": 2}
+def test_on_eight_devices_in_slots_the_answers_are_the_same(tiny, task, census, flags, tmp_path):
+    given = flags | {"mesh_model": 2, "mesh_fsdp": 2, "slots": 4}
     assert knockout(tiny, task, tmp_path / "eight", **given) == 0
     assert lines_of(tmp_path / "eight") == lines_of(census)
     ours, theirs = summary_of(tmp_path / "eight"), summary_of(census)
@@ -366,6 +366,7 @@ def test_an_answer_that_is_off_is_refused(
         ({"groups": "paper"}, "without the family group"),
         ({"margin": 0}, "margin is 0.0: expected a share above 0"),
         ({"window": 0}, "window is 0: expected 1 or more"),
+        ({"slots": 17}, "slots is 17 for batches of 16 rows"),
         ({"samples": 2, "temperature": 0}, "samples is 2 and temperature 0"),
         ({"teacher": "nowhere"}, "'nowhere' is no model"),
         ({"max_new": 64}, "max-new is 64: expected below the 64 positions"),

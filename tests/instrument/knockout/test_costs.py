@@ -1,10 +1,13 @@
 """The arithmetic of a census, as its docstring states it."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from opd_jax.instrument.knockout import costs
 from opd_jax.instrument.knockout.answered import Answer, Arm, Baseline, Job
+from opd_jax.rollout import refill
 
 LAYERS, HEADS, WIDTH, BYTES = 36, 8, 128, 2  # Qwen3-4B, bfloat16
 
@@ -34,6 +37,8 @@ def test_the_cost_of_calls_is_that_of_their_longest_answers():
     jobs = [Job(arm, row, 0, 0, 16, 0) for arm in (single, null) for row in range(3)]
     cost = costs.of_calls([jobs[:2], jobs[2:4], jobs[4:]], baseline)
     assert (cost.answers, cost.tokens, cost.steps) == (6, 40, 9 + 9 + 7)
+    in_slots = costs.of_calls([jobs], baseline, functools.partial(refill.taken, slots=2))
+    assert in_slots.steps == max(9 + 9, 4 + 7 + 4 + 7)  # the third where the second ended
     assert cost.families == {"single": 3, "null": 3}
     first, second = costs.lines(cost, 3, 10.0)
     assert "6 answers (single 3, null 3), about 40 tokens in 3 batches of 25 steps" in first

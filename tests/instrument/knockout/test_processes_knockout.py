@@ -1,4 +1,4 @@
-"""A knockout over two processes and over one: the same answers, arms and conclusions."""
+"""A knockout over two processes in slots, and over one in step: the same conclusions."""
 
 import collections
 import json
@@ -34,7 +34,11 @@ def test_two_processes_write_what_one_does(tiny, tmp_path):
     found = {}
     for name in ("one", "two-processes"):
         out = tmp_path / name
-        flags = [f"--types={types}", f"--out={out}", *(["--mesh-fsdp=2"] * (name != "one"))]
+        flags = [
+            f"--types={types}",
+            f"--out={out}",
+            *(["--mesh-fsdp=2", "--slots=8"] * (name != "one")),
+        ]
         text = layouts.run(LAYOUTS[name], [*argv, *flags])
         assert str(out) in text
         summary = json.loads((out / ledger.SUMMARY).read_text())
