@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -139,17 +140,46 @@ SPARSE = dataclasses.replace(  # a mixture of experts, of which each token uses 
 )
 
 
-def make_folder(folder: Path, teacher: transformer.ModelConfig = MODEL) -> Path:
+def make_model(folder: Path, cfg: transformer.ModelConfig, seed: int, tokenizer: Any) -> None:
+    """Write a model of drawn weights."""
+    tree = params.init(transformer.specs(cfg), jax.random.key(seed))
+    tree["embed"] = tree["embed"] * EMBED_SCALE
+    hf.save(folder, cfg, tree, tokenizer=tokenizer)
+
+
+def make_folder(
+    folder: Path,
+    teacher: transformer.ModelConfig = MODEL,
+    student: transformer.ModelConfig = MODEL,
+) -> Path:
     """Write ``student``, ``teacher``, ``prompts.jsonl`` and ``config.py``."""
     tokenizer = tokenizers.load(config.path_of("embedded:student"))
-    for name, cfg, seed in (("student", MODEL, 1), ("teacher", teacher, 2)):
-        tree = params.init(transformer.specs(cfg), jax.random.key(seed))
-        tree["embed"] = tree["embed"] * EMBED_SCALE
-        hf.save(folder / name, cfg, tree, tokenizer=tokenizer)
+    make_model(folder / "student", student, 1, tokenizer)
+    make_model(folder / "teacher", teacher, 2, tokenizer)
     rows = [{"prompt": f"{i} + {i + 2} = ?", "answer": str(2 * i + 2)} for i in range(12)]
     write_lines(folder / "prompts.jsonl", rows)
     (folder / "config.py").write_text(CONFIG.format(folder=str(folder)))
     return folder
+
+
+def make_teachers(folder: Path) -> Path:
+    """The same, a deeper and wider teacher ``other``, and ``rows.jsonl``, which name one each."""
+    make_folder(folder)
+    other = dataclasses.replace(MODEL, width=24, num_layers=3)
+    make_model(folder / "other", other, 7, tokenizers.load(folder / "student"))
+    rows = read_lines(folder / "prompts.jsonl")
+    for row, who in zip(rows, "sdsdddssdsds", strict=True):
+        row["teacher"] = {"s": "sums", "d": "digits"}[who]
+    write_lines(folder / "rows.jsonl", rows)
+    return folder
+
+
+def several(folder: Path) -> dict[str, Any]:
+    """Keys of a run of that folder."""
+    rows = {"data__prompts": folder / "rows.jsonl", "data__heldout": folder / "rows.jsonl"}
+    teachers = {"teacher__paths__sums": folder / "teacher"}
+    teachers |= {"teacher__paths__digits": folder / "other"}
+    return {"teacher__path": "", **teachers, **rows}
 
 
 def copy_folder(source: Path, target: Path) -> Path:

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import layouts
 import numpy as np
@@ -40,12 +41,15 @@ PLAN = {
 RTOL = 2e-3
 COMPARED = ("loss", "kl_nats", "grad_norm", "lr", "eval/kl_nats")
 LOST_S = 100.0  # heartbeats of 60 s, and a busy machine
-# What a run trains, and of what: a dense student of a dense teacher, or of one with experts;
-# adapters of a frozen student. Each as keys beside PLAN; of the last two few programs are compiled.
+# What a run trains, and of what: a dense student of a dense teacher, or of one with experts, which
+# the student may have, too; adapters of a frozen student; a student of two teachers. Each as keys
+# beside PLAN; of all but the first few programs are compiled.
 KINDS = {
     "dense": {},
     "experts": {"eval__every": 0},
     "adapters": {"lora__rank": 4, "lora__alpha": 8.0, "eval__every": 0},
+    "all-experts": {"eval__every": 0, "train__load_balance": 0.01},
+    "teachers": {"eval__every": 0},
 }
 # Of the other kinds: the layout with most of everything onto itself, where bits are compared, onto
 # another number of processes and of devices, and back.
@@ -54,6 +58,10 @@ FEW = [
     ("two-by-four", "fsdp2-model2"),
     ("fsdp2-model2", "two-by-four"),
 ]
+
+
+def keys_of(kind, folder):
+    return KINDS[kind] | (tiny_run.several(folder) if kind == "teachers" else {})
 
 
 def command(folder, workdir, layout, **keys):
@@ -67,19 +75,31 @@ def sparse(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def saved(tiny, sparse, tmp_path_factory):
+def all_sparse(tmp_path_factory):
+    """The folder of a pair whose models are both mixtures of experts."""
+    folder, experts = tmp_path_factory.mktemp("all-sparse"), tiny_run.SPARSE
+    return tiny_run.make_folder(folder, teacher=experts, student=experts)
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """The folder of a student and its two teachers."""
+    return tiny_run.make_teachers(tmp_path_factory.mktemp("teachers"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
     """Makes, once per layout, a run of WHOLE steps whose process ended after HALF (by a kill)."""
     folder = tmp_path_factory.mktemp("saved")
 
-    def make(name: str, steps: int, kind: str = "dense"):
+    def make(pair: Path, name: str, steps: int, kind: str = "dense"):
         workdir = folder / f"{kind}-{name}-{steps}"
         if not workdir.exists():
             layout = LAYOUTS[name]
             # The schedule is that of all steps, so the run is stopped and not asked for fewer.
             code = STOP.format(step=steps) if steps < WHOLE else ""
             status = 128 + signal.SIGTERM if steps < WHOLE else 0
-            pair = sparse if kind == "experts" else tiny
-            argv = command(pair, workdir, layout, train__steps=WHOLE, **KINDS[kind])
+            argv = command(pair, workdir, layout, train__steps=WHOLE, **keys_of(kind, pair))
             layouts.run(layout, argv, status=status, code=code)
         return workdir
 
@@ -129,9 +149,10 @@ def written(out):
 def check(folder, saved, tmp_path, source, target, kind="dense"):
     """Go on from ``source`` on ``target`` and compare with the run that was never stopped."""
     workdir, layout = tmp_path / "run", LAYOUTS[target]
-    shutil.copytree(saved(source, HALF, kind), workdir)
-    layouts.run(layout, command(folder, workdir, layout, train__steps=WHOLE, **KINDS[kind]))
-    whole = saved(source, WHOLE, kind)
+    shutil.copytree(saved(folder, source, HALF, kind), workdir)
+    keys = keys_of(kind, folder)
+    layouts.run(layout, command(folder, workdir, layout, train__steps=WHOLE, **keys))
+    whole = saved(folder, source, WHOLE, kind)
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["is_finished"]
     uninterrupted = json.loads((whole / "summary.json").read_text())["compiles_by_program"]
@@ -173,11 +194,25 @@ def test_so_does_one_of_adapters(tiny, saved, tmp_path, source, target):
     assert not any("embed" in name for name in record["leaves"])
 
 
+@pytest.mark.ci
+@pytest.mark.parametrize(("source", "target"), FEW[:2])
+def test_so_does_one_whose_models_both_have_experts(all_sparse, saved, tmp_path, source, target):
+    check(all_sparse, saved, tmp_path, source, target, "all-experts")
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(("source", "target"), FEW[:2])
+def test_so_does_one_of_two_teachers(several, saved, tmp_path, source, target):
+    check(several, saved, tmp_path, source, target, "teachers")
+    line = tiny_run.curve(tmp_path / "run")[-1]
+    assert line["kl_nats/sums"] > 0 < line["kl_nats/digits"]
+
+
 @pytest.mark.parametrize(
     "name", ["two-processes", *(pytest.param(n, marks=pytest.mark.ci) for n in NAMES[:-1])]
 )
 def test_what_a_layout_saved_is_read_by_all_commands(tiny, saved, tmp_path, name):
-    workdir = saved(name, HALF)
+    workdir = saved(tiny, name, HALF)
     out = tmp_path / "rocks"
     argv = ["rocks", f"--run={workdir}", "--k=4", "--max-new=4", f"--out={out}"]
     in_turn(*reading(workdir, tmp_path / "read"), argv)
@@ -189,7 +224,7 @@ def test_what_a_layout_saved_is_read_by_all_commands(tiny, saved, tmp_path, name
 
 def test_two_processes_read_what_one_saved(tiny, saved, tmp_path):
     """The commands beside training, in several processes: one writes, and the same bytes."""
-    workdir = saved("one", HALF)
+    workdir = saved(tiny, "one", HALF)
     alone, together = tmp_path / "alone", tmp_path / "together"
     in_turn(*reading(workdir, alone))
     for argv in reading(workdir, together):
@@ -218,7 +253,7 @@ if "--process-index=1" in sys.argv:
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.ci), 1])
 def test_when_one_process_is_killed_the_other_ends(tiny, saved, tmp_path, victim):
     workdir, layout = tmp_path / "run", LAYOUTS["two-processes"]
-    shutil.copytree(saved("two-processes", HALF), workdir)
+    shutil.copytree(saved(tiny, "two-processes", HALF), workdir)
     argv = command(tiny, workdir, layout, train__steps=WHOLE)
     started = layouts.start(layout, argv, code=HANG)
     lines = workdir / "metrics.jsonl"

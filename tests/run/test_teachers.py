@@ -18,7 +18,7 @@ from tokenizers import AddedToken
 from opd_jax import api, cli
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.evaluate import heldout
-from opd_jax.models import hf, params, transformer
+from opd_jax.models import hf, transformer
 from opd_jax.plan import chips, programs
 from opd_jax.run import assemble, entry, initial
 
@@ -32,26 +32,15 @@ MESH = {"mesh__fsdp": 2, "mesh__model": 2, "eval__batch": 8}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The tiny pair and a further teacher, deeper and wider, and prompts of either."""
-    folder = tiny_run.make_folder(tmp_path_factory.mktemp("several"))
+    folder = tiny_run.make_teachers(tmp_path_factory.mktemp("several"))
     tokenizer = tokenizers.load(folder / "student")
-    cfg = dataclasses.replace(tiny_run.MODEL, width=24, num_layers=3)
-    tree = params.init(transformer.specs(cfg), jax.random.key(7))
-    tree["embed"] = tree["embed"] * tiny_run.EMBED_SCALE
-    hf.save(folder / "other", cfg, tree, tokenizer=tokenizer)
     tokenizer.add_tokens([AddedToken("<more>")])
-    hf.save(folder / "foreign", cfg, tree, tokenizer=tokenizer)
-    rows = tiny_run.read_lines(folder / "prompts.jsonl")
-    for row, who in zip(rows, "sdsdddssdsds", strict=True):
-        row["teacher"] = {"s": "sums", "d": "digits"}[who]
-    tiny_run.write_lines(folder / "rows.jsonl", rows)
+    tiny_run.make_model(folder / "foreign", tiny_run.MODEL, 7, tokenizer)
     return folder
 
 
 def flags(folder, **keys):
-    several = {"teacher__path": "", "teacher__paths__sums": folder / "teacher"}
-    several |= {"teacher__paths__digits": folder / "other"}
-    rows = {"data__prompts": folder / "rows.jsonl", "data__heldout": folder / "rows.jsonl"}
-    return several | rows | keys
+    return tiny_run.several(folder) | keys
 
 
 @functools.cache
