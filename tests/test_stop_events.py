@@ -72,6 +72,7 @@ def loss_and_gradients(spec, sizes=None):
         return jax.device_get(run(args[0], args[1]))
 
 
+@pytest.mark.optimized  # the value stands to its last bits
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_value_and_gradient_are_those_of_the_coarser_events(direction, temperature):
