@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -116,6 +116,11 @@ def repeat_rows(x: jax.Array, n: int, *rest) -> jax.Array:
     )
 
 
+def text(shape: Mapping[str, int]) -> str:
+    """The axes of a mesh and their sizes, in words."""
+    return " x ".join(f"{axis} {size}" for axis, size in shape.items())
+
+
 def on_shards(function: Callable[..., Any], given: Any, made: Any) -> Callable[..., Any]:
     """``function`` of what each device has; as it is without a mesh.
 
@@ -142,26 +147,28 @@ def placed(tree, mesh: Mesh):
     return jax.tree.map(place, tree)
 
 
-def moved(tree, to: Mesh, dtypes=None):
+def moved(tree, to: Mesh, dtypes=None, run: Callable[..., Any] | None = None):
     """The leaves of ``tree`` as they would lie on another arrangement of the same devices.
 
     Args:
       tree: arrays; those that lie on no mesh stay as they are.
       to: the arrangement; devices in the order that they have.
       dtypes: of each leaf, a tree like it; default: their own.
+      run: called with the program and its arrays, for a caller that watches it.
     """
     leaves, structure = jax.tree.flatten(tree)
     wanted = [x.dtype for x in leaves] if dtypes is None else jax.tree.leaves(dtypes)
     here = [i for i, x in enumerate(leaves) if isinstance(x.sharding, NamedSharding)]
     places = tuple(NamedSharding(to, leaves[i].sharding.spec) for i in here)
-    move = mover(places, tuple(wanted[i] for i in here))
-    for i, x in zip(here, move(*[leaves[i] for i in here]), strict=True):
+    move = _mover(places, tuple(wanted[i] for i in here))
+    arrays = [leaves[i] for i in here]
+    for i, x in zip(here, run(move, *arrays) if run else move(*arrays), strict=True):
         leaves[i] = x
     return structure.unflatten(leaves)
 
 
 @functools.lru_cache
-def mover(places: tuple[NamedSharding, ...], dtypes: tuple) -> Any:
+def _mover(places: tuple[NamedSharding, ...], dtypes: tuple) -> Any:
     """The program that lays arrays out anew."""
     return jax.jit(
         lambda *arrays: tuple(

@@ -27,8 +27,8 @@ from opd_jax.run.assemble import Assembly
 _USED = re.compile(r"(?:[Uu]sed |temporaries \(|hbm usage >= )([\d.]+)([KMGT]?)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # A program with a loop over tokens is told in two parts.
-STEP = ("switch", "prefill", "decode", "teacher", "train")
 PARTS = {programs.SAMPLE: ("prefill", "decode"), programs.ANSWERS: ("answers", "answers_decode")}
+STEP = (programs.SWITCH, *PARTS[programs.SAMPLE], programs.TEACHER, programs.TRAIN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Plan:
         )
         if step is None or answers is None or measured is None:
             return None
-        switched = (bool(graded) + bool(kl)) * (self.seconds(("switch",)) or 0.0)
+        switched = (bool(graded) + bool(kl)) * (self.seconds((programs.SWITCH,)) or 0.0)
         evaluation = switched + (graded + kl) * answers + kl * measured
         return self.num_chips * (self.steps * step + times * evaluation) / 3600
 

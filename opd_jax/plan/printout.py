@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from opd_jax import mesh as meshlib
 from opd_jax.models import memory
 from opd_jax.plan.estimate import Plan, ProgramPlan
 
@@ -85,15 +86,11 @@ def _share(plan: Plan, each: ProgramPlan) -> float:
     return each.flops / max(each.cost.seconds * plan.num_chips * plan.chip.flops, 1e-30)
 
 
-def _axes(mesh: dict[str, int]) -> str:
-    return " x ".join(f"{name} {size}" for name, size in mesh.items())
-
-
 def lines(plan: Plan) -> list[str]:
     """The plan as a table, what does not fit, and what a step takes."""
-    axes = _axes(plan.mesh)
+    axes = meshlib.text(plan.mesh)
     if plan.rollout_mesh != plan.mesh:
-        axes += f"; {_axes(plan.rollout_mesh)} while the student samples"
+        axes += f"; {meshlib.text(plan.rollout_mesh)} while the student samples"
     found = [
         f"{plan.topology}: {plan.num_chips} chips ({axes}), {memory.text(plan.chip.memory)} each; "
         "compiled for and estimated, not run",

@@ -124,7 +124,7 @@ class _Recorder:
 
     def __init__(self, parts: Assembly):
         self.parts, self.found, self.mesh = parts, [], parts.mesh
-        self.policy: Any = None  # the student's parameters where it samples in another arrangement
+        self.policy: Any = None  # the student's parameters as it samples
         self.state = initial.state_template(parts)
         self.teacher = initial.teacher_template(parts)
         self.awake: Any = resting.awake(self.teacher)
@@ -185,16 +185,16 @@ class _Recorder:
         """Stands for the student's answers, at the widest prompts and the longest answers."""
         spec = parts.run.rollout
         answers = self.answers(
-            SAMPLE, params, parts.run.train.prompts, parts.prompt_widths[-1], parts.policy,
-            spec.max_new, spec.samples, spec.slots, spec.segments,
+            SAMPLE, params, parts.run.train.prompts, parts.prompt_widths[-1], sampler=parts.policy,
+            max_new=spec.max_new, samples=spec.samples, slots=spec.slots, segments=spec.segments,
         )  # fmt: skip
         return answers.replace(teacher_B=self.teachers_of(answers.ids_BT.shape[0]))
 
     def evaluation(self) -> None:
         plan = self.parts.plan
         self.answers(
-            ANSWERS, self.state.params, plan.size, plan.width, plan.graded_sampler, plan.max_new,
-            plan.samples, plan.slots,
+            ANSWERS, self.state.params, plan.size, plan.width, sampler=plan.graded_sampler,
+            max_new=plan.max_new, samples=plan.samples, slots=plan.slots,
         )  # fmt: skip
         seen = None
         if plan.teacher_width:
@@ -232,6 +232,7 @@ class _Recorder:
         params: Any,
         rows: int,
         width: int,
+        *,
         sampler: Sampler,
         max_new: int,
         samples: int,
@@ -239,40 +240,15 @@ class _Recorder:
         segments: int = 1,
     ) -> Any:
         """The rollout of prompts of one width, in the arrangement of sampling."""
-        parts = self.parts
-        home, self.mesh = self.mesh, parts.rollout_mesh
-        if self.mesh != home and self.policy is None:
-            self.policy = self.switched(params)
-        params = params if self.policy is None else self.policy
-        with jax.set_mesh(self.mesh):
-            answers = self.answered(
-                name, params, rows, width, sampler, max_new, samples, slots, segments
+        parts, home = self.parts, self.mesh
+        self.mesh = parts.rollout_mesh
+        if self.policy is None:
+            self.policy = regrouped.policy(
+                params,
+                cfg=parts.cfg.student,
+                on=self.mesh,
+                run=functools.partial(self.call, SWITCH),
             )
-        self.mesh = home
-        return meshlib.placed(answers, home)
-
-    def switched(self, params: Any) -> Any:
-        """The program that lays parameters out for sampling; returns what it makes."""
-        wanted = regrouped.dtypes(params, self.parts.cfg.student)
-        leaves, structure = jax.tree.flatten(params)
-        places = tuple(NamedSharding(self.mesh, leaf.sharding.spec) for leaf in leaves)
-        program = meshlib.mover(places, tuple(jax.tree.leaves(wanted)))
-        return structure.unflatten(self.call(SWITCH, program, *leaves))
-
-    def answered(
-        self,
-        name: str,
-        params: Any,
-        rows: int,
-        width: int,
-        sampler: Sampler,
-        max_new: int,
-        samples: int,
-        slots: int,
-        segments: int,
-    ) -> Any:
-        """The same where the parameters lie for it."""
-        parts = self.parts
         ids_BP: Any = self.array((rows, width), jnp.int32, meshlib.BATCH, None)
         start_B: Any = self.array((rows,), jnp.int32, meshlib.BATCH)
         prompt = Prompt(ids_BP, start_B)
@@ -294,16 +270,19 @@ class _Recorder:
         cache = refill.cells(
             parts.cfg.student, rows, samples, width, max_new, self.mesh, wanted=slots
         )
-        return self.call(
-            name,
-            program,
-            params,
-            prompt,
-            key,
-            policy_step=self.array((), jnp.int32),
-            cache=cache,
-            **more,
-        )
+        with jax.set_mesh(self.mesh):
+            answers = self.call(
+                name,
+                program,
+                self.policy,
+                prompt,
+                key,
+                policy_step=self.array((), jnp.int32),
+                cache=cache,
+                **more,
+            )
+        self.mesh = home
+        return meshlib.placed(answers, home)
 
     def call(self, name: str, program: Any, *args: Any, cache: float = 0.0, **kwargs: Any) -> Any:
         """Trace a program, note it, and return the shapes of its results."""

@@ -55,9 +55,20 @@ def search(
       say: receives what is done.
       most: configurations that are compiled.
     """
-    tried: list[Tried] = []
-    compiled = 0
     models = {"student": student, "teacher": teacher}
+    tried = list(_updates(run, machine, models, say, most))
+    return [*tried, *_sampling(run, machine, models, best(tried), say)]
+
+
+def _updates(
+    run: RunConfig,
+    machine: Machine,
+    models: dict[str, str],
+    say: Callable[[str], None],
+    most: int,
+) -> Iterator[Tried]:
+    """The run on other meshes, in other micro-batches and with other remat."""
+    compiled = 0
     for mesh in meshes(len(machine.devices), run):
         for remat, pieces in itertools.product(_remats(run), _pieces(run, mesh)):
             keys = {
@@ -68,7 +79,7 @@ def search(
                 "student.remat": remat,
             }
             if compiled == most:
-                return [*tried, *_sampling(run, machine, models, best(tried), say)]
+                return
             try:
                 parts = programs.assembly(with_keys(run, keys), machine, **models, say=_silent)
                 needed = max(
@@ -76,20 +87,17 @@ def search(
                     for is_scoring in (False, True)
                 )
                 if machine.chip.memory and needed > machine.chip.memory:
-                    tried.append(Tried(keys, problem="models and cache alone do not fit"))
+                    yield Tried(keys, problem="models and cache alone do not fit")
                     break  # nor with other pieces
                 say(f"trying {_text(keys)}")
                 compiled += 1
                 plan = estimate.plan(parts, machine, say=_silent)
             except ValueError as error:
-                tried.append(Tried(keys, problem=str(error).partition(":")[0][:120]))
+                yield Tried(keys, problem=_short(error))
                 break
-            tried.append(Tried(keys, plan))
+            yield Tried(keys, plan)
             if plan.fits:
                 break
-        else:
-            continue
-    return [*tried, *_sampling(run, machine, models, best(tried), say)]
 
 
 def _sampling(
@@ -107,25 +115,27 @@ def _sampling(
     is_sampled = run.train.stage != "off_policy" and not run.mesh.rollout_model  # not set already
     if found is None or found.plan is None or not is_sampled:
         return
-    fastest = _step_seconds(found)
-    given = with_keys(run, found.keys)
-    for group in range(1, len(machine.devices).bit_length()):
-        keys = found.keys | {"mesh.rollout_model": given.mesh.model << group}
+    fastest, only = _step_seconds(found), (programs.SWITCH, programs.SAMPLE)
+    for doubled in range(1, len(machine.devices).bit_length()):
+        keys = found.keys | {"mesh.rollout_model": found.keys["mesh.model"] << doubled}
         try:
             parts = programs.assembly(with_keys(run, keys), machine, **models, say=_silent)
             say(f"trying {_text(keys)}")
-            only = (programs.SWITCH, programs.SAMPLE)
-            plan = estimate.plan(parts, machine, say=_silent, only=only)
+            part = estimate.plan(parts, machine, say=_silent, only=only)
         except ValueError as error:
-            yield Tried(keys, problem=str(error).partition(":")[0][:120])
+            yield Tried(keys, problem=_short(error))
             return
-        whole = dataclasses.replace(
-            plan, programs=found.plan.programs | plan.programs, is_whole=True
-        )
-        yield Tried(keys, whole)
-        if not whole.fits or _step_seconds(Tried(keys, whole)) >= fastest:
+        known = found.plan.programs | part.programs
+        tried = Tried(keys, dataclasses.replace(part, programs=known, is_whole=True))
+        yield tried
+        seconds = _step_seconds(tried)
+        if not all(each.fits for each in known.values()) or seconds >= fastest:
             return
-        fastest = _step_seconds(Tried(keys, whole))
+        fastest = seconds
+
+
+def _short(error: ValueError) -> str:
+    return str(error).partition(":")[0][:120]
 
 
 def best(tried: list[Tried]) -> Tried | None:

@@ -9,6 +9,7 @@ with the answers brought back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,20 +22,27 @@ from opd_jax.pytrees import Params, Prompt, Rollout
 from opd_jax.rollout import decode
 
 
-def policy(params: Params, *, cfg: ModelConfig, on: Mesh | None) -> Params:
+def policy(
+    params: Params,
+    *,
+    cfg: ModelConfig,
+    on: Mesh | None,
+    run: Callable[..., Any] | None = None,
+) -> Params:
     """The parameters where :func:`sample` takes them; as they are where ``on`` is their place.
 
     Args:
       params: of the model that samples.
       cfg: its.
       on: devices in the arrangement of sampling; None: that of the parameters.
+      run: as :func:`mesh.moved` takes it.
     """
     if on is None or _home(params) == on:
         return params
-    return meshlib.moved(params, on, dtypes(params, cfg))
+    return meshlib.moved(params, on, _dtypes(params, cfg), run)
 
 
-def dtypes(params: Params, cfg: ModelConfig) -> Any:
+def _dtypes(params: Params, cfg: ModelConfig) -> Any:
     """Of each parameter the dtype in which sampling begins to compute with it, so: no more bits."""
 
     def of(leaf: Any) -> Any:

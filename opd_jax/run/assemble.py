@@ -178,8 +178,7 @@ def composed(
             f"train.load_balance is {run.train.load_balance}: expected 0, since the student "
             f"({student.model_type}) has no experts; set --config.train.load_balance=0"
         )
-    shards = meshlib.batch_shards(mesh)
-    portions.check_batches(run, shards)
+    portions.check_batches(run, meshlib.batch_shards(mesh))
     sampling_on = meshlib.regrouped(mesh, run.mesh.rollout_model)
     architecture.check_mesh(student, sampling_on, "the student", "rollout_model")
     run = portions.ended(run, len(rows), say)
@@ -247,10 +246,7 @@ def composed(
         policy=policy,
         rows=tuple(rows),
         heldout=tuple(heldout),
-        plan=dataclasses.replace(
-            _eval_plan(run, policy, heldout, shards, bias_V, (prompt_widths, teacher_widths)),
-            on=sampling_on,
-        ),
+        plan=_eval_plan(run, policy, heldout, mesh, bias_V, (prompt_widths, teacher_widths)),
         bias_V=bias_V,
         prompt_widths=prompt_widths,
         answer_widths=run.rollout.buckets or widths.ladder(run.rollout.max_new),
@@ -357,10 +353,11 @@ def _eval_plan(
     run: RunConfig,
     policy: Sampler,
     heldout: Sequence[Example],
-    shards: int,
+    mesh: Mesh,
     bias_V: jax.Array | None,
     known: tuple[Sequence[int], Sequence[int]],
 ) -> EvalPlan:
+    shards = meshlib.batch_shards(mesh)
     size = run.eval.batch or run.train.prompts * run.rollout.samples
     if size % (shards * run.train.microbatches):
         raise ConfigError(
@@ -384,6 +381,7 @@ def _eval_plan(
         slots=run.rollout.slots,
         grader=run.eval.grader,
         bias_V=bias_V,
+        on=meshlib.regrouped(mesh, run.mesh.rollout_model),
     )
 
 

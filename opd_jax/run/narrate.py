@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from opd_jax import mesh as meshlib
 from opd_jax import optim
 from opd_jax.data import tokenizer as tokenizers
 from opd_jax.data import widths
@@ -79,15 +80,11 @@ def introduction(parts: Assembly) -> list[str]:
     lines.append(f"objective: {objective_text(run)}")
     stops = ", ".join(f"{i} {tokenizers.token_text(parts.tokenizer, i)!r}" for i in parts.stop_ids)
     lines.append(widths_text(parts))
-    shape = _shape_text(parts.mesh)
+    shape = meshlib.text(parts.mesh.shape)
     if parts.rollout_mesh != parts.mesh:
-        shape += f", {_shape_text(parts.rollout_mesh)} while the student samples"
+        shape += f", {meshlib.text(parts.rollout_mesh.shape)} while the student samples"
     lines.append(f"stop ids: {stops}; mesh: {shape} ({jax.devices()[0].device_kind})")
     return lines
-
-
-def _shape_text(mesh: Mesh) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
 
 
 def routes_text(parts: Assembly) -> list[str]:
