@@ -58,7 +58,7 @@ def test_a_program_that_the_compiler_refuses_does_not_fit():
         huge = jax.jit(
             lambda x: jnp.cumsum(jnp.full((2**17, 2**17), x), axis=0).T @ jnp.ones((2**17, 8))
         )
-        traced = programs.Traced("train", huge.trace(one), {"student": 4.0})
+        traced = programs.Traced("train", huge.trace(one), {"student": 4.0}, mesh)
         (found,) = estimate.compiled(traced, machine, mesh, say=lambda line: None)
     assert not found.fits
     assert found.cost is None
