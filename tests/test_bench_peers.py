@@ -1,15 +1,17 @@
 """The pure parts of the peer benchmark: FLOPs, rows, agreement, the table."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "scripts" / "benchmarks"
 sys.path.insert(0, str(FOLDER))  # they import one another, as scripts of one folder
-bench_peers, peer_job, peer_rows = (
-    importlib.import_module(name) for name in ("bench_peers", "peer_job", "peer_rows")
+bench_peers, peer_batch, peer_job, peer_rows = (
+    importlib.import_module(name) for name in ("bench_peers", "peer_batch", "peer_job", "peer_rows")
 )
 sys.path.remove(str(FOLDER))
 
@@ -53,7 +55,8 @@ def test_measure_drops_the_warm_up():
         calls.append(None)
         return {"part": float(len(calls))}
 
-    job = peer_job.Job("step", "s", "t", "f", prompt=1, new=1, lr=1.0, warmup=2, steps=3)
+    about = {"is_unequal": False, "prompt": 1, "new": 1, "lr": 1.0}
+    job = peer_job.Job("step", "s", "t", "f", **about, warmup=2, steps=3)
     result = peer_job.measure(once, job)
     assert len(calls) == 5
     assert len(result["seconds"]) == 3
@@ -145,13 +148,81 @@ def test_rollout_is_related_to_weight_traffic():
     assert row["bound_seconds_per_token"] == pytest.approx(4 * 184 / 1e9)
 
 
+def test_schedule_is_the_same_on_every_call_and_ends_each_row_with_one_stop_id(tmp_path):
+    first, second = (peer_batch.draw(64, 128, 512, 1000, is_unequal=True) for _ in range(2))
+    first.save(tmp_path / "rows.npz")
+    for batch in (second, peer_batch.load(tmp_path / "rows.npz")):
+        for name in ("prompt_BP", "completion_BN", "prompts_B", "answers_B"):
+            assert (getattr(batch, name) == getattr(first, name)).all(), name
+    assert 16 <= first.prompts_B.min() < 40
+    assert 100 < first.prompts_B.max() <= 128
+    assert 90 < sorted(first.answers_B)[32] < 160
+    assert 300 < first.answers_B.max() <= 512
+    assert [len(row) for row in first.rows] == first.prompts_B.tolist()
+    for row in first.answers:
+        assert row[-1] == peer_job.EOS
+        assert min(row[:-1], default=3) > peer_job.UNKNOWN
+    assert first.answer_mask_BN.sum() == first.answers_B.sum()
+    with pytest.raises(RuntimeError, match="the schedule"):
+        first.check([*first.answers_B[:-1], first.answers_B[-1] + 1])
+
+
+def test_fixed_rows_are_full_and_those_that_were_always_measured():
+    batch = peer_batch.draw(2, 3, 3, 49_152, is_unequal=False)
+    assert batch.prompt_mask_BP.all()
+    assert batch.answer_mask_BN.all()
+    rng = np.random.default_rng(0)
+    assert (batch.prompt_BP == rng.integers(3, 49_152, (2, 3), np.int32)).all()
+    assert (batch.completion_BN == rng.integers(3, 49_152, (2, 3), np.int32)).all()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.mark.parametrize("way", ["--slots=2 --pack=yes", "--slots=5 --segments=2 --pack=no"])
+def test_every_row_ends_at_its_place_of_the_schedule(way, folder, monkeypatch):
+    monkeypatch.setattr(bench_peers, "ROOT", folder)
+    sizes = "--layers=1,1 --batch=5 --prompt=12 --new=24 --vocab=300 --steps=1 --warmup=1"
+    out = folder / "out.json"
+    bench_peers.main(
+        [
+            "step",
+            "--workload=unequal",
+            "--libraries=opd_jax",
+            *sizes.split(),
+            *way.split(),
+            f"--out={out}",
+        ]
+    )
+    (row,) = json.loads(out.read_text())["results"]
+    assert "failed" not in row, row
+    wanted = peer_batch.draw(5, 12, 24, 300, is_unequal=True).answers_B.tolist()
+    raw = json.loads((folder / ".bench/work/step-unequal-5/opd_jax.json").read_text())
+    assert raw["sampled"] == [wanted] * 2
+    assert row["sampled_tokens"] == sum(wanted)
+    assert row["settings"]["pack"] is ("yes" in way)
+
+
 @pytest.mark.parametrize(
-    "flag", ["--libraries=verl", "--layers=2", "--batch=0", "--steps=0", "--layers=a,b"]
+    "flag",
+    ["--libraries=verl", "--layers=2", "--batch=0", "--steps=0", "--layers=a,b"],
 )
 def test_bad_values_are_refused_with_the_flag_to_change(flag, capsys):
     with pytest.raises(SystemExit):
         bench_peers.parse(["step", flag])
     assert "change" in capsys.readouterr().err
+
+
+def test_unequal_rows_are_those_of_whole_steps(capsys):
+    with pytest.raises(SystemExit):
+        bench_peers.parse(["update", "--workload=unequal"])
+    assert "expected step" in capsys.readouterr().err
+    flags = bench_peers.parse(["step", "--workload=unequal"])
+    assert (flags.batch, flags.prompt, flags.new) == ([16], 128, 512)
+    assert flags.settings["slots"] == 8
+    assert bench_peers.parse(["step"]).settings == {}
 
 
 def test_rollout_has_two_libraries_and_two_batches():

@@ -21,9 +21,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import lengths
 import numpy as np
 import toolkit
 import workloads
+from lengths import LONGEST_ANSWER, LONGEST_PROMPT, MEDIAN, SIGMA
 
 from opd_jax import objective, steps
 from opd_jax.data import packing, widths
@@ -34,15 +36,13 @@ from opd_jax.pytrees import Prompt, Rollout
 from opd_jax.rollout import decode
 from opd_jax.rollout.sampling import Sampler
 
-LONGEST_PROMPT, LONGEST_ANSWER, MEDIAN, SIGMA = 128, 512, 120, 0.7
 LAYOUTS = ("padded", "packed")
 
 
 def draw(step: int, rows: int, vocab_size: int) -> Rollout:
     """The batch of a step: the same whatever is measured."""
     rng = np.random.default_rng((17, step))
-    prompts = rng.integers(16, LONGEST_PROMPT + 1, rows)
-    answers = np.clip(rng.lognormal(np.log(MEDIAN), SIGMA, rows), 1, LONGEST_ANSWER).astype(int)
+    prompts, answers = lengths.draw(rng, rows)
     wide = widths.bucket(int(prompts.max()), (64, 96, LONGEST_PROMPT))
     columns = wide + widths.bucket(int(answers.max()), widths.ladder(LONGEST_ANSWER))
     place = np.arange(columns)

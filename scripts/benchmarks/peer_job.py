@@ -23,7 +23,7 @@ RELEVANT = (
     "transformers",
     "numpy",
 )
-PAD, EOS, UNKNOWN = 0, 1, 2  # special ids of the made-up tokenizer; nothing stops at EOS here
+PAD, EOS, UNKNOWN = 0, 1, 2  # special ids of the made-up tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +61,26 @@ class Job:
     Attributes:
       kind: ``step``, ``update`` or ``rollout``.
       student, teacher: Hugging Face folders.
-      fixed: an ``.npz`` file with ``prompt`` [B, P] and ``completion`` [B, N], both i32 ids.
-      prompt, new: P and N: ids per prompt, ids sampled after each.
+      fixed: the rows, a file of ``peer_batch``.
+      is_unequal: each answer has the length that the rows name and ends there with ``EOS``, which
+        the worker forces and which may come nowhere else; else ``EOS`` may not come at all.
+      prompt, new: ids of a prompt and of an answer, or the most that they may have.
       lr: peak learning rate of AdamW.
       warmup, steps: calls that are not timed, and that are.
+      settings: of this library, by the names of its configuration.
     """
 
     kind: str
     student: str
     teacher: str
     fixed: str
+    is_unequal: bool
     prompt: int
     new: int
     lr: float
     warmup: int
     steps: int
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def word(token_id: int) -> str:
@@ -92,7 +97,8 @@ def measure(once: Callable[[], dict[str, float]], job: Job) -> dict[str, Any]:
 def serve(run: Callable[[Job], dict[str, Any]]) -> None:
     """The main function of a worker: ``python worker_NAME.py JOB.json RESULT.json``.
 
-    ``run`` returns ``seconds``, ``phases``, ``objective``, ``loss_fixed``, ``peak_rss_gb`` and
+    ``run`` returns ``seconds``, ``phases``, ``objective``, ``loss_fixed``, ``peak_rss_gb``, of
+    ``step`` and ``rollout`` ``sampled`` (ids of each answer, of each call, warm-up included) and
     whatever else is worth keeping.
     """
     toolkit.serve(lambda job: run(Job(**job)), RELEVANT)

@@ -37,7 +37,7 @@ def summarise(library: str, batch: int, raw: dict[str, Any]) -> dict[str, Any]:
     if "failed" in raw:
         return row | {"failed": raw["failed"]}
     raw = dict(raw)
-    seconds, phases = raw.pop("seconds"), raw.pop("phases")
+    seconds, phases, sampled = raw.pop("seconds"), raw.pop("phases"), raw.pop("sampled", [])
     medians = {f"{name}_seconds": statistics.median(v) for name, v in phases.items()}
     row |= {
         "version": raw["versions"].get(DISTRIBUTIONS[library], "unknown"),
@@ -46,6 +46,9 @@ def summarise(library: str, batch: int, raw: dict[str, Any]) -> dict[str, Any]:
         "spread": spread(seconds),
         "steps": len(seconds),
     }
+    if sampled:
+        row["sampled_tokens"] = sum(sampled[-1])
+        row["tokens_per_s"] = row["sampled_tokens"] / row["seconds_per_step"]
     return row | medians | raw
 
 

@@ -1,7 +1,8 @@
 """Worker of the benchmark for EasyDeL: its ``OnPolicyDistillationTrainer`` on one CPU device.
 
 It has the forward KL alone, in chunks. Its generation is the compiled one: the other, eSurge, is a
-serving engine that decodes the prompts to text and back.
+serving engine that decodes the prompts to text and back. Answers of unequal length it trains on as
+wide as they might be: the generated array has that width, and the trainer does not cut it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import time
 from typing import Any
 
+import peer_batch
 import peer_job
 import toolkit
 
@@ -35,13 +37,29 @@ NOTE = (
 )
 
 
+class Schedule:
+    """Leaves the stop id alone where a row has to end, and forbids it everywhere else."""
+
+    def __init__(self, batch: peer_batch.Batch):
+        self.width = batch.prompt_BP.shape[1]
+        self.last_B = tuple(batch.answers_B.tolist())
+
+    def __call__(self, ids_BT, logits_BV, num_ids):
+        is_last_B = num_ids - self.width + 1 == jnp.asarray(self.last_B)
+        stop_B = jnp.where(is_last_B, 0.0, -jnp.inf).astype(logits_BV.dtype)
+        logits_BV = jnp.where(is_last_B[:, None], -jnp.inf, logits_BV)
+        return logits_BV.at[:, peer_job.EOS].set(stop_B)
+
+
 class Trainer(easydel.OnPolicyDistillationTrainer):
     """The trainer, with a clock in the hooks that it offers."""
 
     fixed_ids: Any = None  # [B, N] completions to use instead of sampling
-    num_new = 0
+    batch: peer_batch.Batch
     ends: list[float]
     rollout_seconds: list[float]
+    sampled: list[list[int]]
+    is_unequal = False
 
     def on_step_end(self, state, metrics, step):
         jax.block_until_ready(state.graphstate)
@@ -64,10 +82,11 @@ class Trainer(easydel.OnPolicyDistillationTrainer):
         results = super().generate_unified(**kwargs)
         jax.block_until_ready(results.completion_ids)
         self.rollout_seconds.append(time.perf_counter() - begun)
-        if results.completion_ids.shape[1] != self.num_new:
-            raise RuntimeError(
-                f"sampled {results.completion_ids.shape[1]} ids a row: expected {self.num_new}"
-            )
+        mask_BN = jnp.ones_like(results.completion_ids)
+        if self.is_unequal:
+            mask_BN = self._make_attn_mask(results.completion_ids)
+        self.sampled.append(np.asarray(mask_BN).sum(axis=1).tolist())
+        self.batch.check(self.sampled[-1])
         return results
 
 
@@ -88,19 +107,33 @@ def load(path: str, job: peer_job.Job):
         top_k=0,
         top_p=1.0,
         pad_token_id=peer_job.PAD,
-        eos_token_id=[model.config.vocab_size],  # no id: nothing stops early
+        # Else no id: nothing stops early.
+        eos_token_id=[peer_job.EOS if job.is_unequal else model.config.vocab_size],
     )
     return model
 
 
+def schedule(model, batch: peer_batch.Batch) -> None:
+    """Add :class:`Schedule` to what the model does to its logits where it generates."""
+    plain = type(model)._get_logits_processor
+
+    def processors(self, *args, **kwargs):
+        found = plain(self, *args, **kwargs)
+        found.append(Schedule(batch))
+        return found
+
+    type(model)._get_logits_processor = processors
+
+
 def run(job: peer_job.Job) -> dict[str, Any]:
     """Time training steps; see ``peer_job.serve`` for what comes back."""
-    with np.load(job.fixed) as ids:
-        prompt_BP, completion_BN = ids["prompt"], ids["completion"]
-    batch, total = len(prompt_BP), job.warmup + job.steps
+    batch, total = peer_batch.load(job.fixed), job.warmup + job.steps
+    prompt_BP, completion_BN = batch.prompt_BP, batch.completion_BN
     student, teacher = load(job.student, job), load(job.teacher, job)
+    if job.is_unequal:
+        schedule(student, batch)
     arguments = easydel.OnPolicyDistillationConfig(
-        max_prompt_length=job.prompt,
+        max_prompt_length=prompt_BP.shape[1],
         max_completion_length=job.new,
         temperature=1.0,
         alpha=1.0,  # all divergence, no labels
@@ -118,7 +151,7 @@ def run(job: peer_job.Job) -> dict[str, Any]:
         weight_decay=0.0,
         optimizer="adamw",
         scheduler="none",
-        total_batch_size=batch,
+        total_batch_size=len(batch.rows),
         max_training_steps=total,
         num_train_epochs=1,
         use_esurge_generation=False,
@@ -132,7 +165,7 @@ def run(job: peer_job.Job) -> dict[str, Any]:
     )
     rows = {
         "input_ids": prompt_BP.tolist() * total,
-        "attention_mask": np.ones_like(prompt_BP).tolist() * total,
+        "attention_mask": batch.prompt_mask_BP.astype(int).tolist() * total,
     }
     trainer = Trainer(
         arguments=arguments,
@@ -141,12 +174,15 @@ def run(job: peer_job.Job) -> dict[str, Any]:
         teacher_model=teacher,
         train_dataset=datasets.Dataset.from_dict(rows),
     )
-    trainer.ends, trainer.rollout_seconds, trainer.num_new = [], [], job.new
-    mask = np.concatenate([np.zeros_like(prompt_BP), np.ones_like(completion_BN)], axis=1)
+    trainer.ends, trainer.rollout_seconds, trainer.sampled = [], [], []
+    trainer.batch, trainer.is_unequal = batch, job.is_unequal
+    of_prompt, of_answer = (
+        x.astype(np.int32) for x in (batch.prompt_mask_BP, batch.answer_mask_BN)
+    )
     fixed = {
         "input_ids": jnp.asarray(np.concatenate([prompt_BP, completion_BN], axis=1)),
-        "attention_mask": jnp.ones(mask.shape, jnp.int32),
-        "completion_mask": jnp.asarray(mask),
+        "attention_mask": jnp.asarray(np.concatenate([of_prompt, of_answer], axis=1)),
+        "completion_mask": jnp.asarray(np.concatenate([0 * of_prompt, of_answer], axis=1)),
     }
     with trainer.mesh:
         metrics = trainer.sharded_evaluation_step_function(
@@ -171,6 +207,7 @@ def run(job: peer_job.Job) -> dict[str, Any]:
         "objective": "forward KL",
         "loss_fixed": loss_fixed,
         "note": NOTE,
+        "sampled": trainer.sampled,
     }
 
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peer_batch
 import peer_job
 import toolkit
 import workloads
+from peer_batch import Batch
 from peer_job import Job
 
 from opd_jax import mesh as meshlib
 from opd_jax import objective, optim, rock, steps
+from opd_jax.data import packing, widths
 from opd_jax.kl import KLSpec
 from opd_jax.models import hf
 from opd_jax.objective import ObjectiveConfig
 from opd_jax.optim import OptimSpec
-from opd_jax.pytrees import Prompt, Rollout
-from opd_jax.rollout import decode
+from opd_jax.pytrees import Packing, Prompt, Rollout
+from opd_jax.rollout import answers as answering
+from opd_jax.rollout import decode, drawn
 from opd_jax.rollout.sampling import Sampler
 
 
@@ -57,24 +62,14 @@ def run(job: Job) -> dict[str, Any]:
 
 def _run(job: Job, mesh) -> dict[str, Any]:
     student, tree = hf.load(job.student, dtype=jnp.float32, mesh=mesh)
-    with np.load(job.fixed) as ids:
-        prompt_BP, completion_BN = ids["prompt"], ids["completion"]
-    batch = len(prompt_BP)
-    ids_BT = np.concatenate([prompt_BP, completion_BN], axis=1)
-    is_new_BT = np.arange(ids_BT.shape[1])[None, :] >= np.full((batch, 1), job.prompt)
-    start_B = jnp.zeros(batch, jnp.int32)
-    prompt = meshlib.to_global(Prompt(ids_BP=jnp.asarray(prompt_BP), start_B=start_B), mesh)
-    fixed = meshlib.to_global(
-        Rollout(
-            ids_BT=jnp.asarray(ids_BT),
-            start_B=start_B,
-            mask_BT=jnp.asarray(is_new_BT),
-            logp_BT=jnp.zeros(ids_BT.shape, jnp.float32),
-            truncated_B=jnp.ones(batch, bool),
-            policy_step=jnp.zeros((), jnp.int32),
-        ),
-        mesh,
+    batch, settings = peer_batch.load(job.fixed), job.settings
+    prompt_widths = widths.of_prompts(
+        batch.prompts_B.tolist(), batch=len(batch.rows), limit=job.prompt
     )
+    ids_BP, given = _laid_out(batch, prompt_widths[-1])
+    start_B = given.start_B
+    prompt = meshlib.to_global(Prompt(ids_BP=jnp.asarray(ids_BP), start_B=start_B), mesh)
+    fixed = meshlib.to_global(given, mesh)
     sample = functools.partial(
         decode.sample,
         prompt=prompt,
@@ -82,6 +77,14 @@ def _run(job: Job, mesh) -> dict[str, Any]:
         sampler=Sampler(vocab_size=student.vocab_size, pad_id=peer_job.PAD),
     )
     keys = iter(jax.random.split(jax.random.key(0), 2 * (job.warmup + job.steps)))
+    if job.is_unequal:
+        stops = (peer_job.EOS,)
+        sampler = dataclasses.replace(sample.keywords["sampler"], stop_ids=stops)
+        bias_V = jnp.zeros(student.vocab_size).at[peer_job.EOS].set(-jnp.inf)
+        way = {name: settings[name] for name in ("slots", "segments")}
+        sample = functools.partial(sample, sampler=sampler, bias_V=bias_V, **way)
+        keys = itertools.repeat(key := jax.random.key(0))
+        _end_rows(batch.answers_B, key)
 
     if job.kind == "rollout":
 
@@ -98,22 +101,44 @@ def _run(job: Job, mesh) -> dict[str, Any]:
 
     teacher, teacher_tree = hf.load(job.teacher, dtype=jnp.float32, mesh=mesh)
     cfg = ObjectiveConfig(
-        student=student, teacher=teacher, kl=KLSpec(vocab_size=student.vocab_size)
+        student=student,
+        teacher=teacher,
+        kl=KLSpec(vocab_size=student.vocab_size),
+        microbatches=settings.get("microbatches", 1),
     )
     tx = optim.make(OptimSpec(lr=job.lr))
     init = functools.partial(steps.init, cfg=cfg, tx=tx)
     state = jax.jit(init, donate_argnums=0)(tree, jax.random.key(0))
     del tree
 
+    ends = jax.jit(objective.ends)
+    sampled: list[list[int]] = []
+
+    def packed(answers: Rollout) -> Packing | None:
+        if not settings.get("pack"):
+            return None
+        layout = packing.plan(
+            *meshlib.to_host((answers.start_B, ends(answers))),
+            columns=answers.ids_BT.shape[1],
+            pieces=cfg.microbatches,
+        )
+        return meshlib.to_global(meshlib.own_rows(layout), mesh)
+
     def once() -> dict[str, float]:
         nonlocal state
         phases, answers = workloads.Phases(), fixed
         if job.kind == "step":
             answers = phases.done(sample(state.params, key=next(keys), max_new=job.new))
-        states_BTE = phases.done(steps.teacher_states(teacher_tree, answers, cfg=cfg))
+            if job.is_unequal:
+                answers = answering.crop(answers, job.new, widths.ladder(job.new))
+        how = {"cfg": cfg, "packing": packed(answers)}
+        states_BTE = phases.done(steps.teacher_states(teacher_tree, answers, **how))
         state, _ = phases.done(
-            steps.distill_step(state, teacher_tree, answers, cfg=cfg, tx=tx, states_BTE=states_BTE)
+            steps.distill_step(state, teacher_tree, answers, tx=tx, states_BTE=states_BTE, **how)
         )
+        if job.kind == "step":
+            sampled.append(np.asarray(answers.mask_BT).sum(axis=1).tolist())
+            batch.check(sampled[-1])
         return phases.seconds("rollout", "teacher", "update")
 
     result = peer_job.measure(once, job)
@@ -130,7 +155,44 @@ def _run(job: Job, mesh) -> dict[str, Any]:
         "objective": "reverse KL",
         "loss_fixed": losses["reverse"],
         "losses_fixed": losses,
+        "sampled": sampled,
     }
+
+
+def _laid_out(batch: Batch, width: int) -> tuple[np.ndarray, Rollout]:
+    """Prompts of ``width`` columns, and the given answers behind them."""
+    before = width - batch.prompt_BP.shape[1]
+    ids_BP = np.pad(batch.prompt_BP, ((0, 0), (before, 0)), constant_values=peer_job.PAD)
+    ids_BT = np.concatenate([ids_BP, batch.completion_BN], axis=1)
+    rollout = Rollout(
+        ids_BT=jnp.asarray(ids_BT),
+        start_B=jnp.asarray(width - batch.prompts_B, jnp.int32),
+        mask_BT=jnp.asarray(np.pad(batch.answer_mask_BN, ((0, 0), (width, 0)))),
+        logp_BT=jnp.zeros(ids_BT.shape, jnp.float32),
+        truncated_B=jnp.ones(len(ids_BT), bool),
+        policy_step=jnp.zeros((), jnp.int32),
+    )
+    return ids_BP, rollout
+
+
+def _end_rows(answers_B: np.ndarray, key: jax.Array) -> None:
+    """Have every row of a rollout with ``key`` end with ``EOS`` when it has so many ids.
+
+    Nothing else is changed where ids are drawn. Which row a draw is for, its key says, in slots as
+    in step.
+    """
+    row_keys_B2 = jax.random.key_data(
+        jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(answers_B)))
+    )
+    plain = drawn.draw
+
+    def draw(w_VD, h_SD, keys_S, step, **how):
+        ids_S, logp_S = plain(w_VD, h_SD, keys_S, step, **how)
+        is_row_SB = jnp.all(jax.random.key_data(keys_S)[:, None] == row_keys_B2[None], axis=2)
+        last_S = jnp.sum(is_row_SB * jnp.asarray(answers_B, jnp.int32)[None], axis=1)
+        return jnp.where(step + 1 == last_S, peer_job.EOS, ids_S), logp_S
+
+    drawn.draw = draw
 
 
 if __name__ == "__main__":
