@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import stats
 
 LEVEL = 0.95  # of every interval
 _BLOCK = 1 << 22  # resampled indices held at a time
@@ -87,7 +87,7 @@ def widening(units: int) -> float:
     place of Student's: its interval is too short, by 25% at 5 units and 4% at 40 (Hesterberg 2015,
     "expanded percentile interval").
     """
-    student, normal = (d.ppf((1 + LEVEL) / 2) for d in (stats.t(units - 1), stats.norm))
+    student, normal = (d.ppf((1 + LEVEL) / 2) for d in (scipy.stats.t(units - 1), scipy.stats.norm))
     return float(student / normal * math.sqrt(units / (units - 1)))
 
 
@@ -162,7 +162,7 @@ def median(values: ArrayLike) -> Interval:
       ValueError: there are no values.
     """
     values = _checked(values)
-    found = stats.quantile_test(values, q=0, p=0.5)
+    found = scipy.stats.quantile_test(values, q=0, p=0.5)
     low, high = (float(x) for x in found.confidence_interval(LEVEL))
     is_known = math.isfinite(low) and math.isfinite(high)
     ends = (low, high) if is_known else (None, None)
@@ -244,7 +244,7 @@ def student(values: ArrayLike, margin: float | None = None) -> Interval:
     if not free:
         return Interval(delta, None, None, 1.0, None if margin is None else 1.0)
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    law = stats.t(free)
+    law = scipy.stats.t(free)
     reach = error * float(law.ppf((1 + LEVEL) / 2))
     signs = sign_test(len(values), len(values))
     p = _positive(2 * law.sf(abs(delta) / error)) if error else signs if delta else 1.0
@@ -285,7 +285,7 @@ def wilson(share: float, num: float) -> tuple[float, float]:
             f"share {share} of {num} units: expected 0 to 1, of at least one; leave out what was "
             "not measured"
         )
-    z2 = float(stats.norm.ppf((1 + LEVEL) / 2)) ** 2
+    z2 = float(scipy.stats.norm.ppf((1 + LEVEL) / 2)) ** 2
     middle = (share + z2 / (2 * num)) / (1 + z2 / num)
     half = np.sqrt(z2 * (share * (1 - share) / num + z2 / (4 * num**2))) / (1 + z2 / num)
     return max(0.0, float(middle - half)), min(1.0, float(middle + half))
@@ -304,7 +304,7 @@ def bh_adjusted(p: ArrayLike) -> np.ndarray:
     """
     p = np.asarray(p, np.float64).ravel()
     _check_p(p)
-    return stats.false_discovery_control(p, method="bh") if len(p) else p
+    return scipy.stats.false_discovery_control(p, method="bh") if len(p) else p
 
 
 def bonferroni(p: ArrayLike, alpha: float) -> np.ndarray:
@@ -322,7 +322,7 @@ def sign_test(k: int, n: int) -> float:
     """
     if not 0 <= k <= n:
         raise ValueError(f"{k} signs of {n}: expected a number from 0 to {n}; count ties out")
-    return _positive(stats.binomtest(k, n).pvalue) if n else 1.0
+    return _positive(scipy.stats.binomtest(k, n).pvalue) if n else 1.0
 
 
 def mcnemar(base: ArrayLike, arm: ArrayLike) -> float:
@@ -351,7 +351,7 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float | None:
 
     It is for fewer than two pairs or where one side is constant.
     """
-    rank_a, rank_b = (np.asarray(stats.rankdata(values)) for values in (a, b))
+    rank_a, rank_b = (np.asarray(scipy.stats.rankdata(values)) for values in (a, b))
     if len(rank_a) < 2 or np.ptp(rank_a) == 0 or np.ptp(rank_b) == 0:
         return None
     return float(np.corrcoef(rank_a, rank_b)[0, 1])

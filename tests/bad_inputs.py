@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -449,6 +450,8 @@ def main() -> int:
 
     from opd_jax import cli
 
+    for command in cli.COMMANDS.values():  # before anything is forked: not again in every case
+        importlib.import_module(f"opd_jax.{command.function.partition(':')[0]}")
     top = Path(tempfile.mkdtemp(prefix="bad-inputs-"))
     good = top / "good"
     make_good(good, cli.main)

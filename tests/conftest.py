@@ -16,8 +16,12 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 ).strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from pathlib import Path
+# One cache of compiled programs for all tests and all processes that they start, of every program:
+# jax itself keeps those that took a second, and here few do.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
+    "OPD_JAX_TEST_CACHE", os.path.expanduser("~/.cache/opd_jax/tests")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
@@ -25,12 +29,6 @@ from jax._src import compiler
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
-jax.config.update(
-    "jax_compilation_cache_dir",
-    os.environ.get("OPD_JAX_TEST_CACHE", str(Path.home() / ".cache" / "opd_jax" / "tests")),
-)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 _QUICK = os.environ["XLA_FLAGS"]

@@ -9,9 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-
-import jax
 
 DEADLINE_S = 600.0  # of one command on a busy machine, compiling included
 
@@ -47,7 +44,7 @@ LAYOUTS = {
 # jax writes into its cache what process 0 compiled, and no more. The others have programs of their
 # own, by keys of their own: without this they compile each time what process 0 finds there, which
 # then waits for them in a collective, but not for long (gloo gives up after 30 s).
-_EACH_KEEPS = """
+EACH_KEEPS = """
 from unittest import mock
 from jax._src import compiler, distributed
 def keep(*args, write=compiler._cache_write):
@@ -55,6 +52,10 @@ def keep(*args, write=compiler._cache_write):
         write(*args)
 compiler._cache_write = keep
 """
+# Where nothing lies that process 0 has and the others have not.
+CACHE_OF_EACH = {
+    "JAX_COMPILATION_CACHE_DIR": os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], "each")
+}
 
 
 def start(
@@ -68,19 +69,16 @@ def start(
       code: statements before the command, to patch it.
       variables: of the environment.
     """
-    code += _EACH_KEEPS * (layout.processes > 1)
-    cache = Path(str(jax.config.jax_compilation_cache_dir))
-    if layout.processes > 1:  # where nothing lies that process 0 has and the others have not
-        cache /= "each"
+    code += EACH_KEEPS * (layout.processes > 1)
     program = f"import sys\n{code}\nfrom opd_jax import cli\nsys.exit(cli.main(sys.argv[1:]))"
     flags = os.environ.get("XLA_FLAGS", "")
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={layout.devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONUNBUFFERED": "1",
     }
+    if layout.processes > 1:
+        env |= CACHE_OF_EACH
     found = []
     address = f"127.0.0.1:{free_port()}"
     for index in range(layout.processes):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import tiny_run
-from layouts import DEADLINE_S, free_port
+from layouts import CACHE_OF_EACH, DEADLINE_S, EACH_KEEPS, free_port
 
 ROOT = Path(__file__).parents[1]
 tiny = tiny_run.tiny
@@ -52,6 +52,7 @@ elif os.environ.get("NO_REQUEUE"):
 # The command; its third step waits until the test has seen that the signal was passed on.
 COMMAND = """#!{python}
 import os, sys, time
+{keeps}
 from opd_jax import cli
 from opd_jax.run import train
 
@@ -79,13 +80,14 @@ def script(path: Path, text: str, **names) -> Path:
 def variables(folder: Path, **more: str) -> dict[str, str]:
     """Of the environment of a launcher, its stand-ins first on PATH."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "JAX_"))}
+    quick = os.environ["XLA_FLAGS"]  # soon compiled: gloo gives a process that is late 30 seconds
     return kept | {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        # Without a cache: a process that finds a program there is early, and gloo gives the other
-        # 30 seconds. What is computed does not matter here, that it is compiled soon does.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{quick} --xla_force_host_platform_device_count=2",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **CACHE_OF_EACH,
         "PYTHONUNBUFFERED": "1",
         **more,
     }
@@ -139,7 +141,7 @@ def slurm(tmp_path):
     log.touch()
     script(tmp_path / "bin" / "srun", SRUN, log=str(log))
     script(tmp_path / "bin" / "scontrol", SCONTROL, log=str(log))
-    command = script(tmp_path / "opd-jax", COMMAND, told=str(told))
+    command = script(tmp_path / "opd-jax", COMMAND, told=str(told), keeps=EACH_KEEPS)
     copy = shutil.copy(ROOT / "scripts" / "slurm.sh", tmp_path / "slurm_script")  # as Slurm does
 
     def start(argv, output: Path, **more: str) -> subprocess.Popen:
@@ -305,7 +307,7 @@ def pod(tmp_path):
     told = tmp_path / "told"
     script(tmp_path / "bin" / "gcloud", GCLOUD, folder=str(tmp_path))
     script(tmp_path / "installed" / "bin" / "python", PYTHON, log=str(tmp_path / "pip.log"))
-    script(tmp_path / "installed" / "bin" / "opd-jax", COMMAND, told=str(told))
+    script(tmp_path / "installed" / "bin" / "opd-jax", COMMAND, told=str(told), keeps=EACH_KEEPS)
     pinned = [ROOT / "scripts" / "requirements.lock", ROOT / "pyproject.toml"]
     (tmp_path / "installed" / ".installed-requirements.lock").write_bytes(
         b"".join(path.read_bytes() for path in pinned)

@@ -1,7 +1,6 @@
 """The command ``opd-jax eval``: what it writes, that it resumes, and what it refuses."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 import tiny_run
 
@@ -122,7 +120,6 @@ def test_a_killed_evaluation_goes_on(tiny, task, sampled, tmp_path, monkeypatch,
         [sys.executable, "-c", CHILD, *command],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir},
     )
     with child:
         for line in child.stdout:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 import tiny_run
 
@@ -40,7 +39,6 @@ def start(tiny, tmp_path, *flags, arms="full,ema", seeds=2):
     argv = [f"--config={file}", f"--arms={arms}", f"--seeds={seeds}", *flags]
     environ = dict(os.environ)
     environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
-    environ["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
     return subprocess.Popen(
         crew.command("sweep", *argv),
         env=environ,

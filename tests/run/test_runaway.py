@@ -82,14 +82,16 @@ def test_the_guard_stops_a_run_whose_answers_never_end(tiny, tmp_path, capsys):
 
 
 @pytest.mark.ci
+@pytest.mark.optimized  # its steps take longer than its programs take to compile
 def test_the_demo_learns_from_a_teacher_that_ends_otherwise(tmp_path):
     """As with the plain teacher; without the merge every answer is cut within ten steps."""
     teacher = runaway.make_teacher(tmp_path / "teacher")
-    demo = ["train", "--config=configs/demo.py:steps=60", f"--config.teacher.path={teacher}"]
+    demo = ["train", f"--config.teacher.path={teacher}", "--config.eval.every=60"]
     after = {}
-    for merge in ("auto", "off"):
+    for merge, steps in {"auto": 60, "off": 12}.items():
         workdir = tmp_path / merge
-        assert tiny_run.cli.main([*demo, f"--config.kl.merge_stops={merge}",
+        assert tiny_run.cli.main([*demo, f"--config=configs/demo.py:steps={steps}",
+                                  f"--config.kl.merge_stops={merge}",
                                   f"--workdir={workdir}"]) == 0  # fmt: skip
         after[merge] = json.loads((workdir / "summary.json").read_text())["after"]
     assert after["auto"]["accuracy"] > 0.4
