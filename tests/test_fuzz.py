@@ -161,7 +161,10 @@ def test_the_files_of_the_instrument(results, name, tmp_path):
     drawn = results / "out"
     if name != "rocks":
         drawn = tmp_path
-        shutil.copy(results / "out" / "rocks.json", drawn)
+        for kept in ("rocks.json", path.name):
+            shutil.copy(results / "out" / kept, drawn)
+    with plt.rc_context(style.STYLE):
+        assert bool(rock_figures.plates(drawn)) == (name not in ("summary", "reader"))
 
     @settings(max_examples=25, **FUZZ)
     @given(documents(json.loads(whole)))
