@@ -17,18 +17,32 @@ from typing import Any
 import jax
 
 _VISITS = re.compile(r"visits_(\d+)")
-_NAME = re.compile(r"(scored_)?rounds_(\d+)\)*(?:/while)?$")  # closed by transformations' names
+# Closed by the names of transformations.
+_NAME = re.compile(r"(scored_)?rounds_(\d+)\)*(?:/while)?$")
+_FILLED = re.compile(r"filled_(\d+)_of_(\d+)\)*(?:/while)?$")
+_BEGIN = re.compile(r"begins_(\d+)_")
 
 
-def expected(number: int, *, scored: bool = False) -> contextlib.AbstractContextManager[Any]:
+def expected(
+    number: int, *, scored: bool = False, begin: int = 0
+) -> contextlib.AbstractContextManager[Any]:
     """A scope for one loop, entered right around it.
 
     Args:
+      begin: slots of a cache that are filled before it, and one more with every round.
       number: of rounds; 0 for a loop that takes a share of one on average.
       scored: it goes through those positions of a batch that are scored, and ``number`` is where
         all of them are.
     """
-    return jax.named_scope(f"{'scored_' * scored}rounds_{number}")
+    return jax.named_scope(f"{f'begins_{begin}_' * (begin > 0)}{'scored_' * scored}rounds_{number}")
+
+
+def filled(blocks: int, slots: int) -> contextlib.AbstractContextManager[Any]:
+    """A scope for a loop over those blocks of a cache that hold something, entered right around it.
+
+    It stands in a loop that fills the cache: from ``begin`` of :func:`expected` slots to all.
+    """
+    return jax.named_scope(f"filled_{blocks}_of_{slots}")
 
 
 def visits(number: int) -> contextlib.AbstractContextManager[Any]:
@@ -45,13 +59,18 @@ def visited(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def of(name: str, scored_share: float = 1.0) -> int | None:
-    """Rounds of the loop whose scopes are ``name``; None where they do not say.
+def of(name: str, scored_share: float = 1.0) -> float | None:
+    """Rounds of the loop whose scopes are ``name``, on average; None where they do not say.
 
     Args:
       name: the scopes, as a traced or a compiled program has them.
       scored_share: of the positions of a batch.
     """
+    if found := _FILLED.search(name):
+        blocks, slots = int(found[1]), int(found[2])
+        begun = _BEGIN.search(name)
+        share = (int(begun[1]) / slots if begun else 0.0) / 2 + 0.5
+        return blocks * share + 0.5  # the last block is half full
     found = _NAME.search(name)
     if not found:
         return None

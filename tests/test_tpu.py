@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from opd_jax import kl, optim, steps
 from opd_jax import mesh as meshlib
 from opd_jax.kl import KLSpec
-from opd_jax.models import attention, kernels, params, transformer
+from opd_jax.models import attention, kernels, kv_cache, params, transformer
 from opd_jax.models.architecture import Experts, LayerKind
 from opd_jax.models.attention import Span
 from opd_jax.objective import ObjectiveConfig
@@ -250,6 +250,32 @@ def test_the_kernel_of_attention_holds_no_scores(array, head_dim, window):
     queries = 2 * heads * groups * length * max(head_dim, 128)  # in registers, in bf16
     assert program.memory_analysis().temp_size_in_bytes < 12 * queries
     assert 12 * queries < heads * groups * length**2  # a quarter of the scores in f32
+
+
+def test_a_long_cache_is_read_in_blocks_that_are_no_copies(mesh, uncached):
+    rows, heads, groups, width, slots = 256, 4, 4, 128, 6144
+
+    def lies(dtype, *shape, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    held = P(*kv_cache.AXES)
+    with jax.set_mesh(mesh):
+        assert kv_cache.block(slots) == 2048
+        program = (
+            jax.jit(functools.partial(kernels.cached, scale=0.1))
+            .lower(
+                lies(jnp.bfloat16, rows, 1, heads, groups, width, spec=kernels._HEADS),
+                lies(jnp.bfloat16, rows, heads, width, slots, spec=held),
+                lies(jnp.bfloat16, rows, heads, slots, width, spec=held),
+                lies(bool, rows, 1, slots, spec=P(meshlib.BATCH, None, None)),
+            )
+            .compile()
+        )
+    text = program.as_text()
+    assert " while(" in text
+    assert not COLLECTIVE.search(text)
+    block = 2 * rows * heads * width * 2048 // np.prod(list(AXES.values()))  # keys, on a chip
+    assert program.memory_analysis().temp_size_in_bytes < block
 
 
 def cycles(text: str) -> int:

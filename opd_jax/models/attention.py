@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from opd_jax import rounds
+
 # Large and negative, not -inf: a row with no visible key gets a uniform distribution, not NaN.
 MASKED = -0.7 * float(np.finfo(np.float32).max)
 _LARGEST_BLOCK = 512  # queries whose scores are held at a time
@@ -75,6 +77,55 @@ def attend(
     masked_BKGTS = _masked(scores_BKGTS, mask_BTS, scale or q_BKGTH.shape[-1] ** -0.5)
     probs_BKGTS = jax.nn.softmax(masked_BKGTS, axis=-1)
     out_BKGTH = _product(probs_BKGTS.astype(v_BKSH.dtype), v_BKSH, (4, 2))
+    return out_BKGTH.astype(v_BKSH.dtype).transpose(0, 3, 1, 2, 4)
+
+
+def attend_live(
+    q_BTKGH: Float[Array, "B T K G H"],
+    k_BKHS: Float[Array, "B K H S"],
+    v_BKSH: Float[Array, "B K S H"],
+    mask_BTS: Bool[Array, "B T S"],
+    size: int,
+    scale: float | None = None,
+) -> Float[Array, "B T K G H"]:
+    """:func:`attend` that reads only the blocks of a cache from the first to the last slot in use.
+
+    A block adds to a running softmax (Milakov and Gimelshein 2018, "Online normalizer calculation
+    for softmax"): one in which a row may read nothing changes nothing of that row.
+
+    Args:
+      size: slots of a block, of which the cache has a whole number.
+
+    **Sharding**: of one device, whose rows decide which blocks are in use.
+    """
+    q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
+    factor = scale or q_BTKGH.shape[-1] ** -0.5
+    num = mask_BTS.shape[-1] // size
+    in_use_n = mask_BTS.reshape(*mask_BTS.shape[:2], num, size).any((0, 1, 3))
+    begin, end = jnp.argmax(in_use_n), num - jnp.argmax(in_use_n[::-1])  # none in use: all
+
+    def block(x: jax.Array, n: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, n * size, size, axis)
+
+    def add(n: jax.Array, done):
+        top_BKGT, total_BKGT, out_BKGTH = done
+        scores_BKGTn = _product(q_BKGTH, block(k_BKHS, n, 3), (4, 2))
+        scores_BKGTn = _masked(scores_BKGTn, block(mask_BTS, n, 2), factor)
+        new_BKGT = jnp.maximum(top_BKGT, scores_BKGTn.max(-1))
+        kept_BKGT = jnp.exp(top_BKGT - new_BKGT)
+        exp_BKGTn = jnp.exp(scores_BKGTn - new_BKGT[..., None])
+        mixed_BKGTH = _product(exp_BKGTn.astype(v_BKSH.dtype), block(v_BKSH, n, 2), (4, 2))
+        return (
+            new_BKGT,
+            total_BKGT * kept_BKGT + exp_BKGTn.sum(-1),
+            out_BKGTH * kept_BKGT[..., None] + mixed_BKGTH,
+        )
+
+    zero_BKGTH = jnp.zeros(q_BKGTH.shape, jnp.float32)
+    nothing = (jnp.full(q_BKGTH.shape[:-1], MASKED), zero_BKGTH[..., 0], zero_BKGTH)
+    with rounds.filled(num, mask_BTS.shape[-1]):
+        _, total_BKGT, out_BKGTH = jax.lax.fori_loop(begin, end, add, nothing)
+    out_BKGTH = out_BKGTH / total_BKGT[..., None]
     return out_BKGTH.astype(v_BKSH.dtype).transpose(0, 3, 1, 2, 4)
 
 

@@ -1,8 +1,8 @@
-"""Attention over whole sequences by the kernels that accelerators have for it.
+"""Attention over whole sequences by the kernels that accelerators have for it, and over a cache.
 
-Both hold no array of T x T scores, in the gradient neither. On a TPU it is splash attention, a
-Pallas kernel of jax; on a GPU what cuDNN has, by ``jax.nn.dot_product_attention``. Where neither
-fits, and on a CPU, it is :func:`attention.causal`, which both are tested against.
+Both kernels hold no array of T x T scores, in the gradient neither. On a TPU it is splash
+attention, a Pallas kernel of jax; on a GPU what cuDNN has, by ``jax.nn.dot_product_attention``.
+Where neither fits, and on a CPU, it is :func:`attention.causal`, which both are tested against.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax import mesh, rounds
-from opd_jax.models import attention
+from opd_jax.models import attention, kv_cache
 from opd_jax.models.attention import Span
 
 Name = Literal["blocks", "splash", "cudnn"]
@@ -93,6 +93,28 @@ def causal(
 
     span, varies = attention.settled(span, is_sliding)
     return attention.either(on_shards, span, varies, q_BTKGH, k_BTKH, v_BTKH, read_BT)
+
+
+def cached(
+    q_BTKGH: Float[Array, "B T K G H"],
+    k_BKHS: Float[Array, "B K H S"],
+    v_BKSH: Float[Array, "B K S H"],
+    mask_BTS: Bool[Array, "B T S"],
+    scale: float,
+) -> Float[Array, "B T K G H"]:
+    """:func:`attention.attend`, in blocks where :func:`kv_cache.block` finds it worth it.
+
+    **Sharding**: rows over the batch axes, key/value heads over ``model``; nothing is communicated,
+    and each device reads as far as its own rows do.
+    """
+    size = kv_cache.block(mask_BTS.shape[-1])
+    if size == mask_BTS.shape[-1]:
+        return attention.attend(q_BTKGH, k_BKHS, v_BKSH, mask_BTS, scale)
+    mixed = functools.partial(attention.attend_live, size=size, scale=scale)
+    held = P(*kv_cache.AXES)
+    return mesh.on_shards(mixed, (_HEADS, held, held, P(mesh.BATCH, None, None)), _HEADS)(
+        q_BTKGH, k_BKHS, v_BKSH, mask_BTS
+    )
 
 
 def by_splash(q_BTKGH, k_BTKH, v_BTKH, segment_BT, *, span: Span, interpret: bool = False):

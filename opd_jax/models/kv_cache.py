@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from opd_jax import mesh
 
 AXES = (mesh.BATCH, "model", None, None)
+_TILE = 128  # slots of a TPU's register: blocks are whole ones
+_BLOCK = range(12, 24)  # tiles of a block; the loop's own cost grows below (LOG.md has by how much)
 
 
 @struct.dataclass
@@ -31,6 +33,25 @@ class Cache:
     values: tuple[jax.Array, ...]  # per layer [B, K, S, H]
     valid_BS: jax.Array  # [B, S] bool, slots that hold a real token
     length: jax.Array  # [] i32, slots written so far; [B]: of each row
+
+
+def block(slots: int) -> int:
+    """Slots that a token reads at a time; all of them where reading those in use gains nothing.
+
+    That is where a slice of the cache is copied before a product takes it: on all but TPUs.
+    """
+    if mesh.platform() != "tpu" or slots % _TILE:
+        return slots
+    fitting = [_TILE * size for size in _BLOCK if slots % (_TILE * size) == 0]
+    return min(fitting, key=lambda size: abs(size - 16 * _TILE), default=slots)
+
+
+def whole(slots: int) -> int:
+    """At least as many slots, few more, that are whole blocks where a cache is read in those."""
+    if mesh.platform() != "tpu" or slots < _BLOCK[-1] * _TILE:
+        return slots
+    num = round(slots / (16 * _TILE))
+    return -(-slots // (num * _TILE)) * num * _TILE
 
 
 def start(

@@ -378,7 +378,7 @@ def _continued(h_RD, layers, rotation, local, valid_BT, cache: Cache, cfg: Model
 def _attend_cached(cache: Cache, index: int, mask_BTS, cfg, q_BTKGH, k_BTKH, v_BTKH):
     cache = kv_cache.write(cache, index, k_BTKH, v_BTKH)
     keys, values = cache.keys[index], cache.values[index]
-    return attention.attend(q_BTKGH, keys, values, mask_BTS, cfg.score_scale), cache
+    return kernels.cached(q_BTKGH, keys, values, mask_BTS, cfg.score_scale), cache
 
 
 def head(params: Params, cfg: ModelConfig) -> Float[Array, "V D"]:

@@ -81,7 +81,7 @@ class Program:
     computations: dict[str, dict[str, Operation]]
     entry: str
 
-    def runs(self, scored_share: float = 1.0) -> Iterator[tuple[str, Operation, int, bool]]:
+    def runs(self, scored_share: float = 1.0) -> Iterator[tuple[str, Operation, float, bool]]:
         """Every operation that runs by itself: where it stands, itself, how often, and whether
         inside of a loop that ends when rows do. What is fused is part of its fusion.
 
@@ -90,7 +90,7 @@ class Program:
         """
         yield from self._runs(self.entry, 1, False, scored_share)
 
-    def _runs(self, where: str, times: int, in_open: bool, share: float):
+    def _runs(self, where: str, times: float, in_open: bool, share: float):
         for op in self.computations.get(where, {}).values():
             if op.kind == "while":
                 body, named = op.computation("body"), rounds.of(op.op_name, share)

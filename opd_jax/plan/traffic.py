@@ -76,7 +76,7 @@ class Traffic:
     silent: int = 0
 
 
-def traffic(runs: Iterable[tuple[str, Operation, int, bool]], program: Program) -> Traffic:
+def traffic(runs: Iterable[tuple[str, Operation, float, bool]], program: Program) -> Traffic:
     """Add up the operations of :meth:`Program.runs`.
 
     An operand that is only sliced counts by its slices and a buffer that is updated in place by the
@@ -89,7 +89,7 @@ def traffic(runs: Iterable[tuple[str, Operation, int, bool]], program: Program) 
             cycles += times * int(found[1])
         elif op.kind == "custom-call" and "tpu_custom_call" in op.rest:
             silent += times
-    return Traffic(num_bytes, cycles, silent)
+    return Traffic(num_bytes, cycles, round(silent))
 
 
 def _bytes(program: Program, where: str, op: Operation) -> float:
@@ -98,7 +98,7 @@ def _bytes(program: Program, where: str, op: Operation) -> float:
     known = program.computations[where]
     operands = [known[name] for name in op.operands if name in known]
     if op.kind == "fusion" and op.called:
-        return _fused(program.computations[op.called[0]], op, operands)
+        return _fused(program, op, operands)
     if op.kind in ("dynamic-slice", "slice", "gather"):
         return 2 * _in_memory(op.arrays)
     if op.kind == "dynamic-update-slice":
@@ -111,19 +111,16 @@ def _in_memory(arrays) -> float:
     return sum(array.num_bytes for array in arrays if array.in_memory)
 
 
-def _fused(inside: dict[str, Operation], op: Operation, operands: Sequence[Operation]) -> float:
+def _fused(program: Program, op: Operation, operands: Sequence[Operation]) -> float:
     """Bytes of a fusion: of each parameter what is read, of each result what is written."""
-    users: dict[str, list[Operation]] = {}
-    for each in inside.values():
-        for name in each.operands:
-            users.setdefault(name, []).append(each)
+    inside = program.computations[op.called[0]]
     total = 0.0
     for each in inside.values():
         if each.kind != "parameter":
             continue
         index = int(each.operands[0])
         if index < len(operands) and _in_memory(operands[index].arrays):
-            total += _read(each, users)
+            total += _read(program, inside, each)
     updates = [each for each in inside.values() if each.kind == "dynamic-update-slice"]
     in_place = {each.arrays[0].dims: each for each in updates}
     for array in op.arrays:
@@ -135,26 +132,35 @@ def _fused(inside: dict[str, Operation], op: Operation, operands: Sequence[Opera
     return total
 
 
-def _read(parameter: Operation, users: dict[str, list[Operation]]) -> float:
-    """Bytes of a fusion's parameter that are read."""
+def _read(program: Program, inside: dict[str, Operation], parameter: Operation) -> float:
+    """Bytes of a fusion's parameter that are read, by a fusion in the fusion as well."""
     whole = sum(array.num_bytes for array in parameter.arrays)
     read, left = 0.0, [parameter.name]
     while left:
         name = left.pop()
-        for user in users.get(name, []):
+        for user in inside.values():
+            if user.kind == "parameter" or name not in user.operands:
+                continue
             if user.kind == "bitcast":
                 left.append(user.name)
             elif user.kind in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
                 read += sum(array.num_bytes for array in user.arrays)
             elif user.kind == "dynamic-update-slice" and user.operands[0] == name:
                 continue  # written in place
+            elif user.kind == "fusion" and user.called:
+                within = program.computations[user.called[0]]
+                read += sum(
+                    _read(program, within, each)
+                    for each in within.values()
+                    if each.kind == "parameter" and user.operands[int(each.operands[0])] == name
+                )
             else:
                 return whole
     return min(read, whole)
 
 
 def collectives(
-    runs: Iterable[tuple[str, Operation, int, bool]], program: Program, mesh: Any
+    runs: Iterable[tuple[str, Operation, float, bool]], program: Program, mesh: Any
 ) -> list[Collective]:
     """The collectives of :meth:`Program.runs`, those of one kind added up, largest share first.
 

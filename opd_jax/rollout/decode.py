@@ -122,7 +122,8 @@ def _sample(
     rows_B = mesh.constrain(jnp.asarray(rows_B, jnp.int32), mesh.BATCH)
     is_refilled = refill.slots(slots, num_prompts * samples) < num_prompts * samples
     room = 0 if is_refilled else rooms(max_new, segments)[0]
-    h_BD, cache = prefill(params, prompt, cfg=cfg, size=width + room)
+    size = width if is_refilled else kv_cache.whole(width + room)
+    h_BD, cache = prefill(params, prompt, cfg=cfg, size=size)
     ids_BP, start_B = (
         mesh.repeat_rows(prompt.ids_BP, samples),
         mesh.repeat_rows(prompt.start_B, samples),
@@ -247,9 +248,9 @@ def decode(
         new, last_B, held = carry
         assert held is not None  # a step gives back the cache that it was given
         if width + room > held.valid_BS.shape[1]:
-            carry = new, last_B, kv_cache.grow(held, width + room)
+            carry = new, last_B, kv_cache.grow(held, kv_cache.whole(width + room))
         limit = min(room + 1, max_new)  # the last id needs no place: nothing comes after it
-        with rounds.expected(limit - begin):
+        with rounds.expected(limit - begin, begin=width + begin - 1):
             carry = jax.lax.while_loop(functools.partial(is_running, limit), step, carry)
         begin = limit
     return carry[0]

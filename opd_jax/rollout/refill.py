@@ -198,7 +198,7 @@ def decode(
         return jnp.any(now.is_on_S) | jnp.any(now.next_H < rows_H)
 
     carry = _empty(h_PD, prompts, slots, max_new), drawn.nothing(num_rows, max_new, sampler)
-    with rounds.expected(-(-num_rows // slots) * max_new):
+    with rounds.expected(-(-num_rows // slots) * max_new, begin=width):
         return jax.lax.while_loop(is_running, step, carry)[1]
 
 
@@ -221,7 +221,7 @@ def _empty(h_PD: jax.Array, prompts: Cache, slots: int, max_new: int) -> _Slots:
     def zeros(like: jax.Array, *axes, **sides: int) -> jax.Array:
         shape = [slots, *like.shape[1:]]
         for axis in sides.values():
-            shape[axis] += max_new
+            shape[axis] = kv_cache.whole(shape[axis] + max_new)
         return mesh.constrain(jnp.zeros(shape, like.dtype), *axes)
 
     number_S = mesh.constrain(jnp.zeros(slots, jnp.int32), mesh.BATCH)

@@ -39,6 +39,36 @@ def test_attend_equals_a_float64_loop_and_survives_rows_that_see_nothing():
     np.testing.assert_allclose(out[sees], reference(q, k, v, mask)[sees], atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [4, 8, 24], ids=str)
+@pytest.mark.parametrize("window", [None, 5], ids=str)
+@pytest.mark.parametrize("cursor", [3, 17, (2, 9, 13, 21)], ids=str)
+def test_a_cache_read_in_blocks_gives_the_whole_cache(size, window, cursor):
+    slots, queries = 24, 2
+    q, k, v = draw(0, B, queries, K, G, H), draw(1, B, slots, K, H), draw(2, B, slots, K, H)
+    slot, first = np.arange(slots)[None], np.broadcast_to(cursor, B)[:, None]
+    valid = (slot >= np.array([0, 1, 2, slots])[:, None]) & (slot < first + queries)
+    mask = np.asarray(attention.causal_mask(jnp.asarray(valid), jnp.asarray(cursor), 2, window))
+    # What no block in use holds is never read: it may be anything.
+    used = mask.any((0, 1)).reshape(-1, size).any(1).nonzero()[0]
+    dead = (slot[0] // size < used[0]) | (slot[0] // size > used[-1])
+    assert dead.any() or size == slots or cursor != 3
+    k[:, dead] = v[:, dead] = np.nan
+    layout = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    out = np.asarray(attention.attend_live(q, *layout, jnp.asarray(mask), size))
+    assert np.isfinite(out).all()
+    sees = mask.any(-1)
+    assert not sees[3].any()
+    np.testing.assert_allclose(out[sees], reference(q, k, v, mask)[sees], atol=1e-6)
+
+
+def test_a_cache_of_which_no_row_may_read_anything_gives_something_finite():
+    q, k, v = draw(0, B, T, K, G, H), draw(1, B, K, H, 8), draw(2, B, K, 8, H)
+    out = attention.attend_live(q, k, v, jnp.zeros((B, T, 8), bool), 4)
+    np.testing.assert_allclose(
+        out, np.broadcast_to(v.mean(2)[:, None, :, None], out.shape), atol=1e-6
+    )
+
+
 def padded(length):
     """Rows with no padding, some, much, and nothing but padding."""
     return np.arange(length)[None] >= np.array([0, 1, length - 2, length])[:, None]

@@ -45,6 +45,21 @@ def test_cache_starts_with_the_prefill_and_writes_at_the_cursor():
     np.testing.assert_array_equal(cache.valid_BS[2], [0, 0, 1, 1, 0, 0])
 
 
+def test_a_cache_that_is_read_in_blocks_has_a_whole_number_of_them(monkeypatch):
+    assert kv_cache.whole(9000) == kv_cache.block(9000) == 9000  # on a CPU all is read
+    monkeypatch.setattr(mesh, "platform", lambda: "tpu")
+    for slots in [*range(1, 9000, 7), *range(9000, 200_000, 997)]:
+        whole = kv_cache.whole(slots)
+        size = kv_cache.block(whole)
+        assert slots <= whole <= 1.1 * slots
+        if slots < 23 * 128:
+            assert whole == size == slots  # one block
+        else:
+            assert 1500 < size < 3000
+            assert (whole % size, size % 128) == (0, 0)
+    assert kv_cache.block(9001) == 9001
+
+
 def test_a_cache_without_room_is_refused():
     keys = jnp.zeros((LAYERS, B, K, H, 3))
     with pytest.raises(ValueError, match="2 slots for 3 tokens"):

@@ -62,7 +62,7 @@ def _answer(
     given = (
         params,
         h_PD.at[pick_R].get(out_sharding=meshlib.out(meshlib.BATCH, None)),
-        kv_cache.pick(cache, pick_R, width + max_new * (not is_refilled)),
+        kv_cache.pick(cache, pick_R, width if is_refilled else kv_cache.whole(width + max_new)),
         position_P.at[pick_R].get(out_sharding=meshlib.out(meshlib.BATCH)),
         jax.vmap(jax.random.fold_in, (None, 0))(key, number_R),
     )
