@@ -4,9 +4,9 @@
     scripts/bench step --workload=unequal [--slots=8] [--pack=yes] ...
 
 Every library loads the same random weights and the same ids. Rows are of one length, or of unequal
-ones: then prompts and answers have the lengths of :mod:`lengths`, drawn once for all libraries and
-the same in every step, so that none compiles anew in a timed one. Each library forces the stop id
-at the end of each row by its own means, and its worker refuses rows of other lengths.
+ones: then prompts and answers are spread as :func:`lengths.spread` says, alike for all libraries
+and in every step, so that none compiles anew in a timed one. Each library forces the stop id at the
+end of each row by its own means, and its worker refuses rows of other lengths.
 
 `loss_fixed` is the loss of each at those weights, so a library that computes something else is seen
 before it is compared. A library that cannot run becomes a row that says why.
@@ -46,7 +46,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {  # what is measured where the command d
         "steps": 5,
     },
     "unequal": {
-        "layers": "5,10",
+        "layers": "4,8",
         "batch": "16",
         "prompt": lengths.LONGEST_PROMPT,
         "new": lengths.LONGEST_ANSWER,
@@ -59,7 +59,7 @@ LIBRARIES = ("opd_jax", "trl", "easydel", "tunix")
 SHARPER = {"student": 3.0, "teacher": 5.0}  # times the usual initial embedding and head
 DEEPER = 8.0  # times the usual initial weights of what a layer adds
 SETTINGS = {  # of this library, with rows of unequal length; with its default, what a run calls it
-    "slots": (8, "rollout.slots; as many as rows: all in step"),
+    "slots": (6, "rollout.slots; as many as rows: all in step"),
     "segments": (1, "rollout.segments"),
     "microbatches": (1, "train.microbatches"),
 }

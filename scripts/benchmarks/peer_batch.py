@@ -88,7 +88,7 @@ def draw(rows: int, prompt: int, new: int, vocab: int, *, is_unequal: bool) -> B
       prompt: ids of each, or of the longest that there may be.
       new: the same of the answers.
       vocab: ids of the models.
-      is_unequal: lengths are drawn (:func:`lengths.draw`), and each answer ends with ``EOS``.
+      is_unequal: lengths are those of :func:`lengths.spread`, and each answer ends with ``EOS``.
     """
     rng = np.random.default_rng(0)
     prompt_BP, completion_BN = (
@@ -96,7 +96,7 @@ def draw(rows: int, prompt: int, new: int, vocab: int, *, is_unequal: bool) -> B
     )
     prompts_B, answers_B = np.full(rows, prompt), np.full(rows, new)
     if is_unequal:
-        prompts_B, answers_B = lengths.draw(rng, rows, longest_prompt=prompt, longest_answer=new)
+        prompts_B, answers_B = lengths.spread(rng, rows, longest_prompt=prompt, longest_answer=new)
     prompt_BP = prompt_BP[:, prompt - prompts_B.max() :]
     completion_BN = completion_BN[:, : answers_B.max()]
     batch = Batch(prompt_BP, completion_BN, prompts_B, answers_B)
