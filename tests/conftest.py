@@ -7,7 +7,11 @@ user's, so tests that compare bits of different programs, and those of real mode
 are marked ``optimized`` and compile as users do. Processes that tests start compile likewise.
 """
 
+import collections
+import gc
+import inspect
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
@@ -54,6 +58,38 @@ def _options(*args, make=compiler.get_compile_options, **kwargs):
 compiler.get_compile_options = _options
 
 
+# Files that take longest, longest first: most start processes. pytest-xdist would begin with the
+# files of most tests, which these are not, and at the end one worker would wait for the other.
+_FIRST = (
+    "test_resume_matrix.py",
+    "test_launchers.py",
+    "test_crew.py",
+    "test_bad_inputs.py",
+    "test_studies.py",
+    "test_teachers.py",
+    "test_experts.py",
+    "test_api.py",
+    "test_resume.py",
+    "test_sweep.py",
+    "test_rollout_mesh.py",
+    "test_packed_run.py",
+    "test_processes_knockout.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, then those of most tests; a file's tests keep their order."""
+    place = {name: rank for rank, name in enumerate(_FIRST)}
+    number = collections.Counter(item.path for item in items)
+    items.sort(key=lambda item: (place.get(item.path.name, len(place)), -number[item.path]))
+
+
+def pytest_collection_finish():
+    """Tracing makes many objects that stay: look at them for garbage less often."""
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Before the fixtures of a test, which compile too."""
@@ -63,11 +99,24 @@ def pytest_runtest_setup(item):
         jax.clear_caches()  # of programs that were compiled the other way
 
 
+# Each compiled program holds memory maps, and Linux allows a process 65,530 of them by default.
+_MAPS = 20_000
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _release_programs():
-    """Let go of a module's compiled programs: each holds memory maps, and Linux limits those."""
+def _release_programs(request):
+    """Let go of compiled programs after a module that leaves many: the next may use the same.
+
+    One that patches what programs are made of begins without those of others and leaves none.
+    """
+    source = inspect.getsource(request.module)
+    is_patching = any(word in source for word in ("patch.setattr(", "patch.object("))
+    if is_patching:
+        jax.clear_caches()
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if is_patching or not maps.exists() or maps.read_bytes().count(b"\n") > _MAPS:
+        jax.clear_caches()
 
 
 def pytest_make_parametrize_id(val):
