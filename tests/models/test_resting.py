@@ -1,6 +1,7 @@
 """A teacher that rests in the host's memory: the same numbers, and room on the devices."""
 
 import dataclasses
+import gc
 
 import jax
 import layouts
@@ -76,6 +77,7 @@ def watched(monkeypatch):
         real = getattr(iteration.Programs(), name)
 
         def call(*args, **kwargs):
+            gc.collect()  # what nobody can reach is not held
             kinds_now = [
                 leaf.sharding.memory_kind
                 for leaf in jax.live_arrays()
