@@ -68,8 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    from opd_jax import processes
-
     lines = [f"  {name:<10} {given.purpose}" for name, given in COMMANDS.items()]
     return "\n".join(
         [
@@ -77,7 +75,7 @@ def _help() -> str:
             *lines,
             "\nopd-jax COMMAND --help says more, opd-jax help KEY what a key of train's --config "
             "means,\nopd-jax help --markdown what all of them do, as a page.\nEvery command takes",
-            processes.HELP,
+            command.PROCESSES,
         ]
     )
 

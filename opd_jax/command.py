@@ -19,6 +19,11 @@ MODEL = (
     "Hugging Face folder, owner/name[@REVISION] on the Hub, embedded:NAME, or RUN[@STEP] (the "
     "workdir of a run)"
 )
+# What `processes` reads of every command line; here it is told without importing jax.
+PROCESSES = """  --coordinator=HOST:PORT --num-processes=N --process-index=I
+             one of N processes of the same command, where no cluster is detected: the address of
+             process 0, and which this is, from 0; or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
+             JAX_PROCESS_ID. --coordinator=auto alone: as jax's own cluster detection says"""
 
 
 class Parser(argparse.ArgumentParser):

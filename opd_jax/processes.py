@@ -28,10 +28,6 @@ FLAGS = {  # flag -> the variable that says the same
     "process-index": "JAX_PROCESS_ID",
 }
 AUTO = "auto"
-HELP = """  --coordinator=HOST:PORT --num-processes=N --process-index=I
-             one of N processes of the same command, where no cluster is detected: the address of
-             process 0, and which this is, from 0; or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,
-             JAX_PROCESS_ID. --coordinator=auto alone: as jax's own cluster detection says"""
 # Jobs whose processes jax can find: the variable that tells, and when it tells of several.
 _CLUSTERS: dict[str, Callable[[str], bool]] = {
     "TPU_WORKER_HOSTNAMES": lambda value: "," in value,
