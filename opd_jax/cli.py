@@ -97,8 +97,6 @@ def _help_on(named: str) -> int:
 def _run(name: str, argv: list[str]) -> int:
     try:
         with _passing_line_ends(), _sigterm_unwinds():
-            if name != "plan":  # which compiles for machines that are not here
-                command.compile_quickly()
             rest = _prepare_jax(argv)
             module, _, function = COMMANDS[name].function.partition(":")
             return getattr(importlib.import_module(f"opd_jax.{module}"), function)(rest)

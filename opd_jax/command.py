@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib.util
 import json
 import os
 import time
@@ -95,21 +94,6 @@ def pairs(name: str, text: str) -> tuple[tuple[str, Any], ...]:
             f"{name} is {text!r}: expected a JSON object such as '{example}'; set --{name}"
         )
     return tuple(sorted(found.items()))
-
-
-def compile_quickly() -> None:
-    """Let LLVM do less for a CPU's programs, unless ``XLA_FLAGS`` say how much.
-
-    They compile in two thirds of the time, run as fast and give the same numbers (LOG.md). Only
-    before jax has made its devices does it change anything, and where an accelerator may be among
-    those it is left: what that flag does to it was measured nowhere.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_backend_optimization_level" in flags:
-        return
-    is_cpu = os.environ.get("JAX_PLATFORMS", "") == "cpu"
-    if is_cpu or not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu"))):
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=1".strip()
 
 
 def keep_programs() -> None:

@@ -36,14 +36,10 @@ jax.config.update("jax_debug_key_reuse", True)
 
 
 _QUICK = os.environ["XLA_FLAGS"]
-_LEVEL = 1  # of LLVM, as command.compile_quickly sets it
 _AS_USERS = " ".join(
-    [
-        flag
-        for flag in _QUICK.split()
-        if not flag.startswith(("--xla_backend_optimization", "--xla_cpu_use_fusion_emitters"))
-    ]
-    + [f"--xla_backend_optimization_level={_LEVEL}"]
+    flag
+    for flag in _QUICK.split()
+    if not flag.startswith(("--xla_backend_optimization_level", "--xla_cpu_use_fusion_emitters"))
 )
 
 
@@ -55,8 +51,7 @@ def _options(*args, make=compiler.get_compile_options, **kwargs):
         kwargs["env_options_overrides"] = emitters | (kwargs["env_options_overrides"] or {})
     options = make(*args, **kwargs)
     if not is_quick:
-        level = _LEVEL if kwargs["backend"].platform == "cpu" else 3
-        options.executable_build_options.debug_options.xla_backend_optimization_level = level
+        options.executable_build_options.debug_options.xla_backend_optimization_level = 3
     return options
 
 

@@ -1,14 +1,10 @@
 """What a run compiles: every program once per length, however batches vary."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import tiny_run
 
-from opd_jax import command
 from opd_jax.run import answering, assemble
 
 tiny, one_device = tiny_run.tiny, tiny_run.one_device
@@ -63,48 +59,3 @@ def test_fifty_steps_compile_each_program_once_per_length(varied, tmp_path, monk
     }
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 50
-
-
-LEVEL = "--xla_backend_optimization_level"
-
-
-@pytest.mark.parametrize(
-    ("flags", "platforms", "installed", "expected"),
-    [
-        ("", "", (), f"{LEVEL}=1"),
-        ("--xla_dump_to=x", "", (), f"--xla_dump_to=x {LEVEL}=1"),
-        (f"{LEVEL}=3", "cpu", (), f"{LEVEL}=3"),  # a user's own stays
-        ("", "", ("libtpu",), ""),
-        ("", "", ("jax_plugins",), ""),
-        ("", "tpu,cpu", ("libtpu",), ""),
-        ("", "cpu", ("libtpu", "jax_plugins"), f"{LEVEL}=1"),
-    ],
-)
-def test_only_programs_of_a_cpu_are_compiled_quickly(
-    flags, platforms, installed, expected, monkeypatch
-):
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    monkeypatch.setattr(
-        command.importlib.util, "find_spec", lambda name: object() if name in installed else None
-    )
-    command.compile_quickly()
-    assert os.environ["XLA_FLAGS"] == expected
-    command.compile_quickly()
-    assert os.environ["XLA_FLAGS"] == expected
-
-
-def test_a_command_lets_the_compiler_know(tmp_path):
-    """The flag comes before jax has made its devices: the compiler's own dump says so."""
-    ask = """
-import sys, jax
-from opd_jax.cli import main
-assert main(["table", "--workdir", sys.argv[1], "--out", sys.argv[1] + "/out.csv"]) == 1
-jax.jit(lambda x: x * 2)(1.0)
-"""
-    environ = os.environ | {"XLA_FLAGS": f"--xla_dump_to={tmp_path}/dump"}
-    environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "cache")
-    subprocess.run([sys.executable, "-c", ask, str(tmp_path)], env=environ, check=True)
-    dumped = list((tmp_path / "dump").glob("*debug_options"))
-    assert dumped
-    assert all("xla_backend_optimization_level: 1" in path.read_text() for path in dumped)
