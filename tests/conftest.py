@@ -86,7 +86,6 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """Tracing makes many objects that stay: look at them for garbage less often."""
-    gc.freeze()
     gc.set_threshold(100_000, 20, 20)
 
 
