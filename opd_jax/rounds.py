@@ -29,10 +29,10 @@ def expected(
     """A scope for one loop, entered right around it.
 
     Args:
-      begin: slots of a cache that are filled before it, and one more with every round.
       number: of rounds; 0 for a loop that takes a share of one on average.
       scored: it goes through those positions of a batch that are scored, and ``number`` is where
         all of them are.
+      begin: slots of a cache that are filled before it, and one more with every round.
     """
     return jax.named_scope(f"{f'begins_{begin}_' * (begin > 0)}{'scored_' * scored}rounds_{number}")
 

@@ -86,7 +86,7 @@ def attend_live(
     v_BKSH: Float[Array, "B K S H"],
     mask_BTS: Bool[Array, "B T S"],
     size: int,
-    scale: float | None = None,
+    scale: float,
 ) -> Float[Array, "B T K G H"]:
     """:func:`attend` that reads only the blocks of a cache from the first to the last slot in use.
 
@@ -99,7 +99,6 @@ def attend_live(
     **Sharding**: of one device, whose rows decide which blocks are in use.
     """
     q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
-    factor = scale or q_BTKGH.shape[-1] ** -0.5
     num = mask_BTS.shape[-1] // size
     in_use_n = mask_BTS.reshape(*mask_BTS.shape[:2], num, size).any((0, 1, 3))
     begin, end = jnp.argmax(in_use_n), num - jnp.argmax(in_use_n[::-1])  # none in use: all
@@ -110,7 +109,7 @@ def attend_live(
     def add(n: jax.Array, done):
         top_BKGT, total_BKGT, out_BKGTH = done
         scores_BKGTn = _product(q_BKGTH, block(k_BKHS, n, 3), (4, 2))
-        scores_BKGTn = _masked(scores_BKGTn, block(mask_BTS, n, 2), factor)
+        scores_BKGTn = _masked(scores_BKGTn, block(mask_BTS, n, 2), scale)
         new_BKGT = jnp.maximum(top_BKGT, scores_BKGTn.max(-1))
         kept_BKGT = jnp.exp(top_BKGT - new_BKGT)
         exp_BKGTn = jnp.exp(scores_BKGTn - new_BKGT[..., None])

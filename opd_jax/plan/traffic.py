@@ -114,13 +114,11 @@ def _in_memory(arrays) -> float:
 def _fused(program: Program, op: Operation, operands: Sequence[Operation]) -> float:
     """Bytes of a fusion: of each parameter what is read, of each result what is written."""
     inside = program.computations[op.called[0]]
-    total = 0.0
-    for each in inside.values():
-        if each.kind != "parameter":
-            continue
-        index = int(each.operands[0])
-        if index < len(operands) and _in_memory(operands[index].arrays):
-            total += _read(program, inside, each)
+    total = sum(
+        size
+        for index, size in _read(program, inside).items()
+        if index < len(operands) and _in_memory(operands[index].arrays)
+    )
     updates = [each for each in inside.values() if each.kind == "dynamic-update-slice"]
     in_place = {each.arrays[0].dims: each for each in updates}
     for array in op.arrays:
@@ -132,31 +130,36 @@ def _fused(program: Program, op: Operation, operands: Sequence[Operation]) -> fl
     return total
 
 
-def _read(program: Program, inside: dict[str, Operation], parameter: Operation) -> float:
-    """Bytes of a fusion's parameter that are read, by a fusion in the fusion as well."""
-    whole = sum(array.num_bytes for array in parameter.arrays)
-    read, left = 0.0, [parameter.name]
-    while left:
-        name = left.pop()
-        for user in inside.values():
-            if user.kind == "parameter" or name not in user.operands:
-                continue
-            if user.kind == "bitcast":
-                left.append(user.name)
-            elif user.kind in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
-                read += sum(array.num_bytes for array in user.arrays)
-            elif user.kind == "dynamic-update-slice" and user.operands[0] == name:
-                continue  # written in place
-            elif user.kind == "fusion" and user.called:
-                within = program.computations[user.called[0]]
-                read += sum(
-                    _read(program, within, each)
-                    for each in within.values()
-                    if each.kind == "parameter" and user.operands[int(each.operands[0])] == name
-                )
-            else:
-                return whole
-    return min(read, whole)
+def _read(program: Program, inside: dict[str, Operation]) -> dict[int, float]:
+    """Bytes that a fusion reads of each of its parameters, by a fusion in the fusion as well."""
+    users: dict[str, list[Operation]] = {}
+    for each in inside.values():
+        for name in each.operands:
+            users.setdefault(name, []).append(each)
+
+    def read(parameter: Operation) -> float:
+        whole = sum(array.num_bytes for array in parameter.arrays)
+        total, left = 0.0, [parameter.name]
+        while left:
+            name = left.pop()
+            for user in users.get(name, []):
+                if user.kind == "bitcast":
+                    left.append(user.name)
+                elif user.kind in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+                    total += sum(array.num_bytes for array in user.arrays)
+                elif user.kind == "dynamic-update-slice" and user.operands[0] == name:
+                    continue  # written in place
+                elif user.kind == "fusion" and user.called:
+                    within = _read(program, program.computations[user.called[0]])
+                    total += sum(
+                        within[index] for index, given in enumerate(user.operands) if given == name
+                    )
+                else:
+                    return whole
+        return min(total, whole)
+
+    parameters = (each for each in inside.values() if each.kind == "parameter")
+    return {int(each.operands[0]): read(each) for each in parameters}
 
 
 def collectives(

@@ -259,9 +259,10 @@ def decode(
 def rooms(max_new: int, segments: int) -> tuple[int, ...]:
     """Places for new ids that the cache has in each piece of a decode: equal steps to all.
 
-    A token reads the whole width of the cache, live or not. With n pieces it reads what its piece
-    has, (n + 1) / 2n of all places on average over a row of full length instead of all; each piece
-    compiles the loop once more, and between two of them the cache is copied.
+    Where a token reads the whole width of the cache, live or not (:func:`kv_cache.block`), with n
+    pieces it reads what its piece has, (n + 1) / 2n of all places on average over a row of full
+    length instead of all; each piece compiles the loop once more, and between two of them the cache
+    is copied.
     """
     return tuple(sorted({-(-max_new * piece // segments) for piece in range(1, segments + 1)}))
 

@@ -54,7 +54,7 @@ def test_a_cache_read_in_blocks_gives_the_whole_cache(size, window, cursor):
     assert dead.any() or size == slots or cursor != 3
     k[:, dead] = v[:, dead] = np.nan
     layout = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-    out = np.asarray(attention.attend_live(q, *layout, jnp.asarray(mask), size))
+    out = np.asarray(attention.attend_live(q, *layout, jnp.asarray(mask), size, H**-0.5))
     assert np.isfinite(out).all()
     sees = mask.any(-1)
     assert not sees[3].any()
@@ -63,7 +63,7 @@ def test_a_cache_read_in_blocks_gives_the_whole_cache(size, window, cursor):
 
 def test_a_cache_of_which_no_row_may_read_anything_gives_something_finite():
     q, k, v = draw(0, B, T, K, G, H), draw(1, B, K, H, 8), draw(2, B, K, 8, H)
-    out = attention.attend_live(q, k, v, jnp.zeros((B, T, 8), bool), 4)
+    out = attention.attend_live(q, k, v, jnp.zeros((B, T, 8), bool), 4, H**-0.5)
     np.testing.assert_allclose(
         out, np.broadcast_to(v.mean(2)[:, None, :, None], out.shape), atol=1e-6
     )

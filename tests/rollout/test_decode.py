@@ -1,32 +1,21 @@
 """A rollout is the policy's own: its log-probabilities are those of a full forward, row by row."""
 
+import dataclasses
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_models import drawn_weights
+from random_models import SMALL, drawn_weights
 
 from opd_jax import mesh
 from opd_jax.models import params, transformer
-from opd_jax.models.transformer import ModelConfig
 from opd_jax.pytrees import Prompt
 from opd_jax.rollout import decode
 from opd_jax.rollout.sampling import Sampler
 
-CFG = ModelConfig(
-    "qwen3",
-    vocab_size=64,
-    width=16,
-    ffn=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    qk_norm=True,
-    max_positions=48,
-)
+CFG = dataclasses.replace(SMALL, qk_norm=True, max_positions=48)
 REAL_IDS = 60
 STOPS = (5, 20, 33, 41, 50, 59)
 SAMPLER = Sampler(vocab_size=REAL_IDS, stop_ids=STOPS, pad_id=5)  # the pad id is a stop id

@@ -1,33 +1,22 @@
 """A rollout that reads only those blocks of its cache that hold something, as it does on a TPU."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
-from random_models import drawn_weights
+from random_models import SMALL, drawn_prompts, drawn_weights
 
 from opd_jax import mesh
 from opd_jax.models import attention, kv_cache, params, transformer
-from opd_jax.models.transformer import LayerKind, ModelConfig
-from opd_jax.pytrees import Prompt
+from opd_jax.models.architecture import LayerKind
 from opd_jax.rollout import decode
 from opd_jax.rollout.sampling import Sampler
 
-# Other programs than users get, and kept from one test to the next: all compiled as users do.
-pytestmark = pytest.mark.optimized
+pytestmark = pytest.mark.optimized  # what two programs sample is compared
 
-PLAIN = ModelConfig(
-    "qwen3",
-    vocab_size=64,
-    width=16,
-    ffn=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_positions=64,
-)
+PLAIN = SMALL
 SLIDING = dataclasses.replace(
     PLAIN, window=5, pattern=(LayerKind(is_sliding=True), LayerKind(is_sliding=False))
 )
@@ -49,18 +38,18 @@ def run(cfg, weights, prompt, **options):
 
 
 def prompts():
-    rng = np.random.default_rng(1)
-    start_B = rng.integers(0, WIDTH, size=ROWS).astype(np.int32)
-    start_B[0], start_B[1] = 0, WIDTH - 1  # a row whose first block holds nothing
-    ids_BP = rng.integers(0, 60, size=(ROWS, WIDTH)).astype(np.int32)
-    ids_BP[np.arange(WIDTH)[None] < start_B[:, None]] = 1
-    return Prompt(ids_BP=ids_BP, start_B=start_B)
+    return drawn_prompts(ROWS, WIDTH, starts=(0, WIDTH - 1))  # of one the first block holds nothing
+
+
+@functools.cache
+def of_whole_caches(cfg):
+    """What rows in step sample that read all of their cache."""
+    return jax.device_get(run(cfg, drawn_weights(cfg), prompts()))
 
 
 @pytest.fixture
 def in_blocks(monkeypatch):
     """Caches in blocks of four slots from here on; the blocks' loops that were traced."""
-    jax.clear_caches()  # programs do not know how a cache was read
     traced = []
     attend_live = attention.attend_live
 
@@ -72,7 +61,7 @@ def in_blocks(monkeypatch):
         monkeypatch.setattr(attention, "attend_live", watched)
         monkeypatch.setattr(kv_cache, "block", lambda slots: SIZE if slots % SIZE == 0 else slots)
         monkeypatch.setattr(kv_cache, "whole", lambda slots: -(-slots // SIZE) * SIZE)
-        jax.clear_caches()
+        jax.clear_caches()  # programs do not know how a cache was read
         return traced
 
     yield turn_on
@@ -85,7 +74,7 @@ def in_blocks(monkeypatch):
 @pytest.mark.parametrize("cfg", [PLAIN, SLIDING], ids=["plain", "sliding"])
 def test_the_rows_are_those_of_a_cache_read_whole(cfg, options, axes, in_blocks):
     weights = drawn_weights(cfg)
-    whole = run(cfg, weights, prompts(), **options)
+    whole = of_whole_caches(cfg)
     assert np.asarray(whole.mask_BT).sum(1).max() == MAX_NEW  # so that all blocks are used
     traced = in_blocks()
     if axes:

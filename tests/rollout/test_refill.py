@@ -1,30 +1,22 @@
 """Rows decoded in slots are the rows of a batch in step, whatever the number of slots."""
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_models import drawn_weights
+from random_models import SMALL, drawn_prompts, drawn_weights
 
 from opd_jax import mesh
 from opd_jax.models import params, transformer
-from opd_jax.models.architecture import Experts, LayerKind, ModelConfig
+from opd_jax.models.architecture import Experts, LayerKind
 from opd_jax.plan import hlo
-from opd_jax.pytrees import Prompt
 from opd_jax.rollout import decode, refill
 from opd_jax.rollout.sampling import Sampler
 
-CFG = ModelConfig(
-    "qwen3",
-    vocab_size=64,
-    width=16,
-    ffn=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
+CFG = dataclasses.replace(
+    SMALL,
     max_positions=40,
     window=4,
     pattern=(LayerKind(is_sliding=True), LayerKind(is_sparse=True)),
@@ -40,12 +32,7 @@ WEIGHTS = drawn_weights(CFG)
 
 
 def prompts(num=ROWS):
-    rng = np.random.default_rng(1)
-    start_B = rng.integers(0, WIDTH, size=num).astype(np.int32)
-    ids_BP = rng.integers(0, 60, size=(num, WIDTH)).astype(np.int32)
-    ids_BP[np.arange(WIDTH)[None] < start_B[:, None]] = 1
-    host: Any = (ids_BP, start_B)  # numpy arrays
-    return Prompt(*host)
+    return drawn_prompts(num, WIDTH)
 
 
 def run(slots, *, tree=WEIGHTS, prompt=None, sampler=SAMPLER, samples=1, seed=1, **options):
