@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from opd_jax import command, config, files
+from opd_jax import command, config, files, processes
 from opd_jax.evaluate import benchmark, tasks
 from opd_jax.evaluate.generate import generate as generate
 from opd_jax.instrument import stages
@@ -214,6 +214,11 @@ def _kept(prompts: Prompts, path: Path) -> str:
         return os.fspath(prompts)
     rows = [{"prompt": row} if isinstance(row, str) else dict(row) for row in prompts]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    processes.on_first(lambda: _keep(path, text))
+    return str(path)
+
+
+def _keep(path: Path, text: str) -> None:
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise FileExistsError(
             f"{path} holds other prompts: expected those that the run was started on; give another "
@@ -221,4 +226,3 @@ def _kept(prompts: Prompts, path: Path) -> str:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, text)
-    return str(path)

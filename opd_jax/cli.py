@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from opd_jax import command
@@ -21,6 +21,7 @@ class Command(NamedTuple):
     function: str  # module:name
     purpose: str
     has_config: bool = False  # else a mesh is asked for by flags of its own
+    is_of_one: bool = False  # does nothing on devices: of several processes the first one runs it
 
 
 COMMANDS = {
@@ -33,10 +34,14 @@ COMMANDS = {
     "knockout": Command("instrument.knockout.command:main", "ban tokens, see which answers flip"),
     "table": Command("store.table:main", "write a checkpoint's rock state, type by type"),
     "sweep": Command("run.sweep:main", "train arms x seeds and compare them", True),
-    "report": Command("report.command:report", "one page of runs, rocks and a sweep"),
-    "figure": Command("report.command:figure", "draw a run's training curves and rock tokens"),
+    "report": Command(
+        "report.command:report", "one page of runs, rocks and a sweep", is_of_one=True
+    ),
+    "figure": Command(
+        "report.command:figure", "draw a run's training curves and rock tokens", is_of_one=True
+    ),
     "plan": Command(
-        "plan.command:main", "say what a run takes on a machine, without having it", True
+        "plan.command:main", "say what a run takes on a machine, without having it", True, True
     ),
 }
 
@@ -99,7 +104,8 @@ def _run(name: str, argv: list[str]) -> int:
         with _passing_line_ends(), _sigterm_unwinds():
             rest = _prepare_jax(argv)
             module, _, function = COMMANDS[name].function.partition(":")
-            return getattr(importlib.import_module(f"opd_jax.{module}"), function)(rest)
+            run = getattr(importlib.import_module(f"opd_jax.{module}"), function)
+            return _on_one(run, rest) if COMMANDS[name].is_of_one else run(rest)
     except _Terminated:
         print(f"opd-jax {name}: stopped by SIGTERM", file=sys.stderr)
         return 128 + signal.SIGTERM
@@ -115,6 +121,14 @@ def _run(name: str, argv: list[str]) -> int:
         print(f"opd-jax {name}: {command.shortened(message)}", file=sys.stderr)
         print("(OPD_JAX_TRACE=1 shows where it was raised)", file=sys.stderr)
         return 1
+
+
+def _on_one(run: Callable[[list[str]], int], argv: list[str]) -> int:
+    from opd_jax import processes
+
+    statuses = [0]
+    processes.on_first(lambda: statuses.append(run(argv)))
+    return processes.agreed(statuses[-1])
 
 
 class _Terminated(BaseException):

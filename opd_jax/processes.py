@@ -245,7 +245,7 @@ def on_first(action: Callable[[], object]) -> None:
     if jax.process_index() == 0:
         try:
             action()
-        except Exception as caught:
+        except (Exception, SystemExit) as caught:  # a command line that is refused exits
             error = caught
     if agreed(int(error is not None)):
         raise error or ProcessesError("process 0 refused to go on; its message says why")

@@ -52,6 +52,28 @@ def keep(*args, write=compiler._cache_write):
         write(*args)
 compiler._cache_write = keep
 """
+# One process writes what is one: where another opens a file to write it, or makes, moves or removes
+# one, two of them may do so at the same time, and one finds its half gone. Its own are programs that
+# it compiled, and its part of a checkpoint.
+ONE_WRITES = """
+import os
+def refuse(event, args):
+    if event == "open":
+        path, _, flags = args
+        if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+    elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"):
+        path = args[0]
+    else:
+        return
+    path = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else ""
+    if not path or path.startswith(("/dev/", "/proc/", OF_EACH)) or "/checkpoints/" in path:
+        return
+    raise RuntimeError(f"a process that is not the first one changes a file: {event} {path}")
+if "--process-index=0" not in sys.argv:
+    OF_EACH = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    sys.addaudithook(refuse)
+"""
 # Where nothing lies that process 0 has and the others have not.
 CACHE_OF_EACH = {
     "JAX_COMPILATION_CACHE_DIR": os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], "each")
@@ -69,7 +91,7 @@ def start(
       code: statements before the command, to patch it.
       variables: of the environment.
     """
-    code += EACH_KEEPS * (layout.processes > 1)
+    code += (EACH_KEEPS + ONE_WRITES) * (layout.processes > 1)
     program = f"import sys\n{code}\nfrom opd_jax import cli\nsys.exit(cli.main(sys.argv[1:]))"
     flags = os.environ.get("XLA_FLAGS", "")
     env = os.environ | {

@@ -165,6 +165,12 @@ def sweep(
             f"eval_seeds {eval_seeds}, at_once {at_once}: expected at least 1 of both; set "
             "--eval-seeds / --at-once"
         )
+    if at_once > 1 and jax.process_count() > 1:
+        raise ConfigError(
+            f"at_once {at_once} in each of {jax.process_count()} processes: expected one process, "
+            "which starts its runs on parts of its own devices; leave --at-once out, and each run "
+            "is of all processes"
+        )
     if not seeds or len({*seeds}) < len(seeds):
         raise ConfigError(f"seeds {[*seeds]}: expected different ones, at least one; set --seeds")
     arms, baseline = list(arms), _baseline(arms, baseline)

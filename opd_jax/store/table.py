@@ -57,6 +57,8 @@ def table(workdir: str, out: str, *, step: int | None = None) -> int:
     persistence (fast mean over slow mean), and whether the gate holds the type (0 or 1). Ratios
     without a count are empty. Only the rock state is read from the checkpoint.
 
+    In a run of several processes every one must call this; the first one writes.
+
     Args:
       workdir: folder of the run.
       out: a new file.
@@ -70,10 +72,7 @@ def table(workdir: str, out: str, *, step: int | None = None) -> int:
       FileExistsError: ``out`` is there already.
     """
     folder, path = Path(path_of(workdir)), Path(path_of(out))
-    if path.exists():
-        raise FileExistsError(
-            f"{path} exists: expected a file name that is free; move it away or give another --out"
-        )
+    processes.on_first(lambda: _check_free(path))
     record = workdirs.require_run(folder)
     source = hub.folder(workdirs.setting(record, "student.path"), "tokenizer")
     tokenizer = tokenizers.load(source)
@@ -81,9 +80,21 @@ def table(workdir: str, out: str, *, step: int | None = None) -> int:
     with checkpoint.open(folder) as saves:
         tree, _, found = saves.restore({"rock": template}, step, partial=True)
     names = [tokenizers.token_text(tokenizer, i) for i in range(template.count_V.shape[0])]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, _text(tree["rock"], names))
+    text = _text(tree["rock"], names)
+    processes.on_first(lambda: _write(path, text))
     return found
+
+
+def _check_free(path: Path) -> None:
+    if path.exists():
+        raise FileExistsError(
+            f"{path} exists: expected a file name that is free; move it away or give another --out"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(path, text)
 
 
 def _text(state: RockState, names: list[str]) -> str:
