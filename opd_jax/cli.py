@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from opd_jax import command
@@ -105,7 +105,11 @@ def _run(name: str, argv: list[str]) -> int:
             rest = _prepare_jax(argv)
             module, _, function = COMMANDS[name].function.partition(":")
             run = getattr(importlib.import_module(f"opd_jax.{module}"), function)
-            return _on_one(run, rest) if COMMANDS[name].is_of_one else run(rest)
+            if COMMANDS[name].is_of_one:
+                from opd_jax import processes
+
+                return processes.of_first(lambda: run(rest))
+            return run(rest)
     except _Terminated:
         print(f"opd-jax {name}: stopped by SIGTERM", file=sys.stderr)
         return 128 + signal.SIGTERM
@@ -121,14 +125,6 @@ def _run(name: str, argv: list[str]) -> int:
         print(f"opd-jax {name}: {command.shortened(message)}", file=sys.stderr)
         print("(OPD_JAX_TRACE=1 shows where it was raised)", file=sys.stderr)
         return 1
-
-
-def _on_one(run: Callable[[list[str]], int], argv: list[str]) -> int:
-    from opd_jax import processes
-
-    statuses = [0]
-    processes.on_first(lambda: statuses.append(run(argv)))
-    return processes.agreed(statuses[-1])
 
 
 class _Terminated(BaseException):

@@ -13,11 +13,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+T = TypeVar("T")
 # A process that sends no sign of life for so long counts as lost, and the others end.
 LOST_AFTER_S = 60
 # How long the last process of a run waits for the others to end as well.
@@ -249,6 +250,24 @@ def on_first(action: Callable[[], object]) -> None:
             error = caught
     if agreed(int(error is not None)):
         raise error or ProcessesError("process 0 refused to go on; its message says why")
+
+
+def of_first(look: Callable[[], T]) -> T:
+    """What process 0 finds, on every process; where it fails there, it fails everywhere.
+
+    One looks into the files that one writes: the others may not see yet what has just been written.
+
+    Args:
+      look: runs on process 0; the others get its value by way of JSON.
+
+    Raises:
+      ProcessesError: as :func:`on_first`.
+    """
+    if jax.process_count() == 1:
+        return look()
+    told: list[str] = []
+    on_first(lambda: told.append(json.dumps(look())))
+    return json.loads(agreed_text("".join(told)))
 
 
 def check_same(what: Mapping[str, object], change: str) -> None:

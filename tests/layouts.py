@@ -53,8 +53,8 @@ def keep(*args, write=compiler._cache_write):
 compiler._cache_write = keep
 """
 # One process writes what is one: where another opens a file to write it, or makes, moves or removes
-# one, two of them may do so at the same time, and one finds its half gone. Its own are programs that
-# it compiled, and its part of a checkpoint.
+# one, two of them may do so at the same time, and one finds its half gone. Its own are programs it
+# has compiled, and its part of a checkpoint.
 ONE_WRITES = """
 import os
 def refuse(event, args):

@@ -132,14 +132,11 @@ def evaluate(
 
 
 def _enter(out: Path, record: results.EvalRecord, order: list[tuple[str, int]], n: int) -> int:
-    found: list[int] = []
-
-    def enter() -> None:
+    def enter() -> int:
         with files.only_writer(out):
-            found.append(results.enter(out, record, order, n))
+            return results.enter(out, record, order, n)
 
-    processes.on_first(enter)
-    return processes.agreed(found[0] if found else 0)
+    return processes.of_first(enter)
 
 
 def _graded(

@@ -207,10 +207,9 @@ def generate(
                     files.append(stream, lines)
                 progress.add(len(lines) // samples, lines)
             progress.tell()
-    told: list[str] = []
-    processes.on_first(lambda: told.append(_finish(partial, target)))
+    told = processes.of_first(lambda: _finish(partial, target))
     more = f"; {twice} prompts stood there more than once" if twice else ""
-    return processes.agreed_text("".join(told)) + f" ({counts}{more})"
+    return f"{told} ({counts}{more})"
 
 
 def _once(rows: Sequence[Example]) -> tuple[list[Example], int]:
@@ -237,9 +236,8 @@ def _enter(
       ValueError: answers of another command are there.
       FileExistsError: another process is writing them.
     """
-    found = []
 
-    def enter() -> None:
+    def enter() -> int:
         with files.only_writer(partial):
             if old is None:
                 files.write_atomic(partial / _RECORD, json.dumps(record, indent=1) + "\n")
@@ -250,10 +248,9 @@ def _enter(
                 )
             done = _done(partial, rows, samples)
             files.cut(partial / _LINES, done * samples)
-            found.append(done)
+            return done
 
-    processes.on_first(enter)
-    return processes.agreed(found[0] if found else 0)
+    return processes.of_first(enter)
 
 
 def _differences(old: Command, new: Command) -> list[str]:

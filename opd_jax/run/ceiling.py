@@ -69,16 +69,13 @@ def measured(
         plan = dataclasses.replace(plan, width=plan.teacher_width)
         how |= {"teacher_prompt": parts.run.data.teacher_prompt}
         how |= {"teacher_system": parts.run.data.teacher_system}
-    told: list[str] = []
-    processes.on_first(lambda: told.append(json.dumps(_known(folder, how, others))))
-    known = json.loads(processes.agreed_text("".join(told)))
+    known = processes.of_first(lambda: _known(folder, how, others))
     if known is not None:
         return known
     result, graded = _answered(parts, teacher, rows, key, plan)
-    if jax.process_index() == 0:
-        value = {"how": how, "result": result, **dataclasses.asdict(graded)}
-        files.write_atomic(path, json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
-    processes.meet("teacher")
+    value = {"how": how, "result": result, **dataclasses.asdict(graded)}
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+    processes.on_first(lambda: files.write_atomic(path, text))
     return result
 
 

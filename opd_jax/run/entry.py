@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import pydantic
 
 from opd_jax import config, processes
@@ -57,8 +56,11 @@ class Beside:
 
 def start_time(workdir: Path) -> str:
     """When the run in a folder started, on every process; now, where there is none."""
-    record = workdirs.read_run(workdir) if jax.process_index() == 0 else None
-    return processes.agreed_text((record or {}).get("time") or workdirs.timestamp())
+
+    def look() -> str:
+        return (workdirs.read_run(workdir) or {}).get("time") or workdirs.timestamp()
+
+    return processes.of_first(look)
 
 
 def enter(

@@ -7,10 +7,12 @@ checkpoint and kept beside it, ``evaluations/seed-N.json``, each as soon as it i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -65,7 +67,7 @@ def measure(
     Raises:
       WorkdirError, CheckpointError: the run cannot be read.
     """
-    todo = json.loads(processes.agreed_text(json.dumps(missing(folder, seeds))))
+    todo = processes.of_first(lambda: missing(folder, seeds))
     if not todo:
         return True
     if stop is not None and stop.everywhere():  # before anything is loaded
@@ -90,14 +92,15 @@ def measure(
                 plan=parts.plan,
             )
             value = {"step": step, "result": result, **dataclasses.asdict(graded)}
-            if jax.process_index() == 0:
-                target = path(folder, number)
-                target.parent.mkdir(exist_ok=True)
-                text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-                files.write_atomic(target, text + "\n")
-            processes.meet("evaluation")
+            processes.on_first(functools.partial(_write, path(folder, number), value))
             say(f"evaluation seed {number}: {_told(result)}")
     return True
+
+
+def _write(target: Path, value: Mapping[str, Any]) -> None:
+    target.parent.mkdir(exist_ok=True)
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    files.write_atomic(target, text + "\n")
 
 
 def results(folder: Path, seeds: Sequence[int]) -> list[run_files.Evaluation]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -165,12 +166,6 @@ def sweep(
             f"eval_seeds {eval_seeds}, at_once {at_once}: expected at least 1 of both; set "
             "--eval-seeds / --at-once"
         )
-    if at_once > 1 and jax.process_count() > 1:
-        raise ConfigError(
-            f"at_once {at_once} in each of {jax.process_count()} processes: expected one process, "
-            "which starts its runs on parts of its own devices; leave --at-once out, and each run "
-            "is of all processes"
-        )
     if not seeds or len({*seeds}) < len(seeds):
         raise ConfigError(f"seeds {[*seeds]}: expected different ones, at least one; set --seeds")
     arms, baseline = list(arms), _baseline(arms, baseline)
@@ -202,8 +197,7 @@ def sweep(
         for seed in seeds
         for arm in arms
     ]
-    todo = [job for job in jobs if not comparable.is_finished(job)]
-    comparable.check_lengths(jobs)
+    todo = [jobs[i] for i in processes.of_first(lambda: _unfinished(jobs))]
     if only:
         todo = [job for job in _named(only, jobs) if job in todo]
     else:
@@ -221,20 +215,30 @@ def sweep(
             is_done = _one_by_one(todo, jobs, pins, command, stop)
     if only or not is_done:
         return None
-    processes.meet("sweep")  # what process 0 has written is there before others read it
-    result = comparison.summarise(jobs, baseline, margins=margins)
-    result["predictions"] = budget.predictions(runs)
-    result["budget"] = budget.compare(jobs, controls, margins)
     path = Path(workdir) / "sweep.json"
-    if jax.process_index() == 0:
+
+    def conclude() -> dict[str, Any]:
+        result = comparison.summarise(jobs, baseline, margins=margins)
+        result["predictions"] = budget.predictions(runs)
+        result["budget"] = budget.compare(jobs, controls, margins)
         text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
         files.write_atomic(path, text + "\n")
+        return result
+
+    result = processes.of_first(conclude)
     for line in (*standings.table(result), *budget.table(result["budget"])):
         say(line)
     for arm, text in result["predictions"].items():
         say(f"predicted of {arm}: {text}")
     say(f"more in {path}")
     return result
+
+
+def _unfinished(jobs: Sequence[Job]) -> list[int]:
+    """Numbers of the runs that are not finished; checks that those begun compare."""
+    todo = [i for i, job in enumerate(jobs) if not comparable.is_finished(job)]
+    comparable.check_lengths(jobs)
+    return todo
 
 
 def _one_by_one(
@@ -249,7 +253,7 @@ def _one_by_one(
     for number, job in enumerate(todo):
         say(f"== {number + 1}/{len(todo)}: arm {job.arm}, seed {job.run.seed}")
         is_done = (
-            comparable.has_trained(job)
+            processes.of_first(functools.partial(comparable.has_trained, job))
             or train.train(
                 job.run, str(job.folder), command=command, stop=stop, pins=pins, others=others
             )["is_finished"]

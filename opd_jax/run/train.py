@@ -400,9 +400,8 @@ class _Loop:
             ),
             "rocks_steps": self.run_cfg.rock.fast_span,
         }
-        if jax.process_index() == 0:
-            text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
-            files.write_atomic(self.folder / "summary.json", text + "\n")
+        text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
+        processes.on_first(lambda: files.write_atomic(self.folder / "summary.json", text + "\n"))
         if is_finished:
             for line in narrate.conclusion(result):
                 say(line)

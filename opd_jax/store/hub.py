@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -136,18 +135,16 @@ def pins(
     """
     asked = {name: found for name in names if (found := parse(name))}
     known = {name: _pinned(found) for name, found in asked.items() if found.is_pinned}
-    told: list[str] = []
 
-    def look() -> None:
+    def look() -> dict[str, str]:
         old = [workdirs.read_run(place) or {} for place in folders]
         for name in asked.keys() - known.keys():
             earlier = [record["pinned"][name] for record in old if name in record.get("pinned", {})]
             known[name] = earlier[0] if earlier else _newest(asked[name])
-        told.append(json.dumps(known))
+        return known
 
     if asked.keys() - known.keys():
-        processes.on_first(look)
-        known = json.loads(processes.agreed_text("".join(told)))
+        known = processes.of_first(look)
     for name, pinned in known.items():
         say(f"{name}: commit {pinned.rpartition('@')[2]} of the Hugging Face Hub")
     return known
