@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from opd_jax import command
@@ -103,13 +103,11 @@ def _run(name: str, argv: list[str]) -> int:
     try:
         with _passing_line_ends(), _sigterm_unwinds():
             rest = _prepare_jax(argv)
-            module, _, function = COMMANDS[name].function.partition(":")
-            run = getattr(importlib.import_module(f"opd_jax.{module}"), function)
             if COMMANDS[name].is_of_one:
                 from opd_jax import processes
 
-                return processes.of_first(lambda: run(rest))
-            return run(rest)
+                return processes.of_first(lambda: _function(name)(rest))
+            return _function(name)(rest)
     except _Terminated:
         print(f"opd-jax {name}: stopped by SIGTERM", file=sys.stderr)
         return 128 + signal.SIGTERM
@@ -125,6 +123,11 @@ def _run(name: str, argv: list[str]) -> int:
         print(f"opd-jax {name}: {command.shortened(message)}", file=sys.stderr)
         print("(OPD_JAX_TRACE=1 shows where it was raised)", file=sys.stderr)
         return 1
+
+
+def _function(name: str) -> Callable[[list[str]], int]:
+    module, _, function = COMMANDS[name].function.partition(":")
+    return getattr(importlib.import_module(f"opd_jax.{module}"), function)
 
 
 class _Terminated(BaseException):

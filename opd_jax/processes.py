@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ T = TypeVar("T")
 LOST_AFTER_S = 60
 # How long the last process of a run waits for the others to end as well.
 _END_WITHIN_S = 60
+_LINGER_S = 1.0
 FLAGS = {  # flag -> the variable that says the same
     "coordinator": "JAX_COORDINATOR_ADDRESS",
     "num-processes": "JAX_NUM_PROCESSES",
@@ -243,6 +245,7 @@ def on_first(action: Callable[[], object]) -> None:
       ProcessesError: on the other processes, where process 0 raised; its message says why.
     """
     error = None
+    agreed(0)  # once connected, the others wait as long as it takes; to connect, gloo has 30 s
     if jax.process_index() == 0:
         try:
             action()
@@ -353,6 +356,8 @@ def leave(status: int) -> None:
     The orderly way out waits for processes that may themselves be waiting for this one.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
+        if jax.process_index() == 0:  # its end aborts the others, who may be about to say why
+            time.sleep(_LINGER_S)
         os._exit(status)
 
 

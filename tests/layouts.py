@@ -56,7 +56,7 @@ compiler._cache_write = keep
 # one, two of them may do so at the same time, and one finds its half gone. Its own are programs it
 # has compiled, and its part of a checkpoint.
 ONE_WRITES = """
-import os
+import os, sys
 def refuse(event, args):
     if event == "open":
         path, _, flags = args
@@ -91,7 +91,7 @@ def start(
       code: statements before the command, to patch it.
       variables: of the environment.
     """
-    code += (EACH_KEEPS + ONE_WRITES) * (layout.processes > 1)
+    code = (EACH_KEEPS + ONE_WRITES) * (layout.processes > 1) + code
     program = f"import sys\n{code}\nfrom opd_jax import cli\nsys.exit(cli.main(sys.argv[1:]))"
     flags = os.environ.get("XLA_FLAGS", "")
     env = os.environ | {

@@ -183,12 +183,14 @@ def _write_selection(bench: Workbench) -> None:
 
 def _draw(bench: Workbench) -> None:
     """Figures follow from the other files: they are drawn each time."""
-    from opd_jax.report import rock_figures  # matplotlib takes its time to import
 
-    if jax.process_index() == 0:
+    def draw() -> None:
+        from opd_jax.report import rock_figures  # matplotlib takes its time to import
+
         drawn = rock_figures.draw_all(bench.folder.path)
         bench.say(f"figures: {len(drawn)} in {bench.folder.path / 'figures'}")
-    processes.meet("figures are drawn")
+
+    processes.on_first(draw)
 
 
 def conclusion(result: Mapping[str, Any], chosen: Mapping[str, Any], out: Path) -> list[str]:

@@ -68,7 +68,7 @@ def test_of_all_commands_one_process_writes(tiny, tmp_path):
 )
 def test_all_processes_end_as_the_first_one_does(argv, status, told):
     results = layouts.finish(layouts.start(LAYOUTS["two-processes"], argv))
-    assert told in results[0][1]
+    assert told in results[0][1], results
     assert results[0][0] == status, results
-    assert results[1][0] in (status, 1), results
+    assert results[1][0], results
     assert all("Traceback" not in text for _, text in results)
