@@ -62,14 +62,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    status = _run(argv[0], argv[1:])
-    if status:
+    try:
+        status = _run(argv[0], argv[1:])
+    except SystemExit as error:  # a command line that was refused, or asked for help
+        _leave(error.code)
+        raise
+    _leave(status)
+    return status
+
+
+def _leave(status: object) -> None:
+    """Where one of several processes failed, end it at once."""
+    if isinstance(status, int) and status:
         from opd_jax import processes
 
         sys.stdout.flush()
         sys.stderr.flush()
         processes.leave(status)
-    return status
 
 
 def _help() -> str:

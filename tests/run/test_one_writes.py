@@ -63,7 +63,7 @@ def test_of_all_commands_one_process_writes(tiny, tmp_path):
     [
         (["report", "nowhere", "--out=page.html"], 1, "nowhere"),
         (["figure", "--workdir=nowhere", "--out=run.bmp"], 1, ".bmp"),
-        (["report", "--colour=red"], 2, "--colour"),
+        (["report", "--out=x.html", "--colour=red"], 2, "--colour"),
     ],
 )
 def test_all_processes_end_as_the_first_one_does(argv, status, told):
