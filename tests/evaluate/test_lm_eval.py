@@ -61,6 +61,7 @@ metric_list:
   - metric: exact_match
 """,
 }
+ONE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}  # slots divide over devices
 RESULTS = ("acc,none", "acc_norm,none", "word_perplexity,none", "byte_perplexity,none",
            "exact_match,none")  # fmt: skip
 
@@ -99,9 +100,11 @@ def tasks(tmp_path_factory):
     return folder
 
 
-def run(tasks, out, model, args, *flags):
+def run(tasks, out, model, args, *flags, env=None):
     """The results and samples of one run of the harness's command line."""
-    env = os.environ | OFFLINE | {"HF_HOME": str(tasks / "cache"), "OPD_JAX_TRACE": "1"}
+    env = (
+        os.environ | OFFLINE | {"HF_HOME": str(tasks / "cache"), "OPD_JAX_TRACE": "1"} | (env or {})
+    )
     command = [sys.executable, "-m", "lm_eval", "run"]
     if model == "opd_jax":
         command = [sys.executable, "-c", "import sys; from opd_jax import cli; "
@@ -158,6 +161,8 @@ def test_a_small_model_gives_the_numbers_of_hf(tiny, tasks, tmp_path, flags):
     check_same(ours, theirs, 1e-4)
     spread = run(tasks, tmp_path / "spread", "opd_jax", f"{args},mesh_fsdp=2,mesh_model=2", *flags)
     check_same(spread, theirs, 1e-4)
+    slots = run(tasks, tmp_path / "slots", "opd_jax", f"{args},slots=2", *flags, env=ONE)
+    check_same(slots, theirs, 1e-4)
 
 
 @pytest.mark.ci
