@@ -224,5 +224,4 @@ def _keep(path: Path, text: str) -> None:
             f"{path} holds other prompts: expected those that the run was started on; give another "
             "workdir"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, text)

@@ -29,20 +29,31 @@ def path_of(name: str | os.PathLike[str]) -> str:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a reader, or the next start, sees the old one or the new one."""
+    """Write a file so that a reader, or the next start, sees the old one or the new one.
+
+    Its folder is made where there is none.
+    """
     with replacing(path, "w") as stream:
         stream.write(text)
 
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str) -> Iterator[IO[Any]]:
-    """Open a file that takes the place of ``path`` once it is whole and on disk."""
+    """Open a file that takes the place of ``path`` once it is whole and on disk.
+
+    Its folder is made where there is none; an error on the way leaves nothing behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    with part.open(mode, encoding=None if "b" in mode else "utf-8") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(path)
+    try:
+        with part.open(mode, encoding=None if "b" in mode else "utf-8") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

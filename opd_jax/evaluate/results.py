@@ -190,7 +190,6 @@ def enter(folder: Path, record: EvalRecord, order: Sequence[tuple[str, int]], sa
                     f"{folder} holds {there[0]!r} and no {RECORD}: expected a new folder, or that "
                     "of the same evaluation; give another --out"
                 )
-        folder.mkdir(parents=True, exist_ok=True)
         files.write_atomic(folder / RECORD, json.dumps(record, indent=1) + "\n")
     elif told := differences(old, record):
         raise ResultError(

@@ -100,7 +100,6 @@ def write(
         say(f"going on after {done} of {len(rows)} prompts in {folder}")
     processes.meet("corpus looked at")  # before anybody changes it
     if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         files.write_atomic(folder / STARTED, json.dumps(info, indent=2) + "\n")
         for stale in sorted(folder.glob("answers-*.npz"))[pieces:]:
             stale.unlink()  # what follows a damaged piece would be out of order

@@ -274,9 +274,7 @@ class TypeStats:
 
 def write_npz(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
     """Write arrays so that a reader sees the old file or the new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path, "wb") as stream:
+    with files.replacing(Path(path), "wb") as stream:
         np.savez(stream, **arrays)
 
 

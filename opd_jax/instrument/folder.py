@@ -137,7 +137,6 @@ class Folder:
             )
             value = text + "\n"
         if jax.process_index() == 0:
-            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
             files.write_atomic(self.path / name, value)
         processes.meet(f"{name} is written")
 

@@ -100,7 +100,6 @@ def report(
         rock_section.check(folder, run, workdirs.teachers(run_files.record(run)).values())
     with matplotlib.rc_context(style.STYLE):
         page = _page(found, files, swept, folder, Path(knockout) if knockout else None)
-    out.parent.mkdir(parents=True, exist_ok=True)
     # A half of a surrogate pair, which JSON can hold, has no UTF-8.
     write_atomic(out, page.encode("utf-8", "replace").decode("utf-8"))
 

@@ -25,6 +25,8 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import offset_copy
 
+from opd_jax.files import replacing
+
 FORMATS = (".png", ".svg", ".pdf")
 
 # Hues of Okabe and Ito's palette, which colour-blind readers tell apart; grey for the rest.
@@ -218,10 +220,10 @@ def save(drawn: Figure, out: str | os.PathLike) -> None:
       OSError: the file cannot be written.
     """
     out = check_format(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     # Without a date, the same figure gives the same bytes; PNG has none.
     metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(out.suffix.lower())
-    drawn.savefig(out, dpi=180, metadata=metadata)
+    with replacing(out, "wb") as stream:
+        drawn.savefig(stream, format=out.suffix[1:].lower(), dpi=180, metadata=metadata)
 
 
 def page_svgs(plate: Plate) -> str:

@@ -12,7 +12,6 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -92,15 +91,11 @@ def measure(
                 plan=parts.plan,
             )
             value = {"step": step, "result": result, **dataclasses.asdict(graded)}
-            processes.on_first(functools.partial(_write, path(folder, number), value))
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+            target = path(folder, number)
+            processes.on_first(functools.partial(files.write_atomic, target, text))
             say(f"evaluation seed {number}: {_told(result)}")
     return True
-
-
-def _write(target: Path, value: Mapping[str, Any]) -> None:
-    target.parent.mkdir(exist_ok=True)
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    files.write_atomic(target, text + "\n")
 
 
 def results(folder: Path, seeds: Sequence[int]) -> list[run_files.Evaluation]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TextIO
 import jax
 import numpy as np
 
-from opd_jax import records
+from opd_jax import files, records
 from opd_jax.store.workdir import MetricsLine
 
 log = logging.getLogger(__name__)
@@ -161,8 +161,7 @@ def _cut(path: Path, restored: int | None, say: Callable[[str], None]) -> None:
     """Rewrite a JSONL file without the lines that a run going on from ``restored`` writes again."""
     if not path.exists():
         return
-    part = path.with_name(f".{path.name}.part")
-    with path.open("rb") as old, part.open("wb") as new:
+    with path.open("rb") as old, files.replacing(path, "wb") as new:
         for number, line in enumerate(old, 1):
             step = None
             if line.endswith(b"\n"):
@@ -172,7 +171,6 @@ def _cut(path: Path, restored: int | None, say: Callable[[str], None]) -> None:
                 say(f"{path} line {number} is damaged and dropped: {line[:60]!r}")
             elif restored is not None and step <= restored:
                 new.write(line)
-    part.replace(path)
 
 
 def _plain(value: Any) -> Any:

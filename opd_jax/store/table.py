@@ -81,7 +81,7 @@ def table(workdir: str, out: str, *, step: int | None = None) -> int:
         tree, _, found = saves.restore({"rock": template}, step, partial=True)
     names = [tokenizers.token_text(tokenizer, i) for i in range(template.count_V.shape[0])]
     text = _text(tree["rock"], names)
-    processes.on_first(lambda: _write(path, text))
+    processes.on_first(lambda: files.write_atomic(path, text))
     return found
 
 
@@ -90,11 +90,6 @@ def _check_free(path: Path) -> None:
         raise FileExistsError(
             f"{path} exists: expected a file name that is free; move it away or give another --out"
         )
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, text)
 
 
 def _text(state: RockState, names: list[str]) -> str:

@@ -107,7 +107,6 @@ def write_run(workdir: str | os.PathLike, record: Mapping[str, Any]) -> None:
         return
     path = Path(workdir) / "run.json"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(record, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         raise WorkdirError(

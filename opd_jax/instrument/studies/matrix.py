@@ -165,7 +165,6 @@ def _enter(folder: Path, owner: Mapping[str, str]) -> None:
         )
     processes.meet("matrix looked at")  # before process 0 changes it
     if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         files.write_atomic(path, json.dumps(owner) + "\n")
 
 
