@@ -169,13 +169,18 @@ def test_a_file_is_held_by_one_until_it_is_closed(tmp_path):
         files.hold(tmp_path / "no" / "lock")
 
 
+def _half_written(path):
+    with files.replacing(path, "wb") as stream:
+        stream.write(b"half")
+        raise KeyError
+
+
 def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "file"
     files.write_atomic(path, "täxt\n")
     assert path.read_text(encoding="utf-8") == "täxt\n"
-    with pytest.raises(KeyError), files.replacing(path, "wb") as stream:
-        stream.write(b"half")
-        raise KeyError
+    with pytest.raises(KeyError):
+        _half_written(path)
     assert path.read_text(encoding="utf-8") == "täxt\n"
     assert names(tmp_path) == ["new", "new/file"]
     with pytest.raises(OSError, match="file"):
