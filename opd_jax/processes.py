@@ -24,6 +24,7 @@ T = TypeVar("T")
 LOST_AFTER_S = 60
 # How long the last process of a run waits for the others to end as well.
 _END_WITHIN_S = 60
+# How long the first one stays after a failure, so that the others can say why they end.
 _LINGER_S = 1.0
 FLAGS = {  # flag -> the variable that says the same
     "coordinator": "JAX_COORDINATOR_ADDRESS",
@@ -356,7 +357,7 @@ def leave(status: int) -> None:
     The orderly way out waits for processes that may themselves be waiting for this one.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
-        if jax.process_index() == 0:  # its end aborts the others, who may be about to say why
+        if jax.process_index() == 0:  # its end aborts the others
             time.sleep(_LINGER_S)
         os._exit(status)
 
