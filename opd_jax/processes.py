@@ -240,7 +240,7 @@ def agreed_text(text: str) -> str:
 
 
 def on_first(action: Callable[[], object]) -> None:
-    """Run something on process 0 alone; where it fails there, it fails everywhere.
+    """Run something on process 0 alone, the others wait; where it fails there, it fails everywhere.
 
     Raises:
       ProcessesError: on the other processes, where process 0 raised; its message says why.

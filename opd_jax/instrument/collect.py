@@ -141,10 +141,12 @@ def write(
         progress.add(len(part), [{"tokens": len(row["answer"])} for row in found])
     if progress.fresh:
         progress.tell()
-    if jax.process_index() == 0:
+
+    def finish() -> None:
         corpora.write_manifest(folder, info | {"pieces": pieces})
         (folder / STARTED).unlink(missing_ok=True)
-    processes.meet("corpus written")
+
+    processes.on_first(finish)
     return _checked(corpora.read(folder), pair, folder)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired
 
-import jax
 import numpy as np
 import pydantic
 from typing_extensions import TypedDict
@@ -136,9 +135,7 @@ class Folder:
                 value, ensure_ascii=False, allow_nan=False, default=_plain, indent=indent
             )
             value = text + "\n"
-        if jax.process_index() == 0:
-            files.write_atomic(self.path / name, value)
-        processes.meet(f"{name} is written")
+        processes.on_first(lambda: files.write_atomic(self.path / name, value))
 
 
 def _plain(value: Any) -> Any:

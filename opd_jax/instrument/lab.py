@@ -155,9 +155,7 @@ class Lab:
                 batch=self.flags.batch,
                 say=processes.indented(self.say, "  "),
             )
-            if jax.process_index() == 0:
-                found.save(path)
-            processes.meet(f"{path.name} is written")
+            processes.on_first(lambda: found.save(path))
         return Occurrences.load(path)
 
 

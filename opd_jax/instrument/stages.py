@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from opd_jax import processes
@@ -104,12 +103,14 @@ def _write_corpus(bench: Workbench) -> None:
         writer = bench.flags.writer or "student"
         bench.lab.write(folder, writer, processes.indented(bench.say, "  "))
         return
-    if jax.process_index() == 0:
+
+    def copy() -> None:
         part = folder.with_name(".corpus.part")
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(given, part)
         part.rename(folder)
-    processes.meet("the corpus is copied")
+
+    processes.on_first(copy)
 
 
 def _write_scores(bench: Workbench) -> None:
@@ -134,9 +135,7 @@ def _write_scores(bench: Workbench) -> None:
             f"{on_host.kl_sum[worst]} on the host: expected the same sum; the devices compute "
             "wrongly, run it on others"
         )
-    if jax.process_index() == 0:
-        found.save(bench.scores_file)
-    processes.meet("scores are written")
+    processes.on_first(lambda: found.save(bench.scores_file))
 
 
 def _write_selection(bench: Workbench) -> None:

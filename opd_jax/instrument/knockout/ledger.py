@@ -76,7 +76,6 @@ class Ledger:
     def __init__(self, folder: Path, record: results.EvalRecord):
         self.folder = folder
         processes.on_first(lambda: self._enter(record))
-        processes.meet("the folder of the knockout is there")
         self._lines = list(self._read())
         self._taken = 0
         self._is_cut = False  # what a kill left of a batch is gone
