@@ -113,6 +113,7 @@ ORDER: list[str | tuple[str, list]] = [
             "grading",
             "heldout",
             "growth",
+            "problems",
             "tasks",
             "metrics",
             "results",

@@ -13,8 +13,9 @@ from opd_jax.data import widths
 from opd_jax.data.prompts import Example
 from opd_jax.evaluate import finding, grading, tasks
 from opd_jax.evaluate.grading import Verdict
+from opd_jax.evaluate.problems import Problem
 from opd_jax.evaluate.results import EvalRecord
-from opd_jax.evaluate.tasks import Form, Problem, Task
+from opd_jax.evaluate.tasks import Form, Task
 from opd_jax.store import fingerprint, pair, workdir
 from opd_jax.store.pair import Model
 

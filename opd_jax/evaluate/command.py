@@ -83,8 +83,6 @@ def _evaluate(flags: Any) -> list[str]:
             raise ValueError(f"no --{name} given: expected --{name}=...; see opd-jax eval --help")
     if not flags.models:
         raise ValueError(f"no model given: expected {command.MODEL}; see opd-jax eval --help")
-    if flags.limit < 0:
-        raise ValueError(f"limit is {flags.limit}: expected at least 0; set --limit")
     settings = benchmark.Settings(
         samples=flags.samples,
         max_new=flags.max_new,

@@ -30,7 +30,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from opd_jax.evaluate import arithmetic, cleaning, equality, finding, instructions, quantities
+from opd_jax.evaluate import (
+    arithmetic,
+    cleaning,
+    equality,
+    finding,
+    instructions,
+    judge,
+    quantities,
+)
 from opd_jax.files import path_of
 
 
@@ -214,6 +222,21 @@ def named(name: str) -> Grader:
       GraderError: there is none, or it cannot be imported.
     """
     return GRADERS[name] if name in GRADERS else _imported(name)
+
+
+def check(name: str, gold: str) -> None:
+    """Check that a named grader can use a gold answer, before anything is sampled for it.
+
+    Raises:
+      ValueError: it cannot.
+      ImportError, JudgeError: what it needs is not installed.
+    """
+    if name == "ifeval":
+        instructions.follows("x", gold)
+    elif name in GRADERS:
+        GRADERS[name]("", gold)
+        if name == "math" and not judge.is_installed():
+            GRADERS[name](r"\boxed{q_{0}+1}", gold)  # raises where only math-verify can tell
 
 
 def source(name: str) -> Path | None:

@@ -47,7 +47,7 @@ def follows(response: str, gold: str) -> bool:
     Raises:
       ImportError: the harness, or what its checks need, is not installed.
       RecordError: the gold answer cannot be read.
-      ValueError: an instruction that the harness does not know.
+      ValueError: an instruction that the harness does not know, or arguments that it cannot use.
     """
     wanted = read(gold)
     try:
@@ -65,9 +65,15 @@ def follows(response: str, gold: str) -> bool:
     )
     try:
         checked = harness.test_instruction_following_strict(example, response)
-    except KeyError as error:
+    except Exception as error:  # its checks raise anything on arguments that are not theirs
+        if isinstance(error, KeyError) and {*error.args} & {*wanted["instruction_id_list"]}:
+            raise ValueError(
+                f"the instruction {error} is not known to lm-evaluation-harness: expected one of "
+                "its own; correct instruction_id_list"
+            ) from error
         raise ValueError(
-            f"the instruction {error} is not known to lm-evaluation-harness: expected one of its "
-            "own; correct instruction_id_list"
+            f"lm-evaluation-harness cannot check {', '.join(wanted['instruction_id_list'])} with "
+            f"kwargs {wanted['kwargs']} ({type(error).__name__}: {error}): expected arguments as "
+            "IFEval has them; correct kwargs"
         ) from error
     return bool(checked.follow_all_instructions)

@@ -37,6 +37,11 @@ class JudgeError(RuntimeError):
     """math-verify cannot be asked at all."""
 
 
+def is_installed() -> bool:
+    """Whether math-verify is there to be asked."""
+    return importlib.util.find_spec("math_verify") is not None
+
+
 @functools.lru_cache(maxsize=4096)
 def ask(answer: str, gold: str) -> str:
     """Whether two expressions are equal: one of the four words above.
@@ -44,7 +49,7 @@ def ask(answer: str, gold: str) -> str:
     Raises:
       JudgeError: math-verify is not installed, or its process does not start.
     """
-    if importlib.util.find_spec("math_verify") is None:
+    if not is_installed():
         raise JudgeError(
             f"the gold answer {gold!r} is an expression, the response says {answer!r}, and "
             "math-verify is not installed: expected it for comparing expressions; "

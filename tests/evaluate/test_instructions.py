@@ -26,6 +26,9 @@ def harness(monkeypatch):
         asked.append((example, response))
         if "unknown" in example["instruction_id_list"]:
             raise KeyError("unknown")
+        for given in example["kwargs"]:
+            if "colour" in given:
+                raise TypeError("unexpected keyword 'colour'")
         return types.SimpleNamespace(follow_all_instructions="," not in response)
 
     module = types.ModuleType("lm_eval.tasks.ifeval.utils")
@@ -49,6 +52,7 @@ def test_the_response_behind_its_thought_is_checked(harness):
         grading.ifeval("a", json.dumps(GOLD | {"instruction_id_list": ["unknown", "unknown"]}))
 
 
+@pytest.mark.usefixtures("harness")
 def test_lines_of_ifeval_are_read(tmp_path):
     path = tmp_path / "ifeval.jsonl"
     tiny_run.write_lines(path, [{"key": 1000, **GOLD}])
@@ -56,14 +60,24 @@ def test_lines_of_ifeval_are_read(tmp_path):
     assert (problem.grader, problem.question) == ("ifeval", GOLD["prompt"])
     assert json.loads(problem.answer) == GOLD
     tiny_run.write_lines(path, [GOLD | {"kwargs": [{}]}])
-    with pytest.raises(tasks.TaskError, match="2 instructions and 1 kwargs"):
-        tasks.read(str(path))
+    for changed, part in (
+        ({"kwargs": [{}]}, "2 instructions and 1 kwargs"),
+        ({"kwargs": [{}, {"colour": 2}]}, "TypeError: unexpected keyword 'colour'"),
+        ({"instruction_id_list": ["punctuation:no_comma", "unknown"]}, "'unknown' is not known"),
+        ({"kwargs": None}, "field 'kwargs' is None"),
+    ):
+        tiny_run.write_lines(path, [GOLD, GOLD | changed])
+        with pytest.raises(tasks.TaskError, match=rf"ifeval.jsonl:2: .*{part}"):
+            tasks.read(str(path))
 
 
-def test_without_the_harness_it_says_what_to_install(monkeypatch):
+def test_without_the_harness_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r"pip install 'opd-jax\[lm-eval\]'"):
         grading.ifeval("a", json.dumps(GOLD))
+    tiny_run.write_lines(tmp_path / "ifeval.jsonl", [GOLD])
+    with pytest.raises(ImportError, match=r"pip install 'opd-jax\[lm-eval\]'"):
+        tasks.read(str(tmp_path / "ifeval.jsonl"))
 
 
 @pytest.mark.ci
@@ -76,3 +90,13 @@ def test_the_harness_itself(monkeypatch, tmp_path):
     assert grading.ifeval("One paragraph.\n***\nAnother one.", gold).correct
     assert not grading.ifeval("One paragraph, and more.\n***\nAnother one.", gold).correct
     assert not grading.ifeval("One paragraph.", gold).correct
+    path = tmp_path / "ifeval.jsonl"
+    tiny_run.write_lines(path, [{"key": 1000, **GOLD}])
+    assert tasks.read(str(path)).problems[0].grader == "ifeval"
+    for changed, part in (
+        ({"instruction_id_list": ["punctuation:no_comma", "no:such"]}, "'no:such' is not known"),
+        ({"kwargs": [{}, {"colour": 2}]}, "unexpected keyword argument 'colour'"),
+    ):
+        tiny_run.write_lines(path, [GOLD | changed])
+        with pytest.raises(tasks.TaskError, match=part):
+            tasks.read(str(path))

@@ -7,7 +7,7 @@ import pytest
 
 from opd_jax.config import path_of
 from opd_jax.data import tokenizer as tokenizers
-from opd_jax.evaluate import tasks
+from opd_jax.evaluate import judge, tasks
 from opd_jax.evaluate.tasks import Form
 
 
@@ -40,6 +40,31 @@ CHOICES = ["red", "green", "blue"]
             {"question": "Which?", "choices": {"text": CHOICES, "label": []}, "answer": "A"},
             "Which?", "A", "choice",
         ),
+        (  # ARC
+            {"question": "Which?", "answerKey": "3",
+             "choices": {"text": CHOICES, "label": ["1", "2", "3"]}},
+            "Which?", "C", "choice",
+        ),
+        (  # MMLU-Pro
+            {"question": "Which?", "options": CHOICES, "answer": "B", "answer_index": 1},
+            "Which?", "B", "choice",
+        ),
+        (  # MedQA
+            {"question": "Which?", "options": {"A": "red", "B": "blue"}, "answer": "blue",
+             "answer_idx": "B"},
+            "Which?", "B", "choice",
+        ),
+        ({"question": "Sum?", "choices": [3, 4, 5], "answer": 5}, "Sum?", "C", "choice"),
+        ({"question": "Sum?", "choices": ["3", "1", "5"], "answer": 1}, "Sum?", "B", "choice"),
+        (  # MathArena
+            {"problem_idx": 3, "problem": "2/4?", "answer": r"\frac{1}{2}", "problem_type": ["x"]},
+            "2/4?", r"\frac{1}{2}", "math",
+        ),
+        ({"question": "a + b?", "a": 1, "b": 2, "answer": "3"}, "a + b?", "3", "math"),
+        ({"question": "2+2?", "answer": "4", "grade": "4th", "rubrics": ["a", "b"]}, "2+2?", "4",
+         "math"),
+        ({"prompt": [{"role": "user", "content": "hi"}], "answer": "ho"},
+         [{"role": "user", "content": "hi"}], "ho", "math"),
         ({"prompt": "Say hi", "answer": "hi", "grader": "exact"}, "Say hi", "hi", "exact"),
         (
             {"messages": [{"role": "user", "content": "hi"}], "answer": "ho"},
@@ -70,6 +95,40 @@ def test_the_forms_that_data_sets_have(tmp_path, row, question, answer, grader):
         ({"messages": [], "answer": "1"}, "`messages` is no list"),
         ({"messages": [{"role": "assistant", "content": "x"}], "answer": "1"}, "assistant's"),
         ([1], "found list: expected a JSON object"),
+        # What would be asked, or graded, otherwise than it is meant.
+        ({"question": "a", "answer": "A", "choises": CHOICES}, "`choises` looks like `choices`"),
+        ({"question": "a", "answer": "A", "graders": "exact"}, "`graders` looks like `grader`"),
+        ({"question": "a", "answer": "B", "A": "x", "B": "y"}, 'write "choices": [...]'),
+        (
+            {"question": "a", "answer": "A", "choices": ["x", "y"], "options": ["x", "y"]},
+            "found `choices` and `options`",
+        ),
+        ({"question": "a", "answer": "1", "Answer": "2"}, "found `answer` twice"),
+        ({"question": "a", "answer": "1", "answerKey": "2"}, "found `answer` and `answerkey`"),
+        ({"question": "a", "answer": "A", "choices": ["B", "A"]}, "may mean A (B) and B (A)"),
+        ({"question": "a", "answer": 1, "choices": [1, 2]}, "may mean A (1) and B (2)"),
+        (
+            {"question": "a", "answer": 1, "choices": {"text": ["x", "y"], "label": ["1", "2"]}},
+            "may mean A (x) and B (y)",
+        ),
+        (
+            {"question": "a", "answer": "C", "choices": {"text": ["x", "y"], "label": ["1", "2"]}},
+            "one of the labels 1, 2",
+        ),
+        (
+            {"question": "a", "answer": "A", "choices": {"text": ["x", "y"], "label": ["A"]}},
+            "2 texts and 1 labels",
+        ),
+        ({"question": "a", "answer": 0, "choices": [None, "y"]}, "`choices` is None"),
+        ({"question": "a", "answer": 0, "choices": [{"x": 1}, "y"]}, "`choices` is {'x': 1}"),
+        ({"question": "a", "answer": True}, "`answer` is True"),
+        ({"question": "a", "answer": float("nan")}, "`answer` is nan"),
+        ({"question": "a", "answer": float("inf")}, "`answer` is inf"),
+        ({"question": "a", "answer": "1", "id": [1]}, "`id` is [1]"),
+        ({"question": "a", "answer": "1", "id": "0"}, "the `id` '0' is that of line 1 too"),
+        # What its grader cannot use is known before anything is sampled.
+        ({"question": "a", "answer": "many", "grader": "numeric"}, "is no number"),
+        ({"question": "a", "answer": "4", "grader": "choice"}, "has no letter"),
     ],
 )
 def test_what_cannot_be_used_is_named_with_its_line(tmp_path, row, part):
@@ -83,6 +142,10 @@ def test_what_cannot_be_used_is_named_with_its_line(tmp_path, row, part):
 def test_files_that_cannot_be_used(tmp_path):
     with pytest.raises(FileNotFoundError, match="--tasks"):
         tasks.read_all(str(tmp_path / "absent.jsonl"))
+    with pytest.raises(ValueError, match="is a folder: expected a regular file"):
+        tasks.read(str(tmp_path))
+    with pytest.raises(tasks.TaskError, match="limit is -1"):
+        tasks.read_all(write(tmp_path, {"question": "a", "answer": "1"}), limit=-1)
     with pytest.raises(tasks.TaskError, match="no task given"):
         tasks.read_all(" , ")
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -94,6 +157,13 @@ def test_files_that_cannot_be_used(tmp_path):
     path = write(tmp_path, {"question": "a", "answer": "1"})
     with pytest.raises(tasks.TaskError, match="two tasks are called 'task'"):
         tasks.read_all(f"{path},{path}")
+
+
+def test_an_expression_needs_math_verify_before_anything_is_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "is_installed", lambda: False)
+    tasks.read(write(tmp_path, {"question": "a", "answer": "1/2"}, {"question": "b", "answer": 2}))
+    with pytest.raises(judge.JudgeError, match=r"pip install 'opd-jax\[eval\]'"):
+        tasks.read(write(tmp_path, {"question": "a", "answer": r"\sqrt{2}+x"}))
 
 
 def test_limit_and_digest(tmp_path):
