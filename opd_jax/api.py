@@ -93,8 +93,8 @@ def rocks(out: str, *, say: Callable[[str], None] = print, **flags: Any) -> dict
 
 
 def eval(
-    model: str,
-    task_files: str,
+    model: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    task_files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
     grader: str = "math",
@@ -105,31 +105,43 @@ def eval(
     """Answer tasks and grade the answers, or go on; what ``opd-jax eval`` does.
 
     Args:
-      model: a folder, a name on the Hub, ``embedded:NAME``, or RUN[@STEP].
-      task_files: JSON lines with questions and answers; several with commas between.
+      model: a folder, a name on the Hub, ``embedded:NAME``, or RUN[@STEP]; several are training
+        seeds of one method.
+      task_files: JSON lines with questions and answers; several with commas between, or as a list.
       out: folder of the evaluation.
       grader, limit: how tasks are read, see ``tasks.read_all``.
       say: receives progress.
       flags: fields of ``benchmark.Settings`` (``samples``, ``max_new``, ``temperature``, ...) and
-        of ``tasks.Form`` (``format``, ``instruction``, ...), and ``batch``, ``mesh``, ``dtype``.
+        of ``tasks.Form`` (``format``, ``instruction``, ...), and ``batch``, ``slots``, ``mesh``,
+        ``dtype``.
 
     Returns:
-      ``metrics.summarise`` of every task, by name.
+      ``metrics.summarise`` of every task, by name; of several models ``{"models": {model: that},
+      "mean": ...}`` with ``metrics.over_seeds`` of every task.
 
     Raises:
       ValueError, OSError: as :func:`opd_jax.evaluate.benchmark.evaluate`.
     """
     command.keep_programs()
     settings, form, rest = _sorted(flags)
-    return benchmark.evaluate(
-        model,
-        tasks.read_all(task_files, grader=grader, limit=limit),
-        Path(files.path_of(out)),
-        settings=settings,
-        form=form,
-        say=say,
-        **rest,
+    refs = _paths(model)
+    told: Any = {"settings": settings, "form": form, "say": say, **rest}
+    given = tasks.read_all(
+        task_files if isinstance(task_files, str) else _paths(task_files),
+        grader=grader,
+        limit=limit,
     )
+    folder = Path(files.path_of(out))
+    if len(refs) == 1:
+        return benchmark.evaluate(refs[0], given, folder, **told)
+    found, means = benchmark.evaluate_seeds(refs, given, folder, **told)
+    return {"models": found, "mean": means}
+
+
+def _paths(given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
+    """One or several, as texts."""
+    one = isinstance(given, str | os.PathLike)
+    return [os.fspath(given)] if one else [os.fspath(each) for each in given]
 
 
 def knockout(

@@ -11,7 +11,7 @@ import numpy as np
 import simulated
 from scipy import stats as distributions
 
-from opd_jax import stats
+from opd_jax import changes, stats
 from opd_jax.instrument import correlation, null
 from opd_jax.instrument.knockout import flips
 from opd_jax.instrument.ranking import Rule
@@ -142,7 +142,7 @@ def flipped(problems: int, samples: int, down: float, up: float):
         falls = drawn < np.minimum(down * spread, 0.5)
         rises = ~falls & (drawn > 1 - np.minimum(up * spread, 0.5))
         change_N = (rises.astype(float) - falls).mean(axis=1)
-        low, high = flips.of_changes(change_N)
+        low, high = changes.interval(changes.flips(change_N))
         truth_here = truth if samples == 1 else _truth(down, up)
         margin = abs(truth_here)
         is_neutral = -margin < low and high < margin

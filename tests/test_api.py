@@ -87,6 +87,18 @@ def test_models_are_evaluated_and_knocked_out_as_by_the_commands(tiny, tmp_path)
         tmp_path / "b" / results.LINES
     ).read_bytes()
     assert found["sums"]["pass@1"].value is not None
+    # Several models, and paths in the place of texts.
+    models = [tiny / "student", tiny / "teacher"]
+    flags["limit"] = 4
+    several = opd_jax.eval(models, [task], tmp_path / "several", **flags, **quiet)
+    argv_several = [*argv[:-1], "--limit=4", f"--out={tmp_path / 'd'}", f"--tasks={task}"]
+    assert cli.main(["eval", *map(str, models), *argv_several]) == 0
+    del flags["limit"]
+    inside = {path.relative_to(tmp_path / "d") for path in (tmp_path / "d").rglob(results.LINES)}
+    assert len(inside) == len(several["models"]) == 2
+    for path in [*inside, results.SEEDS]:
+        assert (tmp_path / "several" / path).read_bytes() == (tmp_path / "d" / path).read_bytes()
+    assert several["mean"]["sums"]["pass@1"].low is not None
     with pytest.raises(ValueError, match="none of 1 types occurs"):  # the answers are kept
         opd_jax.knockout(model, str(task), "5", tmp_path / "none", **flags, effect=1.0, **quiet)
     ids = held(tmp_path / "none")

@@ -20,6 +20,7 @@ ORDER: list[str | tuple[str, list]] = [
     "command",
     "pytrees",
     "stats",
+    "changes",
     # the algorithm, its models and its data
     "divergence",
     "agreement",

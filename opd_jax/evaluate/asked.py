@@ -16,7 +16,7 @@ from opd_jax.evaluate.grading import Verdict
 from opd_jax.evaluate.problems import Problem
 from opd_jax.evaluate.results import EvalRecord
 from opd_jax.evaluate.tasks import Form, Task
-from opd_jax.store import fingerprint, pair, workdir
+from opd_jax.store import fingerprint, pair
 from opd_jax.store.pair import Model
 
 
@@ -43,8 +43,16 @@ class Row:
         )
 
 
-def rows(model: Model, given: Sequence[Task], max_new: int, form: Form) -> list[Row]:
+def rows(model: Model, given: Sequence[Task], max_new: int, form: Form, *, begun: str) -> list[Row]:
     """All problems as prompts: task by task, narrow ones first.
+
+    Args:
+      model: that answers.
+      given: the tasks.
+      max_new: most ids of an answer.
+      form: how their problems are put.
+      begun: when they were first asked: the date that chat templates write, but for a run's model,
+        which has the date of its run.
 
     Raises:
       ValueError: the model has no positions for answers of ``max_new`` ids.
@@ -58,7 +66,8 @@ def rows(model: Model, given: Sequence[Task], max_new: int, form: Form) -> list[
         )
     found = []
     for task in given:
-        examples = tasks.prompts(task, form, model.tokenizer, max_prompt=room, now=model.started)
+        now = model.started or begun
+        examples = tasks.prompts(task, form, model.tokenizer, max_prompt=room, now=now)
         asked = [
             Row(task, problem, example, min(widths.padded(len(example.ids)), room))
             for problem, example in zip(task.problems, examples, strict=True)
@@ -85,7 +94,7 @@ def key_of(task: str, seed: int) -> jax.Array:
 
 
 def record(
-    model: Model, given: Sequence[Task], form: Form, settings: Mapping[str, Any]
+    model: Model, given: Sequence[Task], form: Form, settings: Mapping[str, Any], *, begun: str
 ) -> EvalRecord:
     """What answers are of: the model, its files and its tasks, and how it was asked.
 
@@ -94,6 +103,7 @@ def record(
       given: the tasks.
       form: how their problems are put.
       settings: whatever else the answers depend on.
+      begun: as :func:`rows` had it.
     """
     told = {**settings, **dataclasses.asdict(form), "template": dict(form.template)}
     told |= {"dtype": model.cfg.dtype, "stop_ids": list(model.stop_ids)}
@@ -110,7 +120,7 @@ def record(
             for task in given
         ],
         "settings": told | _own_graders(given),
-        "time": workdir.timestamp(),
+        "time": begun,
     }
 
 

@@ -26,6 +26,7 @@ from opd_jax.rollout import answers as drawing
 from opd_jax.rollout import refill
 from opd_jax.rollout.sampling import Sampler
 from opd_jax.store import pair as pairs
+from opd_jax.store import workdir
 from opd_jax.store.pair import Model
 
 
@@ -114,21 +115,67 @@ def evaluate(
         raise ValueError(f"batch is {batch}: expected at least 1; set --batch")
     model = pairs.open_model(ref, mesh=mesh, dtype=dtype)
     drawing.check_slots(slots, batch, settings.samples, model.mesh)
-    rows = asked.rows(model, given, settings.max_new, form)
+    old = results.load_record(out)
+    # A chat template may write the date: a resumed evaluation asks what it asked before.
+    begun = processes.agreed_text(old["time"] if old else workdir.timestamp())
+    rows = asked.rows(model, given, settings.max_new, form, begun=begun)
     told = dataclasses.asdict(settings)
     del told["ks"]  # of the summary, not of the responses
-    record = asked.record(model, given, form, told)
+    record = asked.record(model, given, form, told, begun=begun)
     order = [(row.task.name, row.problem.index) for row in rows]
     done = _enter(out, record, order, settings.samples)
     if done < len(rows):
         if done:
             say(f"{out} has {done} of {len(rows)} problems: going on")
+        for task in given:
+            if task.num_repeated:
+                say(
+                    f"note: {task.num_repeated} of {len(task.problems)} problems of {task.name} "
+                    "were there before; each counts, and intervals are too narrow for that"
+                )
         with growth.Writing(out, results.LINES) as stream:
             for lines in _graded(model, rows[done:], settings, batch, slots, len(rows), say):
                 if stream is not None:
                     files.append(stream, lines)
         processes.meet("evaluated")
     return _summarise(out, settings)
+
+
+def evaluate_seeds(
+    refs: Sequence[str],
+    given: Sequence[Task],
+    out: Path,
+    *,
+    settings: Settings,
+    form: Form,
+    say: Callable[[str], None] = processes.say,
+    **more: Any,
+) -> tuple[dict[str, dict[str, dict[str, metrics.Value]]], dict[str, dict[str, metrics.Value]]]:
+    """Evaluate models that differ by their training seed, each in a folder of its own.
+
+    Args:
+      refs: model references, at least two.
+      out: folder of their folders, and of ``seeds.json``.
+      given, settings, form, say, more: as :func:`evaluate`.
+
+    Returns:
+      By model what :func:`evaluate` returns, and by task the means, see ``metrics.over_seeds``.
+
+    Raises:
+      ValueError, OSError: as :func:`evaluate`; a model twice, or others in ``out``.
+    """
+    folders = results.folders(out, refs)
+    found = {}
+    for ref, folder in zip(refs, folders, strict=True):
+        say(f"== {ref}")
+        found[ref] = evaluate(ref, given, folder, settings=settings, form=form, say=say, **more)
+    read = [result for folder in folders for result in results.read(folder)]
+    means = {
+        task.name: metrics.over_seeds([each.in_order(task.name) for each in read], settings.ks)
+        for task in given
+    }
+    processes.on_first(lambda: results.write_seeds(out, refs, means))
+    return found, means
 
 
 def _enter(out: Path, record: results.EvalRecord, order: list[tuple[str, int]], n: int) -> int:

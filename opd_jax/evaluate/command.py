@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,11 @@ def main(argv: Sequence[str]) -> int:
     """The command ``opd-jax eval``; returns the exit status."""
     flags = _parser().parse_args(argv)
     if flags.compare:
+        if flags.models or flags.tasks:
+            raise ValueError(
+                f"--compare and {'a model' if flags.models else '--tasks'}: expected the folders "
+                "of two finished evaluations alone; evaluate first, then compare"
+            )
         lines = compare(
             Path(flags.compare[0]), Path(flags.compare[1]), margin=flags.margin, out=flags.out
         )
@@ -94,52 +98,25 @@ def _evaluate(flags: Any) -> list[str]:
         ks=_numbers(flags.k),
     )
     given = tasks.read_all(flags.tasks, grader=flags.grader, limit=flags.limit)
-    mesh = command.mesh(flags.mesh_fsdp, flags.mesh_model)
     out = Path(flags.out)
-    folders = [out] if len(flags.models) == 1 else _folders(out, flags.models)
-    lines = []
-    for ref, folder in zip(flags.models, folders, strict=True):
-        if len(folders) > 1:
-            processes.say(f"== {ref}")
-        measures = benchmark.evaluate(
-            ref,
-            given,
-            folder,
-            settings=settings,
-            form=form(flags),
-            batch=flags.batch,
-            slots=flags.slots,
-            mesh=mesh,
-            dtype=flags.dtype,
-        )
-        lines += [f"{ref}:", *metrics.table(measures)]
-    if len(folders) > 1:
-        lines += _over_seeds(results.read(out))
+    how = {
+        "settings": settings,
+        "form": form(flags),
+        "batch": flags.batch,
+        "slots": flags.slots,
+        "mesh": command.mesh(flags.mesh_fsdp, flags.mesh_model),
+        "dtype": flags.dtype,
+    }
+    if len(flags.models) == 1:
+        found, means = {flags.models[0]: benchmark.evaluate(flags.models[0], given, out, **how)}, {}
+    else:
+        found, means = benchmark.evaluate_seeds(flags.models, given, out, **how)
+    lines = [line for ref, of in found.items() for line in (f"{ref}:", *metrics.table(of))]
     note = f"intervals: {stats.LEVEL:.0%} over problems; responses and verdicts: {out}"
+    if means:
+        lines += [f"mean over {len(found)} models (training seeds):", *metrics.table(means)]
+        note = note.replace("over problems", "over problems, of means over problems and seeds")
     return [*lines, *textwrap.wrap(note, _COLUMNS)]
-
-
-def _folders(out: Path, models: Sequence[str]) -> list[Path]:
-    """A folder for each of several models, named after it."""
-    if (out / results.RECORD).exists():
-        raise results.ResultError(
-            f"{out} holds the evaluation of one model: expected a new folder for several; give "
-            "another --out"
-        )
-    names = [re.sub(r"[^\w.@-]+", "-", ref).strip("-.") or "model" for ref in models]
-    if len({*names}) < len(names):
-        raise ValueError(
-            f"models {', '.join(models)}: expected another one each; name every model once"
-        )
-    return [out / name for name in names]
-
-
-def _over_seeds(found: Sequence[results.Results]) -> list[str]:
-    lines = [f"mean over {len(found)} models (training seeds):"]
-    for name in found[0].problems:
-        problems = [list(result.problems[name].values()) for result in found]
-        lines.append(f"{name}  pass@1 {metrics.show(metrics.over_seeds(problems), 'pass@1')}")
-    return lines
 
 
 def compare(base: Path, arm: Path, *, margin: float, out: str | None = None) -> list[str]:
@@ -151,18 +128,21 @@ def compare(base: Path, arm: Path, *, margin: float, out: str | None = None) -> 
       out: a JSON file to write the result to.
 
     Raises:
-      ResultError: a folder is no finished evaluation, or they hold other problems.
+      ResultError: a folder is no finished evaluation, they hold other problems, or ``out`` holds
+        something else than a comparison.
       ValueError: no margin, or other numbers of seeds.
     """
     if not 0 < margin < 1:
         raise ValueError(
             f"margin is {margin}: expected a share above 0, such as 0.02; set --margin"
         )
+    if out:
+        _check_own(Path(out))
     ours, theirs = results.read(base), results.read(arm)
     names = _same_tasks([*ours, *theirs])
     found = {
         name: metrics.compare(
-            *([_in_order(result, name) for result in side] for side in (ours, theirs)),
+            *([result.in_order(name) for result in side] for side in (ours, theirs)),
             margin=margin,
         )
         for name in names
@@ -177,12 +157,21 @@ def compare(base: Path, arm: Path, *, margin: float, out: str | None = None) -> 
         processes.on_first(
             lambda: files.write_atomic(Path(out), json.dumps(content, indent=1) + "\n")
         )
-    return [*_notes(ours[0], theirs[0]), *_contrasts(rows, margin)]
+    return [*_notes(ours, theirs, names), *_contrasts(rows, margin)]
 
 
-def _in_order(result: results.Results, name: str) -> list[Sequence[metrics.Sample]]:
-    problems = result.problems[name]
-    return [problems[index] for index in sorted(problems)]
+def _check_own(out: Path) -> None:
+    """Check that a file to write is new, or a comparison of before."""
+    told = "expected a new file for the comparison; give another --out, such as compared.json"
+    if out.is_dir():
+        raise results.ResultError(f"{out} is a folder: {told}")
+    if out.exists():
+        try:
+            is_own = "margin" in json.loads(out.read_bytes())
+        except (ValueError, TypeError):
+            is_own = False
+        if not is_own:
+            raise results.ResultError(f"{out} holds something else: {told}")
 
 
 def _same_tasks(found: Sequence[results.Results]) -> list[str]:
@@ -208,14 +197,25 @@ def _same_tasks(found: Sequence[results.Results]) -> list[str]:
     return names
 
 
-def _notes(base: results.Results, arm: results.Results) -> list[str]:
-    """What else differs between two evaluations than their models."""
-    told = [
-        f"{name} {base.record['settings'].get(name)!r} and {arm.record['settings'].get(name)!r}"
-        for name in sorted({*base.record["settings"], *arm.record["settings"]})
-        if base.record["settings"].get(name) != arm.record["settings"].get(name)
-    ]
-    return [f"note: the evaluations also differ in {', '.join(told)}"] if told else []
+def _notes(
+    base: Sequence[results.Results], arm: Sequence[results.Results], names: Sequence[str]
+) -> list[str]:
+    """What a reader has to know beside the numbers: what was left out, who is paired, settings."""
+    every = [*base, *arm]
+    lines = []
+    if left := sorted({t["name"] for each in every for t in each.record["tasks"]} - {*names}):
+        lines.append(f"note: not in all of them, and left out: {', '.join(left)}")
+    if len(base) > 1:
+        pairs = (f"{a.folder.name} with {b.folder.name}" for a, b in zip(base, arm, strict=True))
+        lines.append(f"note: training seeds are paired by their names: {', '.join(pairs)}")
+    told = []
+    for name in sorted({name for each in every for name in each.record["settings"]}):
+        values = [repr(each.record["settings"].get(name)) for each in every]
+        if len({*values}) > 1:
+            told.append(f"{name} {' and '.join(dict.fromkeys(values))}")
+    if told:
+        lines.append(f"note: the evaluations also differ in {', '.join(told)}")
+    return lines
 
 
 def _contrasts(rows: Sequence[dict[str, Any]], margin: float) -> list[str]:

@@ -131,7 +131,7 @@ def choice(text: str, gold: str, *, truncated: bool = False, in_thought: bool = 
     Raises:
       ValueError: the gold answer names no letter.
     """
-    expected = _letter(gold_answer(gold))
+    expected = letter(gold_answer(gold))
     if expected is None:
         raise ValueError(
             f"the gold answer {gold!r} has no letter: expected one such as B for the grader "
@@ -139,11 +139,11 @@ def choice(text: str, gold: str, *, truncated: bool = False, in_thought: bool = 
         )
     found = finding.find(text, truncated=truncated, in_thought=in_thought)
     answer = found.answer
-    if (answer is None or _letter(answer) is None) and found.rest is not None:
+    if (answer is None or letter(answer) is None) and found.rest is not None:
         answer = _chosen(found.rest, truncated) or answer
     if answer is None:
         return Verdict(False, found.missing)
-    named = _letter(answer)
+    named = letter(answer)
     if named is None:
         return Verdict(False, equality.OTHER_KIND, answer)
     is_equal = named == expected
@@ -357,7 +357,7 @@ _PROSE = (
 _CHOSEN = tuple(re.compile(pattern, re.IGNORECASE) for pattern in _PROSE)
 
 
-def _letter(text: str) -> str | None:
+def letter(text: str) -> str | None:
     """The option that an answer names, in upper case; None for none, or for more than one."""
     match = _LETTER.fullmatch(cleaning.clean(text)[:2000])
     if match is None or _TWO.search(match["text"]):
@@ -368,7 +368,7 @@ def _letter(text: str) -> str | None:
 def _chosen(text: str, truncated: bool) -> str | None:
     """What a response without a mark chooses in words, or says and nothing else."""
     lines = [line for line in text.strip().split("\n") if line.strip()]
-    if not truncated and lines and _letter(text.strip()[:200]) and len(lines) <= 2:
+    if not truncated and lines and letter(text.strip()[:200]) and len(lines) <= 2:
         return text.strip()
     found = [match for pattern in _CHOSEN for match in pattern.finditer(text)]
     last = max(found, key=lambda match: match.start(), default=None)

@@ -2,10 +2,11 @@ r"""What graded samples say about a model, with intervals over problems and, of 
 
 Of n samples of a problem, c right:
 
-* ``pass@1`` is the mean over problems of c / n (with several samples also called avg@n);
+* ``pass@1`` is the mean over problems of c / n, with several samples also told as ``avg@n``;
 * ``pass@k`` is the mean of :math:`1 - \binom{n-c}{k} / \binom{n}{k}` (Chen et al. 2021), unbiased;
 * ``maj@n`` is how often the answer that most samples give is right; answers that are equally
-  frequent count as if one of them were drawn, and samples without an answer have no vote.
+  frequent count as if one of them were drawn, and samples without an answer have no vote. Where
+  the whole response is what is graded, there is nothing to vote on.
 
 The unit of every interval is the problem: samples of one problem are not independent. That of
 pass@k is Wilson's for as many answers as there are problems, which is too wide: no share can spread
@@ -23,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax import stats
-from opd_jax.evaluate import arithmetic, cleaning, quantities
+from opd_jax import changes, stats
+from opd_jax.evaluate import arithmetic, cleaning, grading, quantities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Sample:
       found: its answer; None where none was recognised.
       truncated: whether its length limit cut it.
       tokens: its length.
+      vote: what it shares with samples of the same answer, see :func:`vote`; None for no vote.
     """
 
     correct: bool
     found: str | None
     truncated: bool
     tokens: int
+    vote: Any = None
 
 
 Problems = Sequence[Sequence[Sample]]  # problem by problem, the same number of samples of each
@@ -70,15 +73,29 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def vote(correct: bool, found: str | None, response: str, grader: str) -> Any:
+    """What a response votes for: all right ones are one, others meet by letter, number or text.
+
+    None where it has no answer, or where its grader looks at the whole of it.
+    """
+    if found is None or grader == "ifeval" or (grader not in grading.GRADERS and found == response):
+        return None
+    if correct:
+        return "right"
+    if grader == "choice" and (letter := grading.letter(found)):
+        return letter
+    text = cleaning.clean(found)
+    try:
+        number = quantities.read(text)
+    except (arithmetic.TooLargeError, RecursionError):
+        number = None
+    return number.value if number is not None else cleaning.key(text).casefold()
+
+
 def majority(samples: Sequence[Sample]) -> float:
-    """Share of the most frequent answers of a problem that are right; 0 without any answer."""
-    votes: collections.Counter[Any] = collections.Counter()
-    right: dict[Any, bool] = {}
-    for sample in samples:
-        if sample.found is not None:
-            name = _name(sample)
-            votes[name] += 1
-            right.setdefault(name, sample.correct)
+    """Share of the most frequent answers of a problem that are right; 0 without any vote."""
+    votes = collections.Counter(s.vote for s in samples if s.vote is not None)
+    right = {sample.vote: sample.correct for sample in samples}
     most = max(votes.values(), default=0)
     first = [name for name, count in votes.items() if count == most]
     return sum(right[name] for name in first) / len(first) if first else 0.0
@@ -100,18 +117,34 @@ def summarise(problems: Problems, ks: Sequence[int] = ()) -> dict[str, Value]:
       ValueError: no problems, unequal numbers of samples, or a k above that.
     """
     n = _num_samples(problems)
-    found = {"pass@1": _share([_mean(s.correct for s in problem) for problem in problems])}
-    right = [sum(s.correct for s in problem) for problem in problems]
-    for k in ks or default_ks(n):
-        if k > 1:
-            share = float(np.mean([pass_at_k(n, c, k) for c in right]))
-            found[f"pass@{k}"] = Value(share, *stats.wilson(share, len(right)))
-    if n > 1:
-        found[f"maj@{n}"] = _share([majority(problem) for problem in problems])
-    found["unparsed_share"] = _share([_mean(s.found is None for s in p) for p in problems])
-    found["truncated_share"] = _share([_mean(s.truncated for s in p) for p in problems])
+    found = {}
+    for name, values in _by_problem(problems, n, ks).items():
+        if values is None:
+            found[name] = Value(None)
+        elif name.startswith("pass@") and name != "pass@1":
+            found[name] = Value(_mean(values), *stats.wilson(_mean(values), len(values)))
+        else:
+            found[name] = _share(values)
     found["accuracy_untruncated"] = _untruncated(problems)
     found["mean_length"] = _mean_value([_mean(s.tokens for s in p) for p in problems])
+    return found
+
+
+def _by_problem(problems: Problems, n: int, ks: Sequence[int]) -> dict[str, list[float] | None]:
+    """Each share, problem by problem; None of one that these problems cannot have."""
+    right = [sum(s.correct for s in problem) for problem in problems]
+    found: dict[str, list[float] | None] = {"pass@1": [c / n for c in right]}
+    if n > 1:
+        found[f"avg@{n}"] = found["pass@1"]
+    for k in ks or default_ks(n):
+        if k > 1:
+            found[f"pass@{k}"] = [pass_at_k(n, c, k) for c in right]
+    if n > 1:
+        # Answers without a vote are whole responses: see :func:`vote`.
+        can = all(s.vote is not None or s.found is None for p in problems for s in p)
+        found[f"maj@{n}"] = [majority(problem) for problem in problems] if can else None
+    found["unparsed_share"] = [_mean(s.found is None for s in p) for p in problems]
+    found["truncated_share"] = [_mean(s.truncated for s in p) for p in problems]
     return found
 
 
@@ -120,17 +153,22 @@ def shares(problems: Problems) -> np.ndarray:
     return np.array([_mean(sample.correct for sample in problem) for problem in problems])
 
 
-def over_seeds(models: Sequence[Problems]) -> Value:
-    """pass@1 over models that differ by their training seed, with both spreads.
+def over_seeds(models: Sequence[Problems], ks: Sequence[int] = ()) -> dict[str, Value]:
+    """Shares of models that differ by their training seed, their means with both spreads.
 
     Raises:
-      ValueError: they were not graded on the same problems.
+      ValueError: they were not graded on the same problems, or not as often.
     """
-    arm = [shares(problems) for problems in models]
-    if len(arm) == 1:
-        return _share(arm[0].tolist())
-    found = stats.hierarchical_bootstrap([np.zeros(len(x)) for x in arm], arm)
-    return Value(found.delta, _clipped(found.low), _clipped(found.high))
+    n = _num_samples([problem for problems in models for problem in problems])
+    each = [_by_problem(problems, n, ks) for problems in models]
+    found = {}
+    for name in each[0]:
+        values = [list(shares) for model in each if (shares := model[name]) is not None]
+        if len(values) < len(models):
+            found[name] = Value(None)
+        else:
+            found[name] = Value(_mean(map(_mean, values)), *changes.accuracy_interval(values))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +201,8 @@ def compare(base: Sequence[Problems], arm: Sequence[Problems], *, margin: float)
 
     One greedy response each: McNemar's exact test on the problems that only one of them solves.
     Several samples: a paired bootstrap over problems. Several seeds: over seeds and problems. The
-    test of equivalence is two one-sided tests by the same bootstrap.
+    test of equivalence is two one-sided tests by the same bootstrap. Where few problems differ,
+    intervals and tests are widened as :mod:`changes` says.
 
     Args:
       base, arm: one entry per seed; seed i of both are paired.
@@ -175,18 +214,15 @@ def compare(base: Sequence[Problems], arm: Sequence[Problems], *, margin: float)
     ours, theirs = [shares(x) for x in base], [shares(x) for x in arm]
     if len(ours) == len(theirs) == 1:
         found = stats.paired_bootstrap(ours[0], theirs[0], margin=margin)
+        found = changes.widened(found, theirs[0] - ours[0], margin)
         is_single = _num_samples(base[0]) == _num_samples(arm[0]) == 1
         test = "McNemar, exact" if is_single else "paired bootstrap"
         p = stats.mcnemar(ours[0], theirs[0]) if is_single else found.p
     else:
         found = stats.hierarchical_bootstrap(ours, theirs, margin=margin)
+        found = changes.widened(found, np.mean(theirs, axis=0) - np.mean(ours, axis=0), margin)
         test, p = "paired bootstrap over seeds and problems", found.p
     assert found.p_equivalent is not None
-    alpha = 1 - stats.LEVEL
-    is_equivalent = found.p_equivalent <= alpha
-    verdict = "different" if p <= alpha else "equivalent" if is_equivalent else "undecided"
-    if p <= alpha and is_equivalent:
-        verdict = "different, within the margin"
     return Contrast(
         base=float(np.mean([x.mean() for x in ours])),
         arm=float(np.mean([x.mean() for x in theirs])),
@@ -196,7 +232,7 @@ def compare(base: Sequence[Problems], arm: Sequence[Problems], *, margin: float)
         p=p,
         test=test,
         p_equivalent=found.p_equivalent,
-        verdict=verdict,
+        verdict=stats.verdict(p, found.p_equivalent),
     )
 
 
@@ -220,18 +256,6 @@ def show(value: Value, measure: str) -> str:
     if value.low is None or value.high is None:
         return text
     return f"{text} ({form.format(value.low)} to {form.format(value.high)})"
-
-
-def _name(sample: Sample) -> Any:
-    """What samples of one answer share: all right ones are one, others meet by number or text."""
-    if sample.correct:
-        return "right"
-    text = cleaning.clean(sample.found or "")
-    try:
-        number = quantities.read(text)
-    except (arithmetic.TooLargeError, RecursionError):
-        number = None
-    return number.value if number is not None else cleaning.key(text).casefold()
 
 
 def _num_samples(problems: Problems) -> int:

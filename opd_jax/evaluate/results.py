@@ -6,7 +6,8 @@
 ``summary.json``        the measures with their intervals; there once all is done
 ======================  ====================================================================
 
-The folder of several models (training seeds) has such a folder of each.
+The folder of several models (training seeds) has such a folder of each, and ``seeds.json`` with
+what they come to together.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired
@@ -27,6 +29,7 @@ from opd_jax.evaluate import metrics
 from opd_jax.store import fingerprint
 
 RECORD, LINES, SUMMARY = "eval.json", "completions.jsonl", "summary.json"
+SEEDS = "seeds.json"
 _CHANGE = "put back a copy, or evaluate again into another --out"
 
 
@@ -90,6 +93,11 @@ class Results:
     record: EvalRecord
     problems: Mapping[str, Mapping[int, Sequence[metrics.Sample]]]
 
+    def in_order(self, task: str) -> list[Sequence[metrics.Sample]]:
+        """The problems of a task by their index."""
+        problems = self.problems[task]
+        return [problems[index] for index in sorted(problems)]
+
 
 def read(folder: Path) -> list[Results]:
     """Read the folder of an evaluation: one entry, or one per model in it.
@@ -128,15 +136,20 @@ def _read(folder: Path) -> Results:
 
 def sample(line: Line) -> metrics.Sample:
     """The graded response of a line."""
-    return metrics.Sample(line["correct"], line["found"], line["truncated"], line["tokens"])
+    vote = metrics.vote(line["correct"], line["found"], line["response"], line["grader"])
+    return metrics.Sample(line["correct"], line["found"], line["truncated"], line["tokens"], vote)
 
 
 def load_record(folder: Path) -> EvalRecord | None:
     """``eval.json``; None where there is none.
 
     Raises:
-      ResultError: it cannot be read.
+      ResultError: it cannot be read, or the folder is a file.
     """
+    if folder.is_file():
+        raise ResultError(
+            f"{folder} is a file: expected the folder of an evaluation; correct --out"
+        )
     return _load(folder / RECORD, EvalRecord)
 
 
@@ -225,6 +238,46 @@ def differences(old: EvalRecord, new: EvalRecord) -> list[str]:
     if not told and list(tasks[0]) != list(tasks[1]):
         told.append("the tasks stand in another order")
     return told
+
+
+def folders(out: Path, models: Sequence[str]) -> list[Path]:
+    """A folder for each of several models, named after it.
+
+    Raises:
+      ResultError: one evaluation, or that of a model which is not among them, is there.
+      ValueError: a model is named twice.
+    """
+    names = [re.sub(r"[^\w.@-]+", "-", ref).strip("-.") or "model" for ref in models]
+    if len({*names}) < len(names):
+        raise ValueError(
+            f"models {', '.join(models)}: expected another one each; name every model once"
+        )
+    if (out / RECORD).exists():
+        raise ResultError(
+            f"{out} holds the evaluation of one model: expected a new folder for several; give "
+            "another --out"
+        )
+    others = sorted({path.parent.name for path in out.glob(f"*/{RECORD}")} - {*names})
+    if others:
+        raise ResultError(
+            f"{out} holds the evaluation of {others[0]}, which is not among the models: expected "
+            "theirs alone, as their mean is over all of them; name it too, or give another --out"
+        )
+    return [out / name for name in names]
+
+
+def write_seeds(
+    folder: Path, models: Sequence[str], means: Mapping[str, Mapping[str, metrics.Value]]
+) -> None:
+    """Write ``seeds.json``: the models, and their means by task."""
+    content = {
+        "models": list(models),
+        "tasks": {
+            task: {name: dataclasses.asdict(value) for name, value in values.items()}
+            for task, values in means.items()
+        },
+    }
+    files.write_atomic(folder / SEEDS, json.dumps(content, indent=1) + "\n")
 
 
 def write_summary(

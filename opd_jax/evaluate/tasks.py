@@ -28,7 +28,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ class Task:
         for problem in self.problems:
             state.update(json.dumps(dataclasses.astuple(problem), sort_keys=True).encode())
         return state.hexdigest()[:16]
+
+    @property
+    def num_repeated(self) -> int:
+        """Problems whose question stands before them already."""
+        return len(self.problems) - len({repr((p.question, p.choices)) for p in self.problems})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +140,16 @@ def read(path: str, *, grader: str = "math", limit: int = 0) -> Task:
     return Task(file.stem, path, tuple(problems))
 
 
-def read_all(paths: str, *, grader: str = "math", limit: int = 0) -> list[Task]:
-    """Read tasks named in one text, with commas between.
+def read_all(
+    paths: str | Sequence[str | os.PathLike[str]], *, grader: str = "math", limit: int = 0
+) -> list[Task]:
+    """Read tasks named in one text, with commas between, or one by one.
 
     Raises:
       FileNotFoundError, TaskError, ImportError: as :func:`read`; two tasks of one name.
     """
-    names = [part.strip() for part in paths.split(",") if part.strip()]
+    parts = paths.split(",") if isinstance(paths, str) else [os.fspath(path) for path in paths]
+    names = [part.strip() for part in parts if part.strip()]
     if not names:
         raise TaskError("no task given: expected --tasks=FILE,... with JSON lines; give one")
     found = [read(name, grader=grader, limit=limit) for name in names]
@@ -150,9 +159,7 @@ def read_all(paths: str, *, grader: str = "math", limit: int = 0) -> list[Task]:
     return found
 
 
-def prompts(
-    task: Task, form: Form, tokenizer: Any, *, max_prompt: int, now: str | None = None
-) -> list[Example]:
+def prompts(task: Task, form: Form, tokenizer: Any, *, max_prompt: int, now: str) -> list[Example]:
     """Render and tokenise the problems of a task.
 
     Args:
@@ -160,7 +167,7 @@ def prompts(
       form: how.
       tokenizer: of the model.
       max_prompt: most ids of a prompt.
-      now: the date that a chat template writes; None: today.
+      now: the date that a chat template writes.
 
     Raises:
       TaskError: a problem cannot be rendered, or is too long.

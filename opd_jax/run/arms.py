@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax import stats
+from opd_jax import changes, stats
 from opd_jax.run import repeats
 from opd_jax.spec import RunConfig
 from opd_jax.store import run_files
@@ -232,12 +232,7 @@ def accuracy_interval(
     """
     if not len(right) or not right[0].size:
         return {}
-    if len(right) == 1:
-        low, high = stats.share_interval(right[0])
-        return {"low": low, "high": high}
-    nothing = [np.zeros_like(x) for x in right]
-    found = stats.hierarchical_bootstrap(nothing, right, resamples=resamples)
-    ends = (None if x is None else min(max(x, 0.0), 1.0) for x in (found.low, found.high))
+    ends = changes.accuracy_interval(right, resamples=resamples)
     return dict(zip(("low", "high"), ends, strict=True))
 
 
@@ -312,6 +307,7 @@ def compare_accuracy(
       resamples: of the bootstrap over problems.
     """
     change = stats.hierarchical_bootstrap(base, arm, margin=margin, resamples=resamples)
+    change = changes.widened(change, np.mean(arm, axis=0) - np.mean(base, axis=0), margin)
     test = "paired bootstrap over seeds and problems"
     if len(base) == 1:
         test = "paired bootstrap over problems"

@@ -13,6 +13,7 @@ import tiny_run
 
 from opd_jax import cli
 from opd_jax.evaluate import results
+from opd_jax.store import workdir as workdirs
 
 tiny, one_device, workdir = tiny_run.tiny, tiny_run.one_device, tiny_run.workdir
 
@@ -91,6 +92,7 @@ def test_the_summary_is_that_of_the_lines(sampled, capsys):
     assert measures["truncated_share"]["value"] == pytest.approx(
         sum(x["truncated"] for x in lines) / 30
     )
+    assert measures["avg@3"] == measures["pass@1"]
     assert {"pass@2", "pass@3", "maj@3", "accuracy_untruncated", "mean_length"} <= measures.keys()
     assert sum(found["first"]["reasons"].values()) == 30
 
@@ -217,6 +219,8 @@ def test_a_folder_with_other_files_is_left_alone(tiny, task, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert evaluate(tiny, task, tmp_path) == 1
     assert "holds 'notes.txt' and no eval.json" in capsys.readouterr().err
+    assert evaluate(tiny, task, tmp_path / "notes.txt") == 1
+    assert "notes.txt is a file: expected the folder" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("one_device")
@@ -255,9 +259,17 @@ def test_seeds_and_comparisons(tiny, task, tmp_path, capsys):
     assert evaluate(tiny, task, base, tasks=f"{task}/first.jsonl") == 0
     assert evaluate(tiny, task, arm, tasks=f"{task}/first.jsonl", model=models[1:]) == 0
     assert evaluate(tiny, task, both, tasks=f"{task}/first.jsonl", model=models) == 0
-    assert "mean over 2 models (training seeds):" in capsys.readouterr().out
-    inside = sorted(path.name for path in both.iterdir())
+    said = capsys.readouterr().out
+    assert "mean over 2 models (training seeds):" in said
+    inside = sorted(path.name for path in both.iterdir() if path.is_dir())
     assert len(inside) == 2
+    means = json.loads((both / results.SEEDS).read_text())
+    assert means["models"] == [str(model) for model in models]
+    mean = means["tasks"]["first"]["unparsed_share"]
+    assert mean["value"] == pytest.approx(
+        sum(x["found"] is None for folder in (base, arm) for x in lines_of(folder)) / 20
+    )
+    assert f"unparsed_share        {mean['value']:.1%} (" in said.partition("mean over")[2]
     assert [lines_of(both / name) for name in inside] == [lines_of(base), lines_of(arm)]
 
     table = tmp_path / "compared.json"
@@ -267,8 +279,70 @@ def test_seeds_and_comparisons(tiny, task, tmp_path, capsys):
     (row,) = json.loads(table.read_text())["tasks"]
     shares = [sum(x["correct"] for x in lines_of(folder)) / 10 for folder in (base, arm)]
     assert (row["base"], row["arm"]) == tuple(shares)
+    assert cli.main(["eval", "--compare", str(base), str(arm), f"--out={table}"]) == 0
+    capsys.readouterr()
     assert cli.main(["eval", "--compare", str(both), str(both)]) == 0
-    assert "over seeds and problems" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "over seeds and problems" in said
+    assert "undecided" in said  # ten problems of which none changes prove nothing
+    assert f"paired by their names: {inside[0]} with {inside[0]}, {inside[1]} with" in said
+
+    # A model that is not among those named would be a part of their mean.
+    third = tiny_run.copy_folder(tiny, tmp_path / "other") / "student"
+    for named, part in (
+        ([models[0], third], f"holds the evaluation of {inside[1]}, which is not among"),
+        ([models[0], models[0]], "name every model once"),
+    ):
+        assert evaluate(tiny, task, both, tasks=f"{task}/first.jsonl", model=named) == 1
+        assert part in capsys.readouterr().err
+    assert sorted(path.name for path in both.iterdir() if path.is_dir()) == inside
+
+
+DATED = "{{ strftime_now('%d %B %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.usefixtures("one_device")
+def test_what_is_resumed_on_another_day_asks_what_it_asked_before(
+    tiny, task, tmp_path, monkeypatch
+):
+    """A chat template may write the date: Llama 3's does."""
+    folder = tiny_run.copy_folder(tiny, tmp_path / "pair") / "student"
+    (folder / "chat_template.jinja").write_text(DATED)
+    out = tmp_path / "out"
+    flags = {"model": [folder], "tasks": f"{task}/first.jsonl", "format": "chat"}
+    monkeypatch.setattr(workdirs, "timestamp", lambda: "2026-01-31T23:59:00Z")
+    assert evaluate(tiny, task, out, **flags) == 0
+    whole = (out / results.LINES).read_bytes()
+    assert "31 January 2026" in lines_of(out)[0]["prompt"]
+    (out / results.LINES).write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
+    monkeypatch.setattr(workdirs, "timestamp", lambda: "2026-02-01T00:01:00Z")
+    assert evaluate(tiny, task, out, **flags) == 0
+    assert (out / results.LINES).read_bytes() == whole
+    assert evaluate(tiny, task, tmp_path / "new", **flags) == 0
+    assert "01 February 2026" in lines_of(tmp_path / "new")[0]["prompt"]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_problems_that_stand_there_twice_are_said(tiny, tmp_path, capsys):
+    rows = [{"question": f"{i % 2} + 1 = ?", "answer": "1"} for i in range(4)]
+    tiny_run.write_lines(tmp_path / "twice.jsonl", rows)
+    assert evaluate(tiny, tmp_path, tmp_path / "o", tasks=f"{tmp_path}/twice.jsonl") == 0
+    assert "note: 2 of 4 problems of twice were there before" in capsys.readouterr().out
+
+
+def test_a_comparison_says_what_it_leaves_out_and_what_else_differs(sampled, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(sampled, other)
+    record = json.loads((other / results.RECORD).read_text())
+    record["tasks"] = record["tasks"][:1]
+    record["settings"]["instruction"] = "Think."
+    (other / results.RECORD).write_text(json.dumps(record))
+    lines = (other / results.LINES).read_text().splitlines(keepends=True)
+    (other / results.LINES).write_text("".join(lines[:30]))
+    assert cli.main(["eval", "--compare", str(sampled), str(other)]) == 0
+    said = capsys.readouterr().out
+    assert "note: not in all of them, and left out: second" in said
+    assert "also differ in instruction '' and 'Think.'" in said
 
 
 def test_evaluations_that_cannot_be_compared(sampled, tmp_path, capsys):
@@ -277,6 +351,12 @@ def test_evaluations_that_cannot_be_compared(sampled, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "has no eval.json" in compare(tmp_path)
+    assert "is a folder: expected a new file" in compare(sampled, f"--out={tmp_path}")
+    (tmp_path / "mine.json").write_text('{"a": 1}')
+    assert "holds something else" in compare(sampled, f"--out={tmp_path / 'mine.json'}")
+    assert (tmp_path / "mine.json").read_text() == '{"a": 1}'
+    assert "--compare and a model" in compare(sampled, "some/model")
+    assert "--compare and --tasks" in compare(sampled, "--tasks=x.jsonl")
     assert "margin is 0.0" in compare(sampled, "--margin=0")
     copy = tmp_path / "copy"
     shutil.copytree(sampled, copy)

@@ -12,7 +12,8 @@ from opd_jax.evaluate.metrics import Sample
 
 
 def sample(correct, found="1", truncated=False, tokens=10):
-    return Sample(correct, found, truncated, tokens)
+    vote = metrics.vote(correct, found, f"So {found}", "math")
+    return Sample(correct, found, truncated, tokens, vote)
 
 
 def problems(*rights):
@@ -60,6 +61,40 @@ def test_majority(answers, share):
     assert metrics.majority([sample(right, found) for found, right in answers]) == share
 
 
+@pytest.mark.parametrize(
+    ("grader", "answers", "share"),
+    [
+        # Three choose B, however they write it.
+        (
+            "choice",
+            [("A", True), ("(A)", True), ("B", False), ("(B) red", False), ("b.", False)],
+            0,
+        ),
+        ("choice", [("A", True), ("(A)", True), ("B", False), ("(C) red", False)], 1),
+        ("exact", [("Red", True), ("blue", False), (" Blue", False)], 0),
+    ],
+)
+def test_votes_meet_as_their_grader_reads_them(grader, answers, share):
+    given = [
+        Sample(right, found, False, 9, metrics.vote(right, found, f"It is {found}", grader))
+        for found, right in answers
+    ]
+    assert metrics.majority(given) == share
+
+
+@pytest.mark.parametrize("grader", ["ifeval", "own.py:grade"])
+def test_whole_responses_are_nothing_to_vote_on(grader):
+    """Of three that are wrong in their own ways, two right ones would be the majority."""
+    whole = [
+        [Sample(i < 2, f"text {i}", False, 9, metrics.vote(i < 2, f"text {i}", f"text {i}", grader))
+         for i in range(5)]
+    ] * 3  # fmt: skip
+    assert metrics.summarise(whole)["maj@5"] == metrics.Value(None)
+    assert metrics.over_seeds([whole, whole])["maj@5"] == metrics.Value(None)
+    # A user's own that names its answer has votes.
+    assert metrics.vote(False, "7", "It is 7", "own.py:grade") == 7
+
+
 def test_a_summary_by_hand():
     given = [
         [sample(True), sample(True, tokens=20), sample(False, "2"), sample(False, None, True, 40)],
@@ -69,6 +104,7 @@ def test_a_summary_by_hand():
     ]
     found = {name: value.value for name, value in metrics.summarise(given, [1, 2, 4]).items()}
     assert found["pass@1"] == pytest.approx(np.mean([0.5, 0, 0.5, 0]))
+    assert found["avg@4"] == found["pass@1"]
     assert found["pass@2"] == pytest.approx(np.mean([5 / 6, 0, 5 / 6, 0]))
     assert found["pass@4"] == pytest.approx(0.5)
     assert found["maj@4"] == pytest.approx(0.5)
@@ -82,7 +118,7 @@ def test_one_greedy_sample_has_wilsons_interval():
     found = metrics.summarise(problems(*[[1]] * 7, *[[0]] * 13))
     ends = reference.binomtest(7, 20).proportion_ci(method="wilson")
     assert (found["pass@1"].low, found["pass@1"].high) == pytest.approx((ends.low, ends.high))
-    assert "maj@1" not in found
+    assert not {"maj@1", "avg@1"} & found.keys()
     assert metrics.default_ks(1) == [1]
     assert metrics.default_ks(6) == [1, 2, 4, 6]
 
@@ -140,6 +176,11 @@ def test_greedy_comparison_is_mcnemars_exact_test():
 def test_verdicts_of_comparisons():
     same = problems(*[[1, 0]] * 200)
     assert metrics.compare([same], [same], margin=0.02).verdict == "equivalent"
+    # Nothing differs, of so few that much might: the interval has a width, also over seeds.
+    for seeds in (1, 3):
+        found = metrics.compare([same[:20]] * seeds, [same[:20]] * seeds, margin=0.02)
+        assert found.verdict == "undecided"
+        assert found.high == -found.low > 0.1
     rng = np.random.default_rng(0)
     noisy, other = (problems(*rng.integers(0, 2, (30, 2))) for _ in "ab")
     assert metrics.compare([noisy], [other], margin=0.02).verdict == "undecided"
@@ -165,9 +206,15 @@ def test_the_paired_comparison_keeps_its_level():
 def test_seeds_widen_the_interval():
     rng = np.random.default_rng(3)
     seeds = [problems(*(rng.random((60, 1)) < rate).astype(int)) for rate in (0.3, 0.5, 0.7)]
-    alone, together = metrics.over_seeds(seeds[1:2]), metrics.over_seeds(seeds)
+    alone, together = (metrics.over_seeds(x)["pass@1"] for x in (seeds[1:2], seeds))
     assert together.value == pytest.approx(np.mean([metrics.shares(x).mean() for x in seeds]))
     assert together.high - together.low > alone.high - alone.low
+    many = [problems(*(rng.random((60, 4)) < rate).astype(int)) for rate in (0.3, 0.5, 0.7)]
+    means = metrics.over_seeds(many)
+    for name in ("pass@1", "avg@4", "pass@2", "pass@4", "maj@4", "unparsed_share"):
+        each = [metrics.summarise(x)[name].value for x in many]
+        assert means[name].value == pytest.approx(np.mean(each))
+    assert means["pass@4"].low < min(means["pass@4"].value, 0.99)
     found = metrics.compare(seeds, seeds[::-1], margin=0.02)
     assert found.test == "paired bootstrap over seeds and problems"
     with pytest.raises(ValueError, match="2 seeds of the base and 3 of the arm"):

@@ -178,7 +178,8 @@ def test_limit_and_digest(tmp_path):
 
 def render(tmp_path, tokenizer, row, form, **given):
     task = tasks.read(write(tmp_path, row))
-    return tasks.prompts(task, form, tokenizer, max_prompt=given.pop("max_prompt", 500))[0]
+    given = {"max_prompt": 500, "now": "2026-01-02T03:04:05Z"} | given
+    return tasks.prompts(task, form, tokenizer, **given)[0]
 
 
 def test_how_a_problem_becomes_a_prompt(tmp_path, tokenizer):

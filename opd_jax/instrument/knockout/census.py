@@ -22,7 +22,7 @@ from opd_jax.evaluate import asked, growth, results, tasks
 from opd_jax.files import path_of
 from opd_jax.instrument.knockout import arms, checks, costs, outlook, targets, verdicts
 from opd_jax.instrument.knockout.answered import BASELINE, Answer, Arm, Baseline, Job
-from opd_jax.instrument.knockout.ledger import Key, Ledger, Line
+from opd_jax.instrument.knockout.ledger import Key, Ledger, Line, load_record
 from opd_jax.instrument.knockout.request import Request
 from opd_jax.instrument.knockout.targets import Targets
 from opd_jax.instrument.knockout.trials import Prefix, Trials
@@ -67,13 +67,16 @@ def run(
     if request.teacher:
         pairs.resolve(request.teacher)  # raises before anything is decoded
     given = tasks.read_all(request.tasks, grader=request.grader, limit=request.limit)
-    rows = asked.rows(model, given, request.settings.max_new, request.form)
+    out = Path(path_of(request.out))
+    old = load_record(out)
+    begun = processes.agreed_text(old["time"] if old else workdir.timestamp())
+    rows = asked.rows(model, given, request.settings.max_new, request.form, begun=begun)
     found = targets.read(request.types, request.groups, model.tokenizer, model.num_ids)
     for line in _told(found):
         say(line)
     room = arms.width(request, found)
     trials = Trials(model, request, room, max(row.width for row in rows))
-    with Ledger(Path(path_of(request.out)), _record(model, given, request, found)) as ledger:
+    with Ledger(out, _record(model, given, request, found, begun)) as ledger:
         if ledger.done:
             say(f"{request.out} has {ledger.done:,} answers: going on")
         work = _Work(trials, ledger, rows, say)
@@ -113,7 +116,7 @@ def run(
 
 
 def _record(
-    model: Model, given: Sequence[tasks.Task], request: Request, found: Targets
+    model: Model, given: Sequence[tasks.Task], request: Request, found: Targets, begun: str
 ) -> results.EvalRecord:
     told = dataclasses.asdict(request)
     for name in _FREE:
@@ -123,7 +126,7 @@ def _record(
         "ids": hashlib.sha256(str([found.ids, [*found.groups.items()]]).encode()).hexdigest()[:16],
         "batch": meshlib.batch_rows(request.batch, model.mesh),
     }
-    return asked.record(model, given, request.form, told)
+    return asked.record(model, given, request.form, told, begun=begun)
 
 
 def _told(found: Targets) -> Iterator[str]:

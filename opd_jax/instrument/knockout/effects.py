@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_jax import stats
+from opd_jax import changes, stats
 from opd_jax.instrument import correlation
 from opd_jax.instrument.knockout import flips
 from opd_jax.instrument.knockout.flips import ALPHA
@@ -86,8 +86,8 @@ def effect(base_NK: np.ndarray, arm_NK: np.ndarray, held_N: np.ndarray, seed: in
     """
     base_N, arm_N = base_NK.mean(axis=1), arm_NK.mean(axis=1)
     change_N = arm_N - base_N
-    low, high = flips.of_changes(change_N)
-    low_held, high_held = flips.of_changes(change_N[held_N])
+    low, high = changes.interval(changes.flips(change_N))
+    low_held, high_held = changes.interval(changes.flips(change_N[held_N]))
     single = base_NK.shape[1] == 1
     return Effect(
         problems=len(base_N),

@@ -59,6 +59,20 @@ def key_of(line: Line) -> Key:
     return line["arm"], line["task"], line["index"], line["sample"]
 
 
+def load_record(folder: Path) -> results.EvalRecord | None:
+    """What the knockout in a folder is of; None where there is none.
+
+    Raises:
+      KnockoutError: it cannot be read.
+    """
+    try:
+        return records.read(folder / RECORD, results.EvalRecord, change=_CHANGE)
+    except FileNotFoundError:
+        return None
+    except (NotADirectoryError, records.RecordError) as error:
+        raise KnockoutError(str(error)) from error
+
+
 class Ledger:
     """The answers that are there already, in order, and the file that the others go to.
 
@@ -136,13 +150,7 @@ class Ledger:
         processes.on_first(lambda: files.write_atomic(self.folder / name, text))
 
     def _enter(self, record: results.EvalRecord) -> None:
-        path = self.folder / RECORD
-        try:
-            old = records.read(path, results.EvalRecord, change=_CHANGE)
-        except FileNotFoundError:
-            old = None
-        except (NotADirectoryError, records.RecordError) as error:
-            raise KnockoutError(str(error)) from error
+        old = load_record(self.folder)
         if old is None:
             with contextlib.suppress(FileNotFoundError):
                 there = sorted(set(os.listdir(self.folder)) - {files.LOCK})
@@ -152,7 +160,7 @@ class Ledger:
                         "or that of the same knockout; give another --out"
                     )
             with files.only_writer(self.folder):
-                files.write_atomic(path, json.dumps(record, indent=1) + "\n")
+                files.write_atomic(self.folder / RECORD, json.dumps(record, indent=1) + "\n")
         elif told := results.differences(old, record):
             raise KnockoutError(
                 f"{self.folder} holds another knockout: {'; '.join(told[:4])}: expected the same "
