@@ -489,6 +489,14 @@ def make_sweep(folder: Path, *, seeds: int = 3) -> Path:
             "start_interval": {"low": 0.19, "high": 0.44},
             "margins": {"accuracy": 0.02, "kl": 0.05},
             "comparisons": comparisons,
+            "budget": [
+                {"against": "dealt", "masked_share": 0.25, "masked_share_against": 0.26}
+                | row
+                | {"p_adjusted": None if seeds == 1 and row["metric"] != "accuracy" else 0.03}
+                | {"verdict": "different"}
+                for row in comparisons
+            ],
+            "predictions": {"rock": "falls <b>"},
             "note": "three seeds",
         },
     )

@@ -22,6 +22,7 @@ METRICS = {
     "kl_ungated": "KL of ungated, nats",
     "mean_length": "length, tokens",
     "step_s": "seconds a step",
+    "seconds": "seconds in all",
 }
 SHARES = ("accuracy",)  # shown as per cent
 

@@ -17,6 +17,8 @@ _ABSENT = Absent(
     "opd-jax sweep --config=FILE --arms=full,rock --workdir=DIR, then opd-jax report --sweep=DIR",
 )
 
+_COMPARED = ("accuracy", "kl_nats")
+
 
 def read(folder: Path) -> dict[str, Any]:
     """``sweep.json`` with the paths of its runs by arm under "runs", wherever it lies now.
@@ -50,6 +52,7 @@ def section(sweep: Mapping[str, Any] | None) -> Section:
             _plates(sweep, arms, ceiling, layout) for layout in (style.WIDE, style.NARROW)
         )
         body = _table(sweep, ceiling) + markup.text(str(sweep.get("note") or ""))
+        body += _budget(sweep) + _predictions(sweep)
         body += markup.plates(style.with_narrow(wide, narrow))
     absent = [] if ceiling else [Absent("the teacher's accuracy", "opd-jax sweep, run anew")]
     return Section(*heading, body, tuple(absent))
@@ -82,9 +85,7 @@ def _table(sweep: Mapping[str, Any], ceiling: Measured | None) -> str:
             small = ""
             difference = compared.get((arm["arm"], metric))
             if difference and difference["delta"] is not None:
-                p = style.p_value(difference["p_adjusted"])
-                small = f"Δ {_interval(difference, metric, 'delta')}, {p}"
-                small += f": {difference['verdict']}" if difference.get("verdict") else ""
+                small = f"Δ {_interval(difference, metric, 'delta')}, {_tested(difference)}"
             row.append((_interval(arm["metrics"].get(metric), metric, "mean"), small))
         rows.append(row)
     if start := sweep.get("start"):
@@ -104,6 +105,48 @@ def _table(sweep: Mapping[str, Any], ceiling: Measured | None) -> str:
         f"its p after correction{_of_problems(sweep)}."
     )
     return markup.table(caption, head, rows)
+
+
+def _budget(sweep: Mapping[str, Any]) -> str:
+    """Every arm against its control of equal budget; nothing where no arm has one."""
+    pairs: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for row in sweep.get("budget") or []:
+        pairs.setdefault((row["arm"], row["against"]), {})[row["metric"]] = row
+    rows: list[list[Any]] = []
+    for (arm, control), found in pairs.items():
+        first = next(iter(found.values()))
+        shares = (first.get(name) for name in ("masked_share", "masked_share_against"))
+        cells: list[Any] = []
+        for metric in _COMPARED:
+            row = found.get(metric)
+            small = "" if row is None else _tested(row)
+            cells.append((_interval(row, metric, "delta"), small))
+        masked = " / ".join("–" if x is None else f"{x:.1%}" for x in shares)
+        rows.append([arm, control, masked, *cells])
+    caption = (
+        "Is it what was masked, or how much? Each arm against a control of equal budget, the same "
+        "weights dealt to positions at random: change from the control [interval] with its p after "
+        "correction over this table."
+    )
+    changes = [f"change of {curve_figures.METRICS[metric]}" for metric in _COMPARED]
+    head = ["arm", "its control", "masked, arm / control", *changes]
+    return markup.table(caption, head, rows) if rows else ""
+
+
+def _predictions(sweep: Mapping[str, Any]) -> str:
+    rows = [[arm, told] for arm, told in (sweep.get("predictions") or {}).items()]
+    head = ["arm", "prediction"]
+    return (
+        markup.table("What was predicted of the arms before they ran.", head, rows) if rows else ""
+    )
+
+
+def _tested(row: Mapping[str, Any]) -> str:
+    """p with its verdict; of one seed KL has neither."""
+    if row["p_adjusted"] is None:
+        return "not tested"
+    verdict = f": {row['verdict']}" if row.get("verdict") else ""
+    return style.p_value(row["p_adjusted"]) + verdict
 
 
 def _of_problems(sweep: Mapping[str, Any]) -> str:

@@ -106,6 +106,33 @@ def test_the_sweep_table_holds_intervals_and_differences(made):
     assert "Δ" not in full
 
 
+def test_arms_stand_beside_their_controls_and_predictions(made):
+    text = (made / "all.html").read_text()
+    (row,) = (
+        x for x in re.findall(r'<tr><th scope="row">rock</th>.*?</tr>', text) if ">dealt<" in x
+    )
+    assert "25.0% / 26.0%" in row
+    assert "-5.0 points [-9.0, -1.0]<br><small>p 0.030: different" in row
+    assert "0.200 [0.160, 0.240]<br><small>p 0.030: different" in row
+    assert "falls &lt;b&gt;" in text
+
+
+def test_one_seed_has_kl_that_is_not_tested(made, tmp_path):
+    """As ``opd-jax sweep`` writes it: a change without interval and p."""
+    folder = rocks_out.make_sweep(tmp_path / "sweep", seeds=1)
+    path = folder / "sweep.json"
+    sweep = json.loads(path.read_text())
+    for row in (*sweep["comparisons"], *sweep["budget"]):
+        if row["metric"] == "kl_nats":
+            row |= {"low": None, "high": None, "p": None, "p_adjusted": None}
+            row |= {"verdict": "not tested", "p_equivalent": None, "p_equivalent_adjusted": None}
+    path.write_text(json.dumps(sweep))
+    build.report([], tmp_path / "page.html", sweep=folder)
+    text = (tmp_path / "page.html").read_text()
+    assert text.count("Δ 0.200, not tested") == 1
+    assert text.count("0.200<br><small>not tested") == 1
+
+
 def test_arms_stand_beside_their_teacher(made):
     sweep = sweep_section.read(made / "sweep")
     assert "the teacher's accuracy" in str(sweep_section.section(sweep).absent)
