@@ -67,11 +67,17 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--pins", default="{}", help=argparse.SUPPRESS)  # of the process that asks
     parser.add_argument("--workdir", required=True, help="a new folder, or that of the sweep")
-    parser.add_argument("--baseline", default="", help="the arm to compare with; default: full")
+    parser.add_argument(
+        "--baseline",
+        default="",
+        help="the arm to compare with; default: full; of a finished sweep another, without running "
+        "anything again",
+    )
     parser.add_argument(
         "--no-controls",
         action="store_true",
-        help="do not add the controls of arms that weigh positions",
+        help="add neither plain distillation (full) where it is not among the arms, nor the "
+        "controls of arms that weigh positions",
     )
     parser.add_argument(
         "--margin",
@@ -139,11 +145,13 @@ def sweep(
       seeds: values of ``seed``, each once.
       workdir: of the sweep.
       overrides: ``--config.group.key=value`` flags for every run.
-      baseline: the arm that the others are compared with; empty: ``full``, else the first.
+      baseline: the arm that the others are compared with; empty: plain distillation, else the
+        first.
       margin, margin_kl: the smallest differences of accuracy and KL that count, see ``Margins``;
         default: those of the baseline's config.
-      has_controls: whether every arm that weighs positions is run again with the same weights
-        dealt out at random.
+      has_controls: whether plain distillation (the file's arm ``full``) is run where it is not
+        among the arms, and every arm that weighs positions again with the same weights dealt out at
+        random.
       eval_seeds: how often each run is evaluated at its end, with other draws each time.
       at_once: runs at once, each a process of ``command``; see ``crew``.
       only: ``ARM/seed-N``, the one run to train.
@@ -168,8 +176,12 @@ def sweep(
         )
     if not seeds or len({*seeds}) < len(seeds):
         raise ConfigError(f"seeds {[*seeds]}: expected different ones, at least one; set --seeds")
-    arms, baseline = list(arms), _baseline(arms, baseline)
+    _check_names(arms)
     runs = {arm: _resolve(config_file, arm, overrides) for arm in arms}
+    plain = BASELINE if BASELINE in runs else ""
+    if has_controls and not plain:
+        runs, plain = _with_plain(config_file, runs, overrides)
+    baseline = _baseline(list(runs), baseline, plain)
     spec = runs[baseline].eval
     margins = Margins(
         spec.margin if margin is None else margin,
@@ -181,6 +193,13 @@ def sweep(
     arms = list(runs)
     for arm, control in controls.items():
         say(f"arm {arm} weighs positions: {control}, its control of equal budget, is run too")
+    pairs, alone = budget.contrasts(runs, controls)
+    if alone and has_controls:
+        say(
+            f"{', '.join(alone)}: no arm gates as many positions at random (rock.mode random, such "
+            "as random_positions of configs/opd.py) on the same schedule, their control of equal "
+            "budget; add one to --arms"
+        )
     for arm in arms:
         comparable.check_comparable(baseline, runs[baseline], arm, runs[arm])
     folders = [Path(workdir) / folder_name(arm) / f"seed-{seed}" for seed in seeds for arm in arms]
@@ -220,7 +239,8 @@ def sweep(
     def conclude() -> dict[str, Any]:
         result = comparison.summarise(jobs, baseline, margins=margins)
         result["predictions"] = budget.predictions(runs)
-        result["budget"] = budget.compare(jobs, controls, margins)
+        masked = {row["arm"]: row["masked_share"] for row in result["arms"]}
+        result["budget"] = budget.compare(jobs, pairs, masked, margins)
         text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
         files.write_atomic(path, text + "\n")
         return result
@@ -321,18 +341,42 @@ def folder_name(arm: str) -> str:
     return arm.replace(":", "-")
 
 
-def _baseline(arms: Sequence[str], baseline: str) -> str:
+def _check_names(arms: Sequence[str]) -> None:
     names = [folder_name(arm) for arm in arms]
     if not arms or len({*names}) < len(names) or any("/" in name for name in names):
         raise ConfigError(
             f"arms {','.join(arms)!r}: expected different names that can be folders, e.g. "
             "full,rock; set --arms"
         )
+
+
+def _with_plain(
+    config_file: str, runs: Mapping[str, RunConfig], overrides: Sequence[str]
+) -> tuple[dict[str, RunConfig], str]:
+    """The arms with plain distillation, and its name; without, where the file has none.
+
+    It has the further arguments that all of the arms have.
+    """
+    given = [arm.split(":")[1:] for arm in runs]
+    name = ":".join([BASELINE, *(x for x in given[0] if all(x in own for own in given))])
+    try:
+        plain = runs.get(name) or _resolve(config_file, name, overrides)
+    except ConfigError as error:
+        say(f"without plain distillation: {config_file} has no arm {name} ({error})")
+        return dict(runs), ""
+    for arm, run in runs.items():
+        if dataclasses.replace(plain, prediction=run.prediction) == run:
+            return dict(runs), arm
+    say(f"{name}, plain distillation, is run too, to compare with (--no-controls: it is not)")
+    return {name: plain, **runs}, name
+
+
+def _baseline(arms: Sequence[str], baseline: str, plain: str) -> str:
     if baseline and baseline not in arms:
         raise ConfigError(
             f"baseline {baseline!r}: expected one of the arms {', '.join(arms)}; set --baseline"
         )
-    return baseline or (BASELINE if BASELINE in arms else arms[0])
+    return baseline or plain or arms[0]
 
 
 def _resolve(config_file: str, arm: str, overrides: Sequence[str]) -> RunConfig:

@@ -1,5 +1,6 @@
 """The sweep end to end on tiny runs: what it trains, goes on with, compares and refuses."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -9,7 +10,7 @@ import pytest
 import tiny_run
 from scipy import stats as reference
 
-from opd_jax.run import comparable, sweep, train
+from opd_jax.run import budget, comparable, sweep, train
 from opd_jax.spec import ConfigError
 from opd_jax.store import checkpoint
 from opd_jax.store import workdir as workdirs
@@ -33,6 +34,8 @@ def get_config(arg=""):
     if args.arm in ("first", "tip"):
         c.position.mode, c.position.keep, c.position.window = args.arm, 0.5, 2
         c.prediction = "no better than chance" if args.arm == "tip" else ""
+    if args.arm == "random":
+        c.rock.mode, c.rock.share, c.rock.start = "random", 0.3, 1
     if args.arm == "fast":
         c.optim.lr = 1.0
     return c
@@ -317,12 +320,94 @@ def test_arms_that_weigh_positions_bring_their_controls(file, tmp_path, capsys):
             assert first[0]["loss"] != first[1]["loss"]
     said = capsys.readouterr().out
     assert "tip_shuffled, its control of equal budget, is run too" in said
-    assert "against the same weights dealt to positions at random:" in said
+    assert "against the same weights dealt to positions at random" in said
     assert "predicted of tip: no better than chance" in said
     record = workdirs.read_run(workdir / "tip" / "seed-0")
     assert record["config"]["prediction"] == "no better than chance"
     assert sweep.main(argv(file, tmp_path / "b", "--no-controls", arms="full,tip", seeds=1)) == 0
     assert len(result_of(tmp_path / "b")["arms"]) == 2
+
+
+def test_a_gate_on_types_stands_beside_as_many_positions_at_random(file, whole, tmp_path, capsys):
+    assert sweep.main(argv(file, whole)) == 0
+    assert "ema: no arm gates as many positions at random" in capsys.readouterr().out
+    assert result_of(whole)["budget"] == []
+    workdir = tmp_path / "sweep"
+    shutil.copytree(whole, workdir)
+    assert sweep.main(argv(file, workdir, arms="full,ema,random")) == 0
+    said, result = capsys.readouterr().out, result_of(workdir)
+    assert "no arm gates" not in said
+    assert "ema random" in said
+    right, kl = {}, {}
+    for arm in ("ema", "random"):
+        folders = [workdir / arm / f"seed-{seed}" for seed in (0, 1)]
+        lines = [tiny_run.read_lines(f / "graded.jsonl")[-1] for f in folders]
+        right[arm] = np.mean([np.mean(line["correct"]) for line in lines])
+        kl[arm] = [
+            json.loads((f / "summary.json").read_text())["after"]["kl_nats"] for f in folders
+        ]
+    accuracy, nats = result["budget"]
+    assert [(row["arm"], row["against"]) for row in (accuracy, nats)] == [("ema", "random")] * 2
+    assert accuracy["delta"] == pytest.approx(right["ema"] - right["random"])
+    assert nats["delta"] == pytest.approx(np.subtract(kl["ema"], kl["random"]).mean())
+    assert nats["p"] == pytest.approx(reference.ttest_rel(kl["ema"], kl["random"]).pvalue)
+    masked = {row["arm"]: row["masked_share"] for row in result["arms"]}
+    assert nats["masked_share"] == masked["ema"]
+    assert nats["masked_share_against"] == masked["random"]
+
+
+def test_only_a_gate_on_the_same_schedule_is_a_control(tiny):
+    def run(mode, **rock):
+        rock = {f"rock__{name}": value for name, value in rock.items()}
+        return tiny_run.resolved(tiny, rock__mode=mode, **rock)
+
+    dealt, ema = run("random", share=0.3), run("ema", top_k=4)
+    assert budget.contrasts({"ema": ema, "dealt": dealt}, {}) == ([("ema", "dealt")], [])
+    told = dataclasses.replace(dealt, prediction="the same")
+    assert budget.contrasts({"ema": ema, "dealt": told}, {}) == ([("ema", "dealt")], [])
+    for changed in ({"inside": 0.5}, {"start": 2}, {"ramp": 2}, {"until": 3}):
+        other = run("random", share=0.3, **changed)
+        assert budget.contrasts({"ema": ema, "dealt": other}, {}) == ([], ["ema"]), changed
+    other = dataclasses.replace(dealt, train=dataclasses.replace(dealt.train, normaliser="weight"))
+    assert budget.contrasts({"ema": ema, "dealt": other}, {}) == ([], ["ema"])
+    assert budget.contrasts({"off": run("off"), "dealt": dealt}, {}) == ([], [])
+
+
+def test_plain_distillation_is_always_in(file, whole, tmp_path, capsys):
+    workdir = tmp_path / "sweep"
+    shutil.copytree(whole, workdir)
+    (workdir / "sweep.json").unlink()
+    assert sweep.main(argv(file, workdir, arms="ema")) == 0
+    assert "full, plain distillation, is run too" in capsys.readouterr().out
+    assert result_of(workdir)["comparisons"] == result_of(whole)["comparisons"]
+    assert sweep.main(argv(file, workdir, "--baseline=full", arms="ema")) == 0
+    assert sweep.main(argv(file, workdir, "--no-controls", arms="ema")) == 0
+    assert [row["arm"] for row in result_of(workdir)["arms"]] == ["ema"]
+
+
+@pytest.mark.parametrize(
+    ("arms", "expected", "plain"),
+    [
+        ("ema,other", ["ema", "other"], "other"),  # which is plain distillation by another name
+        ("ema:norm=weight", ["full:norm=weight", "ema:norm=weight"], "full:norm=weight"),
+        ("ema:norm=weight,ema", ["full", "ema:norm=weight", "ema"], "full"),
+        ("ema:k=2,full:norm=weight", ["full", "ema:k=2", "full:norm=weight"], "full"),
+    ],
+)
+def test_plain_distillation_is_found_or_made(file, arms, expected, plain):
+    runs = {arm: sweep._resolve(str(file), arm, []) for arm in arms.split(",")}
+    found, name = sweep._with_plain(str(file), runs, [])
+    assert ([*found], name) == (expected, plain)
+
+
+def test_a_file_without_plain_distillation_says_so(tiny, tmp_path, capsys):
+    path = tmp_path / "gates.py"
+    refused = '    if args.arm == "full":\n        raise config.ConfigError("no such arm")\n'
+    plain = ARMS.format(base=str(tiny / "config.py"))
+    path.write_text(plain.replace("    c = runpy", f"{refused}    c = runpy"))
+    runs = {"ema": sweep._resolve(str(path), "ema", [])}
+    assert sweep._with_plain(str(path), runs, []) == (runs, "")
+    assert "without plain distillation" in capsys.readouterr().out
 
 
 def test_margins_come_from_the_config_or_a_flag_and_the_teacher_stands_beside(
