@@ -6,7 +6,9 @@ r"""Write short reasoning prompts with checkable integer answers, made by the pa
 
 Makes ``train.jsonl`` and ``heldout.jsonl``; no question is in both, and the same seed gives the
 same files. A line holds ``messages`` (one user turn), ``answer`` (an integer as text) and ``task``.
-The tasks are those that a model of 135M parameters can do in part: a few small numbers each.
+The tasks of ``--set=steps`` have a few small numbers each, to be thought through; of those of
+``--set=digits``, one sum, difference or product of two digits, told in a sentence, a model of 135M
+parameters solves about half (graded by ``scripts/last_number.py``).
 """
 
 from __future__ import annotations
@@ -57,13 +59,24 @@ TASKS = (
     Task("gcd", 0.05, {"max_numbers": 2, "max_value": 60}),
     Task("letter_counting", 0.05, {"min_words": 2, "max_words": 4}),
 )
+# One product or sum of two digits: 100 and 200 questions in all, with nothing to think through.
+DIGITS = (
+    Task(
+        "chain_sum",
+        0.66,
+        {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+        "What is ",
+    ),
+    Task("products", 0.34, {"min_digits": 1, "max_digits": 1}, "What is "),
+)
+SETS = {"steps": (TASKS, INSTRUCTION), "digits": (DIGITS, "Answer in one short sentence.")}
 
 
 def clean(question: str, task: Task) -> str:
     """Strip reasoning-gym's answer format from a question and put every space once."""
     text = " ".join(BOILERPLATE.sub(" ", question).split())
     if task.prefix:
-        text = task.prefix + text.removesuffix("=").strip() + "?"
+        text = task.prefix + text.rpartition(": ")[2].rstrip("=. ") + "?"
     if text[-1] not in ".?":
         text += "."
     return text[0].upper() + text[1:]
@@ -79,7 +92,9 @@ def import_reasoning_gym() -> types.ModuleType:
     return importlib.import_module("reasoning_gym")
 
 
-def draw(task: Task, count: int, *, seed: int, max_chars: int) -> list[dict[str, Any]]:
+def draw(
+    task: Task, count: int, *, seed: int, max_chars: int, instruction: str
+) -> list[dict[str, Any]]:
     """Draw ``count`` different short questions with integer answers.
 
     Raises:
@@ -93,7 +108,7 @@ def draw(task: Task, count: int, *, seed: int, max_chars: int) -> list[dict[str,
         question = clean(item["question"], task)
         if len(question) > max_chars or not re.fullmatch(r"-?\d+", item["answer"]):
             continue
-        content = f"{question} {INSTRUCTION}"
+        content = f"{question} {instruction}"
         lines[content] = {
             "messages": [{"role": "user", "content": content}],
             "answer": item["answer"],
@@ -109,14 +124,15 @@ def draw(task: Task, count: int, *, seed: int, max_chars: int) -> list[dict[str,
 
 
 def make(
-    train: int, heldout: int, *, seed: int, max_chars: int
+    train: int, heldout: int, *, seed: int, max_chars: int, chosen: str = "steps"
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Draw both sets, each with the tasks' shares; no question is in both."""
     sets: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     rng = random.Random(seed)
-    for task in TASKS:
+    tasks, instruction = SETS[chosen]
+    for task in tasks:
         counts = [max(1, round(task.share * total)) for total in (train, heldout)]
-        lines = draw(task, sum(counts), seed=seed, max_chars=max_chars)
+        lines = draw(task, sum(counts), seed=seed, max_chars=max_chars, instruction=instruction)
         rng.shuffle(lines)
         sets[0].extend(lines[: counts[0]])
         sets[1].extend(lines[counts[0] :])
@@ -131,6 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the two files")
+    parser.add_argument(
+        "--set", choices=SETS, default="steps", help="which tasks (default steps)", dest="chosen"
+    )
     parser.add_argument("--train", type=int, default=2000, help="about how many (default 2000)")
     parser.add_argument("--heldout", type=int, default=100, help="about how many (default 100)")
     parser.add_argument("--seed", type=int, default=0)
@@ -139,7 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        sets = make(args.train, args.heldout, seed=args.seed, max_chars=args.max_chars)
+        sets = make(
+            args.train, args.heldout, seed=args.seed, max_chars=args.max_chars, chosen=args.chosen
+        )
         args.out.mkdir(parents=True, exist_ok=True)
         for name, lines in zip(("train", "heldout"), sets, strict=True):
             path = args.out / f"{name}.jsonl"

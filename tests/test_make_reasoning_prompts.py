@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -53,6 +54,19 @@ def test_the_answer_format_of_reasoning_gym_is_stripped(task, question, wanted):
     assert prompts.clean(question, TASKS[task]) == wanted
 
 
+def test_the_questions_of_two_digits_are_told_alike():
+    for task, question, wanted in zip(
+        prompts.DIGITS,
+        (
+            "State the final answer to the following arithmetic problem: 8 - 0 =",
+            "Solve the following multiplication: 8 * 0. Give only the result as your final answer.",
+        ),
+        ("What is 8 - 0?", "What is 8 * 0?"),
+        strict=True,
+    ):
+        assert prompts.clean(question, task) == wanted
+
+
 def test_sets_are_disjoint_repeatable_and_hold_the_shares(monkeypatch):
     monkeypatch.setattr(prompts, "import_reasoning_gym", lambda: FakeGym(10_000))
     train, heldout = prompts.make(200, 20, seed=3, max_chars=150)
@@ -69,6 +83,24 @@ def test_a_task_with_too_few_questions_is_an_error(monkeypatch, tmp_path, capsys
     assert prompts.main([f"--out={tmp_path / 'new'}", "--train=100"]) == 1
     assert "gave 2 different questions" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.ci
+def test_real_sums_of_two_digits_are_no_longer_than_asked_for(tmp_path):
+    flags = ("--set=digits", "--train=170", "--heldout=110")
+    assert prompts.main([f"--out={tmp_path}", *flags]) == 0
+    lines = [
+        json.loads(line)
+        for name in ("train", "heldout")
+        for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()
+    ]
+    contents = [line["messages"][0]["content"] for line in lines]
+    assert len({*contents}) == len(lines) == 280
+    told = re.compile(r"What is (\d) ([-+*]) (\d)[?] Answer in one short sentence[.]")
+    for line, content in zip(lines, contents, strict=True):
+        first, sign, second = told.fullmatch(content).groups()
+        a, b = int(first), int(second)
+        assert int(line["answer"]) == {"+": a + b, "-": a - b, "*": a * b}[sign]
 
 
 @pytest.mark.ci
