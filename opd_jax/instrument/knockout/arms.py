@@ -62,18 +62,34 @@ def singles(request: Request, targets: Targets, count_V: np.ndarray) -> list[Arm
     return [Arm(f"single {i}", "single", (i,)) for i in ids]
 
 
-def first(request: Request, targets: Targets, baseline: Baseline, count_V: np.ndarray) -> list[Arm]:
-    """All arms that follow from the baseline alone."""
+def first(
+    request: Request,
+    targets: Targets,
+    baseline: Baseline,
+    count_V: np.ndarray,
+    stops: Sequence[int] = (),
+) -> list[Arm]:
+    """All arms that follow from the baseline alone.
+
+    Args:
+      request: what is asked for.
+      targets: what is to be banned.
+      baseline: the answers without.
+      count_V: occurrences in them.
+      stops: ids that end an answer, which are no control: their ban makes every answer run on.
+
+    Raises:
+      KnockoutError: there is no arm, or two of one name.
+    """
     alone = singles(request, targets, count_V)
     ids = np.array([arm.ids[0] for arm in alone])
-    stats = TypeStats(count_V.astype(float), np.zeros(len(count_V)), np.zeros(len(count_V)))
     found = alone if request.has("single") else []
     if request.has("control"):
-        matched = controls.choose(stats, ids, "hungarian").tolist()
+        matched = _matched(count_V, ids, "hungarian", never=stops)
         found = found + [Arm(f"control {i}", "control", (i,)) for i in matched]
     if request.has("local"):
         chosen = ids[: request.local]
-        matched = controls.choose(stats, chosen, "hungarian").tolist()
+        matched = _matched(count_V, chosen, "hungarian", never=[*ids, *stops])
         for kind, some in (("local", chosen.tolist()), ("local control", matched)):
             found = found + [Arm(f"{kind} {i}", "local", (i,), request.window) for i in some]
     if request.has("pair"):
@@ -88,23 +104,51 @@ def first(request: Request, targets: Targets, baseline: Baseline, count_V: np.nd
         }
         found = found + _nested(orders, is_second=False)
     if request.has("group"):
-        found = found + _groups(request, targets, stats, width(request, targets))
+        found = found + _groups(targets, count_V, width(request, targets), stops)
+    if not found:
+        raise KnockoutError(
+            f"no arms of {', '.join(request.families)}: expected at least one; groups need a file "
+            "of lists (--groups), of which one occurs in the answers, and pairs two types "
+            "(--types, --top)"
+        )
+    _check_names(found)
     return found
 
 
-def _groups(request: Request, targets: Targets, stats: TypeStats, room: int) -> list[Arm]:
+def unseen(targets: Targets, count_V: np.ndarray) -> list[str]:
+    """Names of the lists of which no id occurs, and which are no arm therefore."""
+    return [name for name, ids in targets.groups.items() if not any(count_V[i] for i in ids)]
+
+
+def _groups(targets: Targets, count_V: np.ndarray, room: int, stops: Sequence[int]) -> list[Arm]:
     """Named lists as far as they occur, each with types of the same share of all tokens."""
     found = []
     for name, ids in targets.groups.items():
-        seen = np.array([i for i in ids if stats.count[i]], int)
+        seen = np.array([i for i in ids if count_V[i]], int)
         if not len(seen):
             continue
         found.append(Arm(f"group {name}", "group", tuple(ids)))
         for how in ("hungarian", "share_matched"):
-            matched = controls.choose(stats, seen, how).tolist()
+            matched = _matched(count_V, seen, how, never=stops)
             if matched and len(matched) <= room:
                 found.append(Arm(f"group {name}, {how}", "group", tuple(matched)))
     return found
+
+
+def _matched(count_V: np.ndarray, ids: np.ndarray, how: str, *, never: Sequence[int]) -> list[int]:
+    """Types that occur as ``ids`` do, none of ``never`` among them."""
+    pool_V = count_V.astype(float)
+    pool_V[[i for i in never if i not in ids]] = 0
+    nothing = np.zeros(len(pool_V))
+    return controls.choose(TypeStats(pool_V, nothing, nothing), ids, how).tolist()
+
+
+def _check_names(found: Sequence[Arm]) -> None:
+    names = [arm.name for arm in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise KnockoutError(
+            f"two arms are named {twice[0]!r}: expected a name for each; rename a list of --groups"
+        )
 
 
 def _nested(orders: Mapping[str, Sequence[int]], *, is_second: bool) -> list[Arm]:
@@ -118,7 +162,11 @@ def _nested(orders: Mapping[str, Sequence[int]], *, is_second: bool) -> list[Arm
 
 
 def second(
-    request: Request, change: Mapping[int, Mapping[str, float]], count_V: np.ndarray, seed: int
+    request: Request,
+    change: Mapping[int, Mapping[str, float]],
+    count_V: np.ndarray,
+    seed: int,
+    stops: Sequence[int] = (),
 ) -> list[Arm]:
     """The arms that follow from the census on the first half of the problems.
 
@@ -127,6 +175,7 @@ def second(
       change: change of accuracy on the first half by type and task.
       count_V: occurrences in the baseline.
       seed: of the published random groups.
+      stops: ids that end an answer; in no random group.
     """
     overall = {i: float(np.mean(list(tasks.values()))) for i, tasks in change.items()}
     falling = sorted(overall, key=lambda i: (overall[i], i))
@@ -142,7 +191,8 @@ def second(
             several = {i: list(tasks.values()) for i, tasks in change.items()}
             sets["cross_task_cornerstones"] = [i for i, x in several.items() if max(x) <= -_CROSS]
             sets["cross_task_stumbling"] = [i for i, x in several.items() if min(x) >= _CROSS]
-        others = np.array([i for i in np.flatnonzero(count_V).tolist() if i not in change])
+        apart = {*change, *stops}
+        others = np.array([i for i in np.flatnonzero(count_V).tolist() if i not in apart], int)
         drawn = np.random.default_rng((seed, 4)).permutation(others)
         for name, some in (("a", drawn[:10]), ("b", drawn[10:20])):
             sets[f"random_control_{name}"] = some.tolist()

@@ -23,7 +23,7 @@ from opd_jax.files import path_of
 from opd_jax.instrument.knockout import arms, checks, costs, outlook, targets, verdicts
 from opd_jax.instrument.knockout.answered import BASELINE, Answer, Arm, Baseline, Job
 from opd_jax.instrument.knockout.ledger import Key, Ledger, Line, load_record
-from opd_jax.instrument.knockout.request import Request
+from opd_jax.instrument.knockout.request import PAPER, KnockoutError, Request
 from opd_jax.instrument.knockout.targets import Targets
 from opd_jax.instrument.knockout.trials import Prefix, Trials
 from opd_jax.rollout import answers as drawing
@@ -72,7 +72,7 @@ def run(
     begun = processes.agreed_text(old["time"] if old else workdir.timestamp())
     rows = asked.rows(model, given, request.settings.max_new, request.form, begun=begun)
     found = targets.read(request.types, request.groups, model.tokenizer, model.num_ids)
-    for line in _told(found):
+    for line in _told(found, request):
         say(line)
     room = arms.width(request, found)
     trials = Trials(model, request, room, max(row.width for row in rows))
@@ -82,7 +82,9 @@ def run(
         work = _Work(trials, ledger, rows, say)
         baseline, steps_per_s = work.baseline()
         count_V = baseline.counts(model.cfg.vocab_size)
-        chosen = arms.first(request, found, baseline, count_V)
+        chosen = arms.first(request, found, baseline, count_V, model.stop_ids)
+        if request.has("group") and (unseen := arms.unseen(found, count_V)):
+            say(f"lists of which nothing occurs in the answers, left out: {', '.join(unseen)}")
         for line in outlook.lines(chosen, baseline, request):
             say(line)
         null = arms.null(baseline, model.num_ids, model.cfg.vocab_size, room, model.stop_ids)
@@ -102,7 +104,8 @@ def run(
         done = work.all(batches, baseline)
         told = checks.trusted(done)  # before anything is chosen by what was decoded
         change = verdicts.on_first_half(done, baseline)
-        further = arms.second(request, change, count_V, request.settings.seed) if change else []
+        seed, stops = request.settings.seed, model.stop_ids
+        further = arms.second(request, change, count_V, seed, stops) if change else []
         if further:
             jobs = [job for arm in further for job in baseline.jobs(arm)]
             done += work.all(work.batches(baseline, jobs), baseline)
@@ -129,7 +132,12 @@ def _record(
     return asked.record(model, given, request.form, told, begun=begun)
 
 
-def _told(found: Targets) -> Iterator[str]:
+def _told(found: Targets, request: Request) -> Iterator[str]:
+    if request.has("group") and not found.groups and request.groups != PAPER:
+        lacking = f"the family group has no lists in {request.types}"
+        if request.families == ("group",):
+            raise KnockoutError(f"{lacking}: expected some; give a file of them by --groups")
+        yield f"{lacking} and no arms; --groups gives it some"
     if found.missing:
         yield (
             f"no token of this model, left out of the published groups: {', '.join(found.missing)}"

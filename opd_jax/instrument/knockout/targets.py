@@ -144,7 +144,7 @@ class _Words:
     def of_text(self, text: str) -> list[int]:
         """Ids of a text that is one token, with and without a space before it."""
         found = []
-        for spelt in (text, f" {text}"):
+        for spelt in (text, f" {text}") if text else ():
             ids = self._tokenizer.encode(spelt, add_special_tokens=False)
             if len(ids) == 1 and self._tokenizer.decode(ids) == spelt:
                 found += ids
@@ -159,15 +159,21 @@ def _table(
 ) -> tuple[tuple[int, ...], dict[str, tuple[float | None, ...]]]:
     """Ids of a table of types, and its columns of numbers."""
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
+        # A spreadsheet puts a mark before the first name.
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            rows, names = list(reader), list(reader.fieldnames or ())
     except (UnicodeDecodeError, csv.Error) as error:
         raise KnockoutError(f"{path} is no table ({error}): expected one; {_CHANGE}") from error
-    names = list(rows[0]) if rows else []
-    if "token_id" not in names:
+    if "token_id" not in names or not rows:
         raise KnockoutError(
-            f"{path} has columns {', '.join(map(str, names)) or 'none'}: expected token_id among "
-            "them and a row per type; give the types.csv of opd-jax rocks"
+            f"{path} has columns {', '.join(names) or 'none'} and {len(rows)} rows: expected "
+            "token_id among them and a row per type; give the types.csv of opd-jax rocks"
+        )
+    if long := next((n for n, row in enumerate(rows, 2) if None in row), None):
+        raise KnockoutError(
+            f"{path}, row {long}, has more cells than the {len(names)} columns: expected one a "
+            "column; put texts that hold a comma between quotes"
         )
     try:
         given = [int(row["token_id"]) for row in rows]

@@ -360,6 +360,7 @@ def test_an_answer_that_is_off_is_refused(
         ({"arms": "single,pairs"}, "--arms names 'pairs': expected some of single"),
         ({"arms": ""}, "--arms names 'nothing'"),
         ({"groups": "paper"}, "without the family group"),
+        ({"arms": "group"}, "the family group has no lists in 0,1,2"),
         ({"margin": 0}, "margin is 0.0: expected a share above 0"),
         ({"window": 0}, "window is 0: expected 1 or more"),
         ({"slots": 17}, "slots is 17 for batches of 16 rows"),

@@ -53,6 +53,51 @@ def test_arms_of_all_families_that_follow_from_the_baseline(baseline):
     assert len({arm.name for arm in found}) == len(found)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_no_control_is_a_target_or_ends_answers(seed):
+    """A stop id is in every answer; without it types 3 to 9 are like the ten targets."""
+    rng = np.random.default_rng(seed)
+    draws = [rng.choice(30, size=12) for _ in range(40)]
+    answers = [[Answer(np.array([*ids, 39], np.int32), True, "x")] for ids in draws]
+    baseline = Baseline([None] * 40, answers, 64, seed=seed)  # type: ignore[list-item]
+    count_V, top = baseline.counts(V), tuple(range(10))
+    asked = request("single", "control", "local", "group", top=10, local=3)
+    found = arms.first(asked, Targets(top, {"mine": (0, 1, 12)}), baseline, count_V, [39])
+    matched = [arm for arm in found if "control" in arm.name]
+    assert len(matched) == 13
+    assert not {i for arm in matched for i in arm.ids} & {*top, 39}
+    others = [arm.ids for arm in found if arm.name.startswith("group mine, ")]
+    assert len(others) == 2
+    assert all(39 not in ids for ids in others)
+    assert [arm.ids for arm in found if arm.name.startswith("local 2")] == [(2,)]
+    asked = request("single", "group", groups="paper")
+    change = {i: {"a": 0.01 * i} for i in top}
+    drawn = [arm for arm in arms.second(asked, change, count_V, seed, [39]) if "random" in arm.name]
+    assert len(drawn) == 2
+    assert not {i for arm in drawn for i in arm.ids} & {*top, 39}
+
+
+def test_a_stop_id_that_is_a_target_is_banned(baseline):
+    asked = request("single", "control")
+    found = arms.first(asked, Targets((39,), {}), baseline, baseline.counts(V), [39])
+    assert [arm.ids for arm in found if arm.family == "single"] == [(39,)]
+
+
+def test_what_makes_no_arm_is_refused(baseline):
+    count_V = baseline.counts(V)
+    for asked, groups in (
+        (request("group"), {}),
+        (request("group"), {"gone": (33,), "lost": (34,)}),
+        (request("pair"), {}),
+    ):
+        with pytest.raises(KnockoutError, match=r"no arms of \w+: expected at least one"):
+            arms.first(asked, Targets((0,), groups), baseline, count_V)
+    named = Targets((0,), {"a": (1,), "a, hungarian": (2,), "gone": (33,)})
+    assert arms.unseen(named, count_V) == ["gone"]
+    with pytest.raises(KnockoutError, match="two arms are named 'group a, hungarian'"):
+        arms.first(request("group"), named, baseline, count_V)
+
+
 def test_groups_and_orders_that_follow_from_the_first_half_are_measured_on_the_second(baseline):
     rng = np.random.default_rng(1)
     change = {i: {"a": d, "b": 2 * d} for i, d in enumerate(rng.normal(size=12) / 50)}

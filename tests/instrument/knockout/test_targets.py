@@ -43,6 +43,10 @@ def test_a_table_gives_its_ids_in_order_and_its_numbers(tokenizer, read):
     assert "kind" not in found.table
 
 
+def test_a_table_from_a_spreadsheet_and_one_with_short_rows(tokenizer, read):
+    assert read("\ufefftoken_id,count\r\n22,3\r\n19\r\n", "t.csv").table["count"] == (3.0, None)
+
+
 def test_lists_of_ids_and_of_texts(tokenizer, read, tmp_path):
     found = read({"digits": ["1", 22, 22], "other": [30]})
     (one,) = tokenizer.encode("1", add_special_tokens=False)
@@ -84,8 +88,11 @@ def test_the_published_words_as_far_as_they_are_tokens(tokenizer):
         (3, "l.json", "holds int"),
         ("{", "l.json", "not JSON"),
         ({"a": "19"}, "l.json", "expected a list"),
-        ("id\n3\n", "t.csv", "has columns id: expected token_id"),
-        ("", "t.csv", "has columns none"),
+        ("id\n3\n", "t.csv", "has columns id and 1 rows: expected token_id"),
+        ("", "t.csv", "has columns none and 0 rows"),
+        ("token_id,token\n", "t.csv", "has columns token_id, token and 0 rows"),
+        ("token_id,count\n19,3\n20,1,4\n", "t.csv", "row 3, has more cells than the 2 columns"),
+        ([""], "l.json", "has '', which is not one token"),
         ("token_id\nx\n", "t.csv", "expected ids in token_id"),
         ("token_id\n3\n3\n", "t.csv", "has an id twice"),
         ("token_id,token\n19,zebra\n", "t.csv", "has token 'zebra' at id 19, the model has"),
