@@ -25,7 +25,8 @@ _COMMAND = (
     "report RUN --knockout=OUT"
 )
 _DRAWN = 40  # types in a figure
-_LISTED = 100  # in the table
+_LISTED = 100  # in a table
+_NAMED = 8  # tokens of an arm
 _TITLES = {
     "single": "one type everywhere",
     "control": "types of like counts",
@@ -77,8 +78,11 @@ def section(folder: Path | None) -> Section:
         wide, narrow = (_plates(found, layout) for layout in (style.WIDE, style.NARROW))
         body = markup.text(_lead(found), "lead") + markup.text(_checked(found))
         body += _categories(found) + markup.plates(style.with_narrow(wide, narrow))
-        body += _types(found) + _correlations(found)
+        body += _types(found) + _teacher(found) + _sets(found) + _pairs(found)
+        body += _correlations(found)
     absent = []
+    if not found.get("substitutions"):
+        absent.append(Absent("what a teacher says of the substitutes", f"{_COMMAND}, --teacher"))
     if "local" not in found["families"]:
         absent.append(Absent("bans at one place", f"{_COMMAND}, with --arms=single,control,local"))
     return Section(*heading, body, tuple(absent))
@@ -264,6 +268,93 @@ def _types(found: Summary) -> str:
         "Type by type. A fall in which no answer is found any more tells of the form of the "
         "answers and not of the reasoning in them."
     )
+    return markup.table(caption, head, rows) if rows else ""
+
+
+def _sets(found: Summary) -> str:
+    """Arms that ban several types together."""
+    families = found["families"]
+    arms = [
+        row
+        for name in ("group", "pair", "cumulative")
+        for row in families.get(name, {"rows": []})["rows"]
+    ]
+    rows = [
+        [
+            row["arm"],
+            ", ".join(map(page_data.visible, row["tokens"][:_NAMED]))
+            + f" and {len(row['tokens']) - _NAMED} more" * (len(row["tokens"]) > _NAMED),
+            f"{row['held']:,}" + " of the second half" * row["second_half"],
+            _told(row),
+            _told(row, "_held"),
+            f"{row['down']} / {row['up']}",
+            f"{row['unparsed']:.0%}",
+            style.p_value(row["p_adjusted"]),
+            row["category"],
+        ]
+        for row in arms[:_LISTED]
+    ]
+    caption = (
+        "Several types together. What was chosen by its effect on one half of the problems is "
+        "measured on the other."
+    )
+    head = ["arm", "tokens", "problems that hold one", "change, points", "where held, points"]
+    head += ["worse / better", "no answer found", "p adjusted", "name"]
+    return markup.table(caption, head, rows) if rows else ""
+
+
+def _pairs(found: Mapping[str, Any]) -> str:
+    tokens = {
+        row["ids"][0]: page_data.visible(row["tokens"][0])
+        for row in found["families"].get("single", {"rows": []})["rows"]
+    }
+    rows = [
+        [
+            " and ".join(tokens.get(i, str(i)) for i in row["ids"]),
+            _told(row) if row["low"] is not None else f"{100 * row['delta']:+z.1f}",
+            style.p_value(row["p_adjusted"]),
+        ]
+        for row in found.get("interactions") or []
+    ]
+    caption = (
+        "Are two types more than the sum of both? Change under both bans minus the changes under "
+        "each; above 0: they cost less together."
+    )
+    return (
+        markup.table(caption, ["types", "difference, points", "p adjusted"], rows) if rows else ""
+    )
+
+
+def _teacher(found: Mapping[str, Any]) -> str:
+    names = {
+        row["arm"]: page_data.visible(row["tokens"][0])
+        for family in ("single", "local")
+        for row in found["families"].get(family, {"rows": []})["rows"]
+    }
+    rows = []
+    for arm, row in list((found.get("substitutions") or {}).items())[:_LISTED]:
+        change = "–"
+        if "change" in row:
+            change = f"{row['change']:+z.3f}"
+            change += "" if row["low"] is None else f" [{row['low']:z.3f}, {row['high']:z.3f}]"
+        rows.append(
+            [
+                names.get(arm, arm),
+                arm.rpartition(" ")[0],
+                str(row["answers"]),
+                f"{row['logp_banned']:z.2f}",
+                f"{row['logp_substitute']:z.2f}",
+                *(f"{row[name]:.3f}" if name in row else "–" for name in ("kl_before", "kl_after")),
+                change,
+            ]
+        )
+    caption = (
+        f"What the teacher, {found.get('teacher')}, says of what is said instead: its mean "
+        "log-probability of the banned and of the substituted token, and the KL per token of the "
+        "rest of the answer, in nats, without and under the ban."
+    )
+    head = ["token", "arm", "answers", "log p, banned", "log p, said instead"]
+    head += ["KL before", "KL after", "change"]
     return markup.table(caption, head, rows) if rows else ""
 
 

@@ -1,6 +1,7 @@
 """The page's section of a knockout, from a summary of two families and through the command."""
 
 import json
+import re
 
 import pytest
 import rocks_out
@@ -37,6 +38,18 @@ def folder(tmp_path):
     single = [told(Arm(f"single {i}", "single", (i,)), e) for i, e in enumerate((falls, same))]
     local = [told(Arm("local 0", "local", (0,), 1), falls)]
     local += [told(Arm("local control 2", "local", (2,), 1), same)]
+    several = [told(Arm("group mine, hungarian", "group", (0,)), falls)]
+    several[0] |= {"tokens": ["<i>"] * 9, "second_half": True}
+    both = [told(Arm("pair 0 1", "pair", (0,)), same)]
+    score = {"answers": 40, "logp_banned": -0.5, "logp_substitute": -9.25}
+    kl = {
+        "kl_before": 0.25,
+        "kl_after": 0.75,
+        "change": 0.5,
+        "low": 0.375,
+        "high": 0.625,
+        "p": 0.01,
+    }
     ends = {"rho": -0.4, "low": -0.6, "high": -0.1, "p": 0.01, "p_adjusted": 0.02, "types": 30}
     summary = {
         "model": "run@4",
@@ -46,8 +59,17 @@ def folder(tmp_path):
         "checks": {n: {"answers": 100, "off": 0} for n in ("null", "absent", "prefix")},
         "families": {
             name: effects.family(rows) | {"rows": rows}
-            for name, rows in (("single", single), ("local", local))
+            for name, rows in (
+                *(("single", single), ("local", local)),
+                *(("pair", both), ("group", several)),
+            )
         },
+        "teacher": "t<u>",
+        "substitutions": {"single 0": score | kl, "local 0": score},
+        "interactions": [
+            {"ids": [0, 1], "delta": 0.125, "low": 0.0625, "high": 0.25, "p": 0.01}
+            | {"p_adjusted": 0.015}
+        ],
         "correlations": {"delta": [], "delta_held": [{"predictor": "frequency", **ends}]},
     }
     (tmp_path / "knockout").mkdir()
@@ -68,10 +90,42 @@ def test_the_page_says_what_was_found(folder):
     assert "-0.40 [-0.60, -0.10]" in section
     assert "50% of 80 answers still come to the baseline" in section
     assert '<a href="#knockout">Knockout</a>' in page
+    several = re.search(r'<tr><th scope="row">group mine, hungarian</th>.*?</tr>', section)[0]
+    assert "&lt;i&gt; and 1 more" in several
+    assert "40 of the second half" in several
+    assert "-20.0 [-30.0, -12.0]" in several
+    assert '<tr><th scope="row">pair 0 1</th>' in section
+    pair = re.search(r'<tr><th scope="row">&lt;script&gt; and ␣Δ</th>.*?</tr>', section)[0]
+    assert "+12.5 [6.2, 25.0]" in pair
+    assert "p 0.015" in pair
+    rows = re.findall(r'<tr><th scope="row">&lt;script&gt;</th>.*?</tr>', section)
+    scored = [re.sub("<[^>]*>", " ", row).split() for row in rows if "-9.25" in row]
+    kept = ["40", "-0.50", "-9.25"]
+    assert scored == [
+        ["&lt;script&gt;", "single", *kept, "0.250", "0.750", "+0.500", "[0.375,", "0.625]"],
+        ["&lt;script&gt;", "local", *kept, "–", "–", "–"],
+    ]
+    assert "What the teacher, t&lt;u&gt;, says of what is said instead" in section
     # Text of a model stays text.
     assert "&lt;script&gt;" in section
     assert "<b>" not in section.replace("<b></b>", "")
     assert "whether the tokens matter" not in page
+
+
+def test_a_knockout_without_a_teacher_and_pairs_has_no_tables_of_them(folder):
+    path = folder / "knockout" / "summary.json"
+    summary = json.loads(path.read_text())
+    for name in ("teacher", "substitutions", "interactions"):
+        del summary[name]
+    for name in ("pair", "group"):
+        del summary["families"][name]
+    path.write_text(json.dumps(summary))
+    build.report([folder / "run"], folder / "page.html", knockout=folder / "knockout")
+    page = (folder / "page.html").read_text(encoding="utf-8")
+    assert "says of what is said instead" not in page
+    assert "Several types together" not in page
+    assert "more than the sum" not in page
+    assert "what a teacher says of the substitutes: can be added with" in page
 
 
 def test_without_one_the_page_says_how_to_add_it(folder):
