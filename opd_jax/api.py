@@ -17,7 +17,7 @@ from opd_jax.evaluate.generate import generate as generate
 from opd_jax.instrument import stages
 from opd_jax.instrument.flags import Flags
 from opd_jax.instrument.knockout import census
-from opd_jax.instrument.knockout.request import Request
+from opd_jax.instrument.knockout.request import Request, families
 from opd_jax.report.build import report as report
 from opd_jax.run import sweep as sweeps
 from opd_jax.run import train
@@ -145,9 +145,9 @@ def _paths(given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> 
 
 
 def knockout(
-    model: str,
-    task_files: str,
-    types: str,
+    model: str | os.PathLike[str],
+    task_files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    types: str | os.PathLike[str] | Sequence[int],
     out: str | os.PathLike[str],
     *,
     plan: bool = False,
@@ -159,11 +159,12 @@ def knockout(
 
     Args:
       model, task_files, types, out: as fields of ``knockout.request.Request`` of that name
-        (``tasks`` is ``task_files``).
+        (``tasks`` is ``task_files``); several files, and ids, also as a list.
       plan: answer without a ban, say what the rest costs, stop.
       mesh: default: all devices along ``data``.
       say: receives lines.
-      flags: further fields of it, of ``benchmark.Settings`` and of ``tasks.Form``.
+      flags: further fields of it, of ``benchmark.Settings`` and of ``tasks.Form``; ``families``
+        also as the command's ``--arms``, a text.
 
     Returns:
       What ``summary.json`` in ``out`` holds; None of a plan.
@@ -173,10 +174,13 @@ def knockout(
     """
     command.keep_programs()
     settings, form, rest = _sorted(flags)
+    if (asked := rest.get("families")) is not None:
+        rest["families"] = families(asked if isinstance(asked, str) else ",".join(asked))
+    is_one = isinstance(types, str | os.PathLike)
     request = Request(
-        model=model,
-        tasks=task_files,
-        types=types,
+        model=os.fspath(model),
+        tasks=",".join(_paths(task_files)),
+        types=os.fspath(types) if is_one else ",".join(map(str, types)),
         out=files.path_of(out),
         settings=settings,
         form=form,

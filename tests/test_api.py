@@ -104,6 +104,12 @@ def test_models_are_evaluated_and_knocked_out_as_by_the_commands(tiny, tmp_path)
     ids = held(tmp_path / "none")
     more = {"effect": 1.0, "power": 0.2, "batch": 16, "families": ("single",)}
     result = opd_jax.knockout(model, str(task), ids, tmp_path / "k", **flags, **more, **quiet)
+    listed = [int(i) for i in ids.split(",")]  # and paths, and arms as the command has them
+    again = flags | more | {"families": "single"}
+    told = opd_jax.knockout(models[0], [task], listed, tmp_path / "k", **again, **quiet)
+    assert {k: v for k, v in told.items() if k != "time"} == {
+        k: v for k, v in result.items() if k != "time"
+    }
     argv = [*argv[:-1], "--effect=1", "--power=0.2", "--batch=16", "--arms=single"]
     argv += [f"--model={model}", f"--tasks={task}", f"--types={ids}", f"--out={tmp_path / 'c'}"]
     assert cli.main(["knockout", *argv]) == 0

@@ -25,6 +25,7 @@ from opd_jax.run import budget, comparable, crew, repeats, standings, train
 from opd_jax.run.arms import Job, Margins
 from opd_jax.spec import ConfigError, RunConfig
 from opd_jax.store import hub
+from opd_jax.store import workdir as workdirs
 
 _MOST_SEEDS = 10_000
 BASELINE = "full"  # plain distillation, where it is among the arms
@@ -91,8 +92,8 @@ def main(argv: Sequence[str]) -> int:
         "eval.margin_kl of the baseline",
     )
     flags, overrides = parser.parse_known_args(list(argv))
-    if flags.seeds > _MOST_SEEDS:
-        raise ConfigError(f"seeds {flags.seeds}: expected at most {_MOST_SEEDS}; set --seeds")
+    if not 1 <= flags.seeds <= _MOST_SEEDS:
+        raise ConfigError(f"seeds {flags.seeds}: expected 1 to {_MOST_SEEDS} of them; set --seeds")
     stop = processes.Stop()
     if flags.at_once > 1:  # this process trains nothing and leaves the devices to its children
         jax.config.update("jax_platforms", "cpu")
@@ -174,6 +175,10 @@ def sweep(
             f"eval_seeds {eval_seeds}, at_once {at_once}: expected at least 1 of both; set "
             "--eval-seeds / --at-once"
         )
+    if isinstance(arms, str) or not isinstance(seeds, Sequence):
+        raise ConfigError(
+            f"arms {arms!r}, seeds {seeds!r}: expected lists, such as ['full', 'rock'] and range(3)"
+        )
     if not seeds or len({*seeds}) < len(seeds):
         raise ConfigError(f"seeds {[*seeds]}: expected different ones, at least one; set --seeds")
     _check_names(arms)
@@ -202,6 +207,11 @@ def sweep(
         )
     for arm in arms:
         comparable.check_comparable(baseline, runs[baseline], arm, runs[arm])
+    if workdirs.read_run(Path(workdir)) is not None:
+        raise workdirs.WorkdirError(
+            f"{workdir} is the workdir of a run: expected a new folder, or that of a sweep; give "
+            "another --workdir"
+        )
     folders = [Path(workdir) / folder_name(arm) / f"seed-{seed}" for seed in seeds for arm in arms]
     models = {path for run in runs.values() for path in run.models}
     # Once: all runs are of the same models.

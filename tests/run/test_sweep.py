@@ -257,7 +257,7 @@ def test_runs_of_fewer_steps_are_gone_on_with_all_or_none(file, tmp_path):
         (["--config.seed=3"], "full,ema", ("--config.seed", "--seeds")),
         (["--config.eval.every=0"], "full,ema", ("eval.every is 0", "--config.eval.every")),
         (["--wrkdir=x"], "full,ema", ("wrkdir",)),
-        (["--seeds=0"], "full,ema", ("seeds []", "at least one", "--seeds")),
+        (["--seeds=0"], "full,ema", ("seeds 0", "expected 1 to", "--seeds")),
         ([], "full,ema:q=1", ("'q'", "expected one of")),
     ],
 )
@@ -269,6 +269,20 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     for word in words:
         assert word in str(error.value)
     assert not (tmp_path / "sweep").exists()
+
+
+def test_the_workdir_of_a_run_is_no_place_for_a_sweep(whole, file):
+    run = whole / "full" / "seed-0"
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    with pytest.raises(workdirs.WorkdirError, match="seed-0 is the workdir of a run: expected a"):
+        sweep.main(argv(file, run))
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("arms", "seeds"), [("full,ema", [0]), (["full"], 2)])
+def test_from_python_arms_and_seeds_are_lists(file, tmp_path, arms, seeds):
+    with pytest.raises(ConfigError, match=r"expected lists, such as \['full', 'rock'\] and range"):
+        sweep.sweep(str(file), arms, seeds, str(tmp_path / "sweep"))
 
 
 def test_a_seed_counts_once(file, tmp_path):
