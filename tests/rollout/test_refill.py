@@ -12,6 +12,7 @@ from opd_jax import mesh
 from opd_jax.models import params, transformer
 from opd_jax.models.architecture import Experts, LayerKind
 from opd_jax.plan import hlo
+from opd_jax.plan.chips import afresh
 from opd_jax.rollout import decode, refill
 from opd_jax.rollout.sampling import Sampler
 
@@ -176,7 +177,8 @@ def test_the_loop_over_tokens_moves_no_cache():
         WEIGHTS, prompts(), jax.random.key(1), None, jnp.int32(0), None,
         cfg=CFG, sampler=SAMPLER, max_new=MAX_NEW, samples=1, slots=3,
     )  # fmt: skip
-    program = hlo.read(lowered.compile().as_text())
+    with afresh():  # a kept program has the names of the code that first compiled it
+        program = hlo.read(lowered.compile().as_text())
     heads = (3, CFG.num_kv_heads)
     caches = {(*heads, CFG.head_dim, WIDTH + MAX_NEW), (*heads, WIDTH + MAX_NEW, CFG.head_dim)}
     runs = [(op, times) for _, op, times, in_open in program.runs() if in_open]
