@@ -389,3 +389,7 @@ def test_another_folder_is_left_alone(tiny, task, tmp_path, capsys):
     assert knockout(tiny, task, tmp_path, types="5") == 1
     assert "holds 'mine' and no knockout.json" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
+    for place in (tmp_path / "mine", tmp_path / "mine" / "below"):
+        assert knockout(tiny, task, place, types="5") == 1
+        assert f"{place} is, or lies below, a file" in capsys.readouterr().err
+    assert (tmp_path / "mine").read_text() == "kept"
