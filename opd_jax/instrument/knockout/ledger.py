@@ -150,6 +150,10 @@ class Ledger:
         processes.on_first(lambda: files.write_atomic(self.folder / name, text))
 
     def _enter(self, record: results.EvalRecord) -> None:
+        if any(place.is_file() for place in (self.folder, *self.folder.parents)):
+            raise KnockoutError(
+                f"{self.folder} is, or lies below, a file: expected a folder; give another --out"
+            )
         old = load_record(self.folder)
         if old is None:
             with contextlib.suppress(FileNotFoundError):
