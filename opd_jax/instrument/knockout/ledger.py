@@ -69,7 +69,11 @@ def load_record(folder: Path) -> results.EvalRecord | None:
         return records.read(folder / RECORD, results.EvalRecord, change=_CHANGE)
     except FileNotFoundError:
         return None
-    except (NotADirectoryError, records.RecordError) as error:
+    except NotADirectoryError as error:
+        raise KnockoutError(
+            f"{folder} is, or lies below, a file: expected a folder; give another --out"
+        ) from error
+    except records.RecordError as error:
         raise KnockoutError(str(error)) from error
 
 
@@ -150,10 +154,6 @@ class Ledger:
         processes.on_first(lambda: files.write_atomic(self.folder / name, text))
 
     def _enter(self, record: results.EvalRecord) -> None:
-        if any(place.is_file() for place in (self.folder, *self.folder.parents)):
-            raise KnockoutError(
-                f"{self.folder} is, or lies below, a file: expected a folder; give another --out"
-            )
         old = load_record(self.folder)
         if old is None:
             with contextlib.suppress(FileNotFoundError):
