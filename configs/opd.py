@@ -22,9 +22,9 @@ Arguments:
 To add an arm: give it a name and its settings in ``ARMS``; an arm that weighs positions needs a
 mode in ``opd_jax/position.py`` first (its formula in ``_kept``, its line in the table of that
 docstring; if it needs the batch measured, its name in ``MEASURED``). What it may differ in from the
-others is ``_OF_AN_ARM`` in ``opd_jax/run/comparable.py``. Write down what you expect before you run it:
-``--config.prediction="..."`` for one run, or ``c.prediction`` in a file; the sweep prints it beside
-the result. ``tests/test_configs.py`` has the list of all arms.
+others is ``_OF_AN_ARM`` in ``opd_jax/run/comparable.py``. Write down what you expect before you run
+it: ``--config.prediction="..."`` for one run, or ``c.prediction`` in a file; the sweep prints it
+beside the result. ``tests/test_configs.py`` has the list of all arms.
 
 The arms and their controls follow the experiments asked for in the discussion of arXiv 2605.09253:
 an arm that is better than ``full`` has to be better than its controls too.
