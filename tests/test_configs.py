@@ -147,6 +147,21 @@ def test_gsm8k(stage):
     assert run.data.columns == (("prompt", "question"),)
 
 
+@pytest.mark.parametrize("devices", [4, 8, 16, 32, 64])
+def test_a_larger_qwen_on_many_devices(devices):
+    run = resolve(CONFIGS / "qwen3_4b.py", f"teacher=Qwen3-32B,devices={devices}")
+    assert run.teacher.path.endswith("Qwen3-32B")
+    assert (run.train.prompts * run.rollout.samples, run.rollout.max_new) == (256, 8192)
+    assert run.train.microbatches * devices == 256
+    assert devices % run.mesh.rollout_model == run.train.prompts % devices == 0
+
+
+@pytest.mark.parametrize("devices", [0, 6, 128])
+def test_rows_that_do_not_divide_over_the_devices_are_refused(devices):
+    with pytest.raises(ConfigError, match=rf"devices is {devices}: expected .* set :devices="):
+        resolve(CONFIGS / "qwen3_4b.py", f"devices={devices}")
+
+
 @pytest.mark.parametrize("name", ["two_stages", "qwen3_30b_to_4b", "gsm8k_qwen"])
 def test_there_is_no_third_stage(name):
     with pytest.raises(ConfigError, match=r"stage is 3: expected .* set :stage="):
