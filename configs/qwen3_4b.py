@@ -21,7 +21,7 @@ def get_config(arg: str = ""):
     args = config.parse_arg(arg, teacher="Qwen3-8B", prompts="prompts.jsonl", devices=16)
     if args.devices not in (4, 8, 16, 32, 64):
         raise ConfigError(
-            f"devices is {args.devices}: expected 4, 8, 16, 32 or 64, over which 64 prompts divide; "
+            f"devices is {args.devices}: expected 4, 8, 16, 32 or 64, which divide 64 prompts; "
             "set :devices="
         )
     c = config.defaults()
