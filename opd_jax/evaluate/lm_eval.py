@@ -31,6 +31,8 @@ _MAX_NEW = 256  # ids of a response, where a task does not say
 _ROUND = 128  # ids after which rows that have met a stop string are left out
 _NAMES_OF_MAX_NEW = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _FILTERS = ("temperature", "top_k", "top_p", "min_p")
+# Others that change no response at these values; any other value of them, or name, is refused.
+_NEUTRAL = {"num_beams": 1, "repetition_penalty": 1, "num_return_sequences": 1, "use_cache": True}
 
 
 @register_model("opd_jax")
@@ -166,6 +168,11 @@ class OpdJax(TemplateLM):
         """Log-likelihood and greediness of continuations, contexts cut from the left to fit."""
         rows = []
         for _, context, continuation in requests:
+            if not continuation:
+                raise ValueError(
+                    "a continuation is empty: expected text to score behind every context; mend "
+                    "doc_to_choice or doc_to_target of the task"
+                )
             ids = [*context, *continuation][-(self.max_length + 1) :]
             if len(continuation) >= len(ids):
                 raise ValueError(
@@ -221,10 +228,11 @@ class OpdJax(TemplateLM):
         groups: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
-        for kwargs, places in groups.items():
-            plan = _Plan(json.loads(kwargs), self.max_gen_toks, self.max_length)
+        plans = [_Plan(json.loads(each), self.max_gen_toks, self.max_length) for each in groups]
+        for plan, places in zip(plans, groups.values(), strict=True):
+            room = self.max_length - plan.max_new
             contexts = [
-                self.tok_encode(requests[place].args[0])[-(self.max_length - plan.max_new) :]
+                self.tok_encode(requests[place].args[0])[-room:] or [self.prefix_token_id]
                 for place in places
             ]
             for place, text in self._responses(places, contexts, plan):
@@ -306,6 +314,13 @@ class _Plan:
             self.filters = {}
             temperature = 0.0
         self.filters["temperature"] = temperature
+        for name, value in given.items():
+            if name not in _NEUTRAL or value != _NEUTRAL[name]:
+                raise ValueError(
+                    f"a task, or --gen_kwargs, asks for {name}={value!r}, which this model cannot "
+                    "do: expected until, do_sample, max_gen_toks, temperature, top_k, top_p or "
+                    "min_p; leave it out"
+                )
 
     def cut(self, text: str, think_end: str | None) -> str:
         """A response without its thought, up to the first stop string."""

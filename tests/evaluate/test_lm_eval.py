@@ -61,6 +61,10 @@ metric_list:
   - metric: exact_match
 """,
 }
+FEWSHOT = (
+    *("--apply_chat_template", "--system_instruction=Be brief.", "--num_fewshot=2"),
+    *("--fewshot_as_multiturn=true", "--gen_kwargs=max_gen_toks=12,temperature=0.0", "--limit=5"),
+)
 ONE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}  # slots divide over devices
 RESULTS = ("acc,none", "acc_norm,none", "word_perplexity,none", "byte_perplexity,none",
            "exact_match,none")  # fmt: skip
@@ -153,7 +157,7 @@ def check_same(ours, theirs, rel):
 
 @pytest.mark.ci
 @pytest.mark.optimized
-@pytest.mark.parametrize("flags", [(), ("--apply_chat_template",)])
+@pytest.mark.parametrize("flags", [(), FEWSHOT])
 def test_a_small_model_gives_the_numbers_of_hf(tiny, tasks, tmp_path, flags):
     args = f"pretrained={tiny / 'student'},dtype=float32"
     ours = run(tasks, tmp_path / "ours", "opd_jax", args, *flags)
@@ -163,6 +167,53 @@ def test_a_small_model_gives_the_numbers_of_hf(tiny, tasks, tmp_path, flags):
     check_same(spread, theirs, 1e-4)
     slots = run(tasks, tmp_path / "slots", "opd_jax", f"{args},slots=2", *flags, env=ONE)
     check_same(slots, theirs, 1e-4)
+
+
+@pytest.mark.ci
+@pytest.mark.optimized
+def test_single_requests_are_answered_as_hf_answers_them(tiny):
+    """What is cut from the left, empty contexts, stop strings of several tokens, number by number.
+
+    A text to generate from that is empty, and what this model does not do, hf fails at or does.
+    """
+    models = importlib.import_module("lm_eval.models.huggingface")
+    instances = importlib.import_module("lm_eval.api.instance")
+    own = importlib.import_module("opd_jax.evaluate.lm_eval")
+    given = {"pretrained": str(tiny / "student"), "dtype": "float32", "batch_size": 4}
+    both = own.OpdJax(**given), models.HFLM(**given, device="cpu")
+
+    def ask(model, kind, *rows):
+        wanted = [instances.Instance(request_type=kind, doc={}, arguments=row, idx=n)
+                  for n, row in enumerate(rows)]  # fmt: skip
+        return getattr(model, kind)(wanted, disable_tqdm=True)
+
+    long = "Tara has 3 plums and buys 4 more. " * 12  # of the model's 64 positions it fills 133
+    scored = [("", "12 plums"), ("Tara has ", "12"), (long, " 12 plums"), ("a", "b " * 20),
+              ("Tom ", " ")]  # fmt: skip
+    ours, theirs = (ask(model, "loglikelihood", *scored) for model in both)
+    assert [x[0] for x in ours] == pytest.approx([x[0] for x in theirs], abs=1e-4)
+    assert [x[1] for x in ours] == [x[1] for x in theirs]
+    ours, theirs = (ask(model, "loglikelihood_rolling", (long,), ("a",), ("",)) for model in both)
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    for more in (
+        {"until": ["\n", "?"], "do_sample": False},
+        {"until": "wicewice", "temperature": 0.0},
+        {"until": [], "do_sample": False, "temperature": 0.7, "num_beams": 1},
+    ):
+        kwargs = {"max_gen_toks": 20, **more}
+        ours, theirs = (
+            ask(model, "generate_until", (long, kwargs), ("Tara has", kwargs)) for model in both
+        )
+        assert ours == theirs
+    (alone,) = ask(both[0], "generate_until", ("", {"until": ["\n"], "max_gen_toks": 8}))
+    assert isinstance(alone, str)
+    for refused in ({"num_beams": 2}, {"repetition_penalty": 1.5}, {"max_length": 30}):
+        kwargs = ({"max_gen_toks": 8}, {"max_gen_toks": 8, **refused})
+        with pytest.raises(ValueError, match=f"asks for {next(iter(refused))}="):
+            ask(both[0], "generate_until", *(("Tara", each) for each in kwargs))
+    for row, part in ((("abc", ""), "a continuation is empty"), (("abc", long), "133 ids and 64")):
+        with pytest.raises(ValueError, match=part):
+            ask(both[0], "loglikelihood", row)
 
 
 @pytest.mark.ci
