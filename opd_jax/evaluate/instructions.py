@@ -45,7 +45,7 @@ def follows(response: str, gold: str) -> bool:
     """Whether a response follows all instructions.
 
     Raises:
-      ImportError: the harness, or what its checks need, is not installed.
+      ImportError: the harness, or what its checks need (data of nltk), is not installed.
       RecordError: the gold answer cannot be read.
       ValueError: an instruction that the harness does not know, or arguments that it cannot use.
     """
@@ -70,6 +70,11 @@ def follows(response: str, gold: str) -> bool:
             raise ValueError(
                 f"the instruction {error} is not known to lm-evaluation-harness: expected one of "
                 "its own; correct instruction_id_list"
+            ) from error
+        if isinstance(error, LookupError) and "nltk" in str(error):
+            raise ImportError(
+                f"{', '.join(wanted['instruction_id_list'])} is checked with data of nltk that is "
+                "not here: expected punkt_tab; python -m nltk.downloader punkt_tab"
             ) from error
         raise ValueError(
             f"lm-evaluation-harness cannot check {', '.join(wanted['instruction_id_list'])} with "

@@ -26,6 +26,8 @@ def harness(monkeypatch):
         asked.append((example, response))
         if "unknown" in example["instruction_id_list"]:
             raise KeyError("unknown")
+        if "sentences" in example["instruction_id_list"]:
+            raise LookupError("Resource punkt_tab not found: nltk.download('punkt_tab')")
         for given in example["kwargs"]:
             if "colour" in given:
                 raise TypeError("unexpected keyword 'colour'")
@@ -69,6 +71,14 @@ def test_lines_of_ifeval_are_read(tmp_path):
         tiny_run.write_lines(path, [GOLD, GOLD | changed])
         with pytest.raises(tasks.TaskError, match=rf"ifeval.jsonl:2: .*{part}"):
             tasks.read(str(path))
+
+
+@pytest.mark.usefixtures("harness")
+def test_without_the_data_of_nltk_it_says_how_to_get_it():
+    with pytest.raises(
+        ImportError, match=r"^sentences, sentences is .*; python -m nltk.downloader punkt_tab"
+    ):
+        grading.check("ifeval", json.dumps(GOLD | {"instruction_id_list": ["sentences"] * 2}))
 
 
 def test_without_the_harness_it_says_what_to_install(monkeypatch, tmp_path):
