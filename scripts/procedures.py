@@ -162,6 +162,22 @@ def _truth(down: float, up: float) -> float:
     return float((np.minimum(up * spread, 0.5) - np.minimum(down * spread, 0.5)).mean())
 
 
+def hardly_changed(problems: int, down: float, up: float):
+    """Two evaluations that differ by the margin, in few problems; and by the bootstrap alone."""
+    truth = up - down
+
+    def draw(rng: Rng):
+        change_N = rng.choice([1.0, -1.0, 0.0], p=[up, down, 1 - up - down], size=problems)
+        alone = stats.bootstrap(change_N, margin=abs(truth), resamples=600, seed=_seed(rng))
+        outcomes = []
+        for found in (changes.widened(alone, change_N, abs(truth)), alone):
+            assert found.p_equivalent is not None
+            outcomes += [holds(found, truth), rejects(found.p_equivalent)]
+        return tuple(outcomes)
+
+    return draw
+
+
 def equivalence_of(problems: int, seeds: int):
     """Two one-sided tests where the difference is the margin itself: they must not say "less"."""
 
@@ -363,6 +379,23 @@ SIMULATIONS = (
             (30, 1, 0.03, 0.0, "30 problems, 3% down"),
             (2000, 1, 0.05, 0.02, "2,000 problems, 5% down, 2% up"),
             (100, 4, 0.1, 0.05, "100 problems, 4 answers, a tenth down, 5% up"),
+        )
+    ),
+    *(
+        Simulation(
+            hardly_changed(problems, down, up),
+            (
+                interval(f"few changes of accuracy; {told}", slack=0.02),
+                test(f"few changes, differs by the margin; {told}", slack=0.01),
+                interval(f"few changes, bootstrap; {told}", **PUBLISHED),
+                test(f"few changes, margin, bootstrap; {told}", **PUBLISHED),
+            ),
+            1000,
+        )
+        for problems, down, up, told in (
+            (30, 0.02, 0.0, "30 problems, 2% down"),
+            (100, 0.03, 0.01, "100 problems, 3% down, 1% up"),
+            (500, 0.02, 0.0, "500 problems, 2% down"),
         )
     ),
     *(

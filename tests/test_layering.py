@@ -24,7 +24,6 @@ ORDER: list[str | tuple[str, list]] = [
     # the algorithm, its models and its data
     "divergence",
     "agreement",
-    "sums",
     "kl",
     "rock",
     "position",

@@ -74,7 +74,7 @@ def exchanged(program, least):
     for _, op, times, _ in program.runs():
         kind = op.kind.removesuffix("-start")
         sizes = {tuple(a.dims) for a in op.arrays if len(a.dims) >= 2}
-        is_rows = "rows_of_table" in op.op_name
+        is_rows = "scatter-add" in op.op_name
         if (
             kind in COLLECTIVES
             and not is_rows

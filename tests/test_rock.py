@@ -101,6 +101,28 @@ def test_counting_goes_on_where_single_ones_are_lost():
     assert float(got.count_V[2]) == 2**24
 
 
+@pytest.mark.parametrize("columns", [1, 2, 3, 8, 12])
+def test_a_tpus_pieces_add_what_one_sum_adds_bit_for_bit(columns, monkeypatch):
+    """Pieces of 16 positions, with ids that come often in each and one that there is no sum for."""
+    rng = np.random.default_rng(columns)
+    ids_BT = np.minimum(rng.geometric(0.3, (8, columns)) - 1, V).astype(np.int32)
+    kl_BT = rng.gamma(0.3, size=ids_BT.shape).astype(np.float32) * 10.0 ** rng.integers(-3, 4)
+    mask_BT = rng.random(ids_BT.shape) < 0.8
+    cfg = RockConfig()
+
+    def updated():
+        def update(*given):
+            return rock.update(rock.init(V, cfg=cfg), *given, cfg=cfg)
+
+        return jax.tree.leaves(jax.jit(update)(ids_BT, kl_BT, mask_BT))
+
+    whole = updated()
+    monkeypatch.setattr(mesh, "platform", lambda: "tpu")
+    monkeypatch.setattr(rock, "_PIECE", 16)
+    for found, wanted in zip(updated(), whole, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 def test_measuring_alone_never_changes_the_members():
     ids, kl, importance = batch()
     before = state(np.ones(V), member=(1, 2))
