@@ -383,23 +383,6 @@ SIMULATIONS = (
     ),
     *(
         Simulation(
-            hardly_changed(problems, down, up),
-            (
-                interval(f"few changes of accuracy; {told}", slack=0.02),
-                test(f"few changes, differs by the margin; {told}", slack=0.01),
-                interval(f"few changes, bootstrap; {told}", **PUBLISHED),
-                test(f"few changes, margin, bootstrap; {told}", **PUBLISHED),
-            ),
-            1000,
-        )
-        for problems, down, up, told in (
-            (30, 0.02, 0.0, "30 problems, 2% down"),
-            (100, 0.03, 0.01, "100 problems, 3% down, 1% up"),
-            (500, 0.02, 0.0, "500 problems, 2% down"),
-        )
-    ),
-    *(
-        Simulation(
             equivalence_of(problems, seeds),
             (test(f"accuracy differs by the margin; {problems} problems, {told}", slack=0.01),),
             1000,
@@ -476,5 +459,22 @@ SIMULATIONS = (
             600,
         )
         for num, reliability in ((100, 0.9), (100, 0.6), (200, 0.6))
+    ),
+    *(
+        Simulation(
+            hardly_changed(problems, down, up),
+            (
+                interval(f"few changes of accuracy; {told}", slack=0.02),
+                test(f"few changes, differs by the margin; {told}", slack=0.01),
+                interval(f"few changes, bootstrap; {told}", **PUBLISHED),
+                test(f"few changes, margin, bootstrap; {told}", **PUBLISHED),
+            ),
+            1000,
+        )
+        for problems, down, up, told in (
+            (30, 0.02, 0.0, "30 problems, 2% down"),
+            (100, 0.03, 0.01, "100 problems, 3% down, 1% up"),
+            (500, 0.02, 0.0, "500 problems, 2% down"),
+        )
     ),
 )  # fmt: skip
