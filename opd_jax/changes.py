@@ -17,9 +17,8 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import optimize
-from scipy import stats as distributions
 
 from opd_jax import stats
 from opd_jax.stats import Interval
@@ -74,7 +73,7 @@ def flips(change_N: ArrayLike) -> Flips:
 
 def interval(found: Flips) -> tuple[float, float]:
     """Tango's interval at ``stats.LEVEL`` of the change of accuracy."""
-    z2 = float(distributions.norm.ppf((1 + stats.LEVEL) / 2)) ** 2
+    z2 = float(scipy.stats.norm.ppf((1 + stats.LEVEL) / 2)) ** 2
     delta = found.delta
 
     def refused(value: float) -> float:
@@ -91,7 +90,7 @@ def interval(found: Flips) -> tuple[float, float]:
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    return float(optimize.brentq(function, low, high))  # pyright: ignore[reportArgumentType]
+    return float(scipy.optimize.brentq(function, low, high))  # pyright: ignore[reportArgumentType]
 
 
 def equivalence(found: Flips, margin: float) -> float:
@@ -101,7 +100,7 @@ def equivalence(found: Flips, margin: float) -> float:
         spread = found.spread(sign * margin)
         away = sign * (sign * margin - found.delta)  # how far inside the margin it lies
         z = away * math.sqrt(found.num / spread) if spread else math.copysign(math.inf, away)
-        p.append(float(distributions.norm.sf(z)))
+        p.append(float(scipy.stats.norm.sf(z)))
     return max(p)
 
 

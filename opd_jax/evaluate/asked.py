@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from opd_jax import processes
 from opd_jax.data import widths
 from opd_jax.data.prompts import Example
 from opd_jax.evaluate import finding, grading, tasks
@@ -16,7 +17,7 @@ from opd_jax.evaluate.grading import Verdict
 from opd_jax.evaluate.problems import Problem
 from opd_jax.evaluate.results import EvalRecord
 from opd_jax.evaluate.tasks import Form, Task
-from opd_jax.store import fingerprint, pair
+from opd_jax.store import fingerprint, pair, workdir
 from opd_jax.store.pair import Model
 
 
@@ -41,6 +42,14 @@ class Row:
             truncated=truncated,
             in_thought=finding.opens_thought(self.example.text),
         )
+
+
+def begun(old: EvalRecord | None) -> str:
+    """When a folder's problems were first asked, on every process: now, where it is new.
+
+    A chat template may write the date, and what goes on must ask what it asked before.
+    """
+    return processes.agreed_text(old["time"] if old else workdir.timestamp())
 
 
 def rows(model: Model, given: Sequence[Task], max_new: int, form: Form, *, begun: str) -> list[Row]:

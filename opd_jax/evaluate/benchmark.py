@@ -26,7 +26,6 @@ from opd_jax.rollout import answers as drawing
 from opd_jax.rollout import refill
 from opd_jax.rollout.sampling import Sampler
 from opd_jax.store import pair as pairs
-from opd_jax.store import workdir
 from opd_jax.store.pair import Model
 
 
@@ -115,9 +114,7 @@ def evaluate(
         raise ValueError(f"batch is {batch}: expected at least 1; set --batch")
     model = pairs.open_model(ref, mesh=mesh, dtype=dtype)
     drawing.check_slots(slots, batch, settings.samples, model.mesh)
-    old = results.load_record(out)
-    # A chat template may write the date: a resumed evaluation asks what it asked before.
-    begun = processes.agreed_text(old["time"] if old else workdir.timestamp())
+    begun = asked.begun(results.load_record(out))
     rows = asked.rows(model, given, settings.max_new, form, begun=begun)
     told = dataclasses.asdict(settings)
     del told["ks"]  # of the summary, not of the responses

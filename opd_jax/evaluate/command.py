@@ -112,10 +112,11 @@ def _evaluate(flags: Any) -> list[str]:
     else:
         found, means = benchmark.evaluate_seeds(flags.models, given, out, **how)
     lines = [line for ref, of in found.items() for line in (f"{ref}:", *metrics.table(of))]
-    note = f"intervals: {stats.LEVEL:.0%} over problems; responses and verdicts: {out}"
+    over = "over problems"
     if means:
         lines += [f"mean over {len(found)} models (training seeds):", *metrics.table(means)]
-        note = note.replace("over problems", "over problems, of means over problems and seeds")
+        over += ", of means over problems and seeds"
+    note = f"intervals: {stats.LEVEL:.0%} {over}; responses and verdicts: {out}"
     return [*lines, *textwrap.wrap(note, _COLUMNS)]
 
 

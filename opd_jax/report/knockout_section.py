@@ -27,6 +27,10 @@ _COMMAND = (
 _DRAWN = 40  # types in a figure
 _LISTED = 100  # in a table
 _NAMED = 8  # tokens of an arm
+_EFFECT = (
+    *("change, points", "where held, points", "worse / better", "no answer found"),
+    *("p adjusted", "name"),
+)
 _TITLES = {
     "single": "one type everywhere",
     "control": "types of like counts",
@@ -253,17 +257,11 @@ def _types(found: Summary) -> str:
                     page_data.visible(row["tokens"][0]),
                     row["arm"].rpartition(" ")[0],
                     f"{row['held']:,}",
-                    _told(row),
-                    _told(row, "_held"),
-                    f"{row['down']} / {row['up']}",
-                    f"{row['unparsed']:.0%}",
-                    style.p_value(row["p_adjusted"]),
-                    row["category"],
+                    *_effect(row),
                     instead or "–",
                 ]
             )
-    head = ["token", "arm", "problems that hold it", "change, points", "where held, points"]
-    head += ["worse / better", "no answer found", "p adjusted", "name", "said instead"]
+    head = ["token", "arm", "problems that hold it", *_EFFECT, "said instead"]
     caption = (
         "Type by type. A fall in which no answer is found any more tells of the form of the "
         "answers and not of the reasoning in them."
@@ -285,12 +283,7 @@ def _sets(found: Summary) -> str:
             ", ".join(map(page_data.visible, row["tokens"][:_NAMED]))
             + f" and {len(row['tokens']) - _NAMED} more" * (len(row["tokens"]) > _NAMED),
             f"{row['held']:,}" + " of the second half" * row["second_half"],
-            _told(row),
-            _told(row, "_held"),
-            f"{row['down']} / {row['up']}",
-            f"{row['unparsed']:.0%}",
-            style.p_value(row["p_adjusted"]),
-            row["category"],
+            *_effect(row),
         ]
         for row in arms[:_LISTED]
     ]
@@ -298,8 +291,7 @@ def _sets(found: Summary) -> str:
         "Several types together. What was chosen by its effect on one half of the problems is "
         "measured on the other."
     )
-    head = ["arm", "tokens", "problems that hold one", "change, points", "where held, points"]
-    head += ["worse / better", "no answer found", "p adjusted", "name"]
+    head = ["arm", "tokens", "problems that hold one", *_EFFECT]
     return markup.table(caption, head, rows) if rows else ""
 
 
@@ -356,6 +348,18 @@ def _teacher(found: Mapping[str, Any]) -> str:
     head = ["token", "arm", "answers", "log p, banned", "log p, said instead"]
     head += ["KL before", "KL after", "change"]
     return markup.table(caption, head, rows) if rows else ""
+
+
+def _effect(row: Mapping[str, Any]) -> list[str]:
+    """What a ban does, under the heads ``_EFFECT``."""
+    return [
+        _told(row),
+        _told(row, "_held"),
+        f"{row['down']} / {row['up']}",
+        f"{row['unparsed']:.0%}",
+        style.p_value(row["p_adjusted"]),
+        row["category"],
+    ]
 
 
 def _told(row: Mapping[str, Any], end: str = "") -> str:

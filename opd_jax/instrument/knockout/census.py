@@ -68,8 +68,7 @@ def run(
         pairs.resolve(request.teacher)  # raises before anything is decoded
     given = tasks.read_all(request.tasks, grader=request.grader, limit=request.limit)
     out = Path(path_of(request.out))
-    old = load_record(out)
-    begun = processes.agreed_text(old["time"] if old else workdir.timestamp())
+    begun = asked.begun(load_record(out))
     rows = asked.rows(model, given, request.settings.max_new, request.form, begun=begun)
     found = targets.read(request.types, request.groups, model.tokenizer, model.num_ids)
     for line in _told(found, request):
