@@ -81,6 +81,14 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def cores() -> int:
+    """Cores of a device that is traced for, which work together as one on some TPUs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return getattr(jax.devices()[0], "num_cores", None) or 1
+    return device.num_cores or 1
+
+
 def size(axis: str | tuple[str, ...]) -> int:
     """Number of shards along an axis (or several) of the current mesh, 1 without a mesh."""
     shape = jax.sharding.get_abstract_mesh().shape

@@ -20,6 +20,8 @@ _VISITS = re.compile(r"visits_(\d+)")
 # Closed by the names of transformations.
 _NAME = re.compile(r"(scored_)?rounds_(\d+)\)*(?:/while)?$")
 _FILLED = re.compile(r"filled_(\d+)_of_(\d+)\)*(?:/while)?$")
+_PAGES = re.compile(r"pages_(\d+)_of_(\d+)")
+_PART = re.compile(r"part_(\d+)_of_(\d+)")
 _BEGIN = re.compile(r"begins_(\d+)_")
 
 
@@ -53,6 +55,40 @@ def visits(number: int) -> contextlib.AbstractContextManager[Any]:
     return jax.named_scope(f"visits_{number}")
 
 
+def pages(number: int, slots: int) -> contextlib.AbstractContextManager[Any]:
+    """A scope around a kernel that reads those of a row's ``number`` pages that hold something.
+
+    It stands in a loop that fills them, as that of :func:`filled`.
+    """
+    return jax.named_scope(f"pages_{number}_of_{slots}")
+
+
+def part(slots: int, whole: int) -> contextlib.AbstractContextManager[Any]:
+    """A scope around a kernel that touches ``slots`` of each row's ``whole``."""
+    return jax.named_scope(f"part_{slots}_of_{whole}")
+
+
+def paged(name: str) -> float | None:
+    """Pages that a row's part of a kernel reads, on average; None where its scopes do not say."""
+    found = _PAGES.search(name)
+    return _mean(int(found[1]), int(found[2]), name) if found else None
+
+
+def share(name: str) -> float:
+    """Of the cache that a kernel is given, how much it reads or writes."""
+    if found := _PART.search(name):
+        return int(found[1]) / int(found[2])
+    found, number = _PAGES.search(name), paged(name)
+    return number / int(found[1]) if found and number is not None else 1.0
+
+
+def _mean(blocks: int, slots: int, name: str) -> float:
+    """Blocks of a cache that hold something, over a loop that fills it."""
+    begun = _BEGIN.search(name)
+    share = (int(begun[1]) / slots if begun else 0.0) / 2 + 0.5
+    return blocks * share + 0.5  # the last block is half full
+
+
 def visited(name: str) -> int | None:
     """Programs that work in the kernels whose scopes are ``name``; None where they do not say."""
     found = _VISITS.search(name)
@@ -67,10 +103,7 @@ def of(name: str, scored_share: float = 1.0) -> float | None:
       scored_share: of the positions of a batch.
     """
     if found := _FILLED.search(name):
-        blocks, slots = int(found[1]), int(found[2])
-        begun = _BEGIN.search(name)
-        share = (int(begun[1]) / slots if begun else 0.0) / 2 + 0.5
-        return blocks * share + 0.5  # the last block is half full
+        return _mean(int(found[1]), int(found[2]), name)
     found = _NAME.search(name)
     if not found:
         return None

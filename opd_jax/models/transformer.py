@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax import mesh
-from opd_jax.models import attention, embedding, kernels, kv_cache, linear, moe
+from opd_jax.models import attention, embedding, kernels, kv_cache, linear, moe, paged
 from opd_jax.models.architecture import REMAT, LayerKind, ModelConfig, layers_with, specs
 from opd_jax.models.arranged import for_decoding, gathered, sliced, with_vocab_rows
 from opd_jax.models.attention import Span
@@ -167,6 +167,7 @@ def hidden(
     cfg: ModelConfig,
     cache: Cache | None = None,
     room: int = 0,
+    is_paged: bool = False,
     first_BT: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Hidden states after the final norm, in the compute dtype.
@@ -180,6 +181,7 @@ def hidden(
       cache: with one, the T tokens are appended at its cursor and read all that came before; there
         must be room for them (the caller sizes the cache).
       room: static; without a cache, slots of a new one to return with these tokens in it.
+      is_paged: static; whether that is in pages, for which rows begin with their first token.
       first_BT: without a cache, where several sequences lie in a row, the column of the first token
         of each token's own; positions count from there.
 
@@ -196,7 +198,15 @@ def hidden(
         )
     h_BTD, _ = _embedded(params, ids_BT, cfg)
     return _through_layers(
-        params, h_BTD, positions_BT, valid_BT, cfg, cache, room, first_BT=first_BT
+        params,
+        h_BTD,
+        positions_BT,
+        valid_BT,
+        cfg,
+        cache,
+        room,
+        first_BT=first_BT,
+        is_paged=is_paged,
     )[:2]
 
 
@@ -250,6 +260,7 @@ def _through_layers(
     room=0,
     counted_BT=None,
     first_BT=None,
+    is_paged=False,
 ):
     """All layers and the final norm."""
     positions_BT = mesh.constrain(positions_BT, mesh.BATCH, None)
@@ -261,7 +272,9 @@ def _through_layers(
     if cache is None:
         counted_R = None if counted_BT is None else _rows(counted_BT)
         read = (valid_BT, None if first_BT is None else mesh.constrain(first_BT, mesh.BATCH, None))
-        h_RD, cache, load = _from_start(h_RD, layers, rotation, local, read, room, cfg, counted_R)
+        h_RD, cache, load = _from_start(
+            h_RD, layers, rotation, local, read, room, cfg, counted_R, is_paged
+        )
     else:
         assert not room  # the cache that is there has its size
         assert first_BT is None
@@ -277,7 +290,9 @@ def _rows(x_BT: jax.Array) -> jax.Array:
     return jax.lax.reshape(placed_BT, (x_BT.size,), out_sharding=mesh.out(mesh.BATCH))
 
 
-def _from_start(h_RD, layers, rotation, local, read, room: int, cfg: ModelConfig, counted_R=None):
+def _from_start(
+    h_RD, layers, rotation, local, read, room: int, cfg: ModelConfig, counted_R=None, is_paged=False
+):
     """All layers over tokens that have none before them."""
     valid_BT, first_BT = read
     span = Span(cfg.score_scale, cfg.window)
@@ -297,8 +312,10 @@ def _from_start(h_RD, layers, rotation, local, read, room: int, cfg: ModelConfig
                 first_BT=first_BT,
                 name=kernel,
             )
-            kept = (k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)) if room else None
-            return mixed_BTKGH, kept
+            if not room:
+                return mixed_BTKGH, None
+            as_read = (0, 2, 1, 3) if is_paged else (0, 2, 3, 1)
+            return mixed_BTKGH, (k_BTKH.transpose(as_read), v_BTKH.transpose(0, 2, 1, 3))
 
         turn = _chosen(is_sliding, local, rotation)
         h_RD, kept, load = _layer(h_RD, gathered(layer, cfg), turn, attend, cfg, counted_R)
@@ -320,7 +337,7 @@ def _from_start(h_RD, layers, rotation, local, read, room: int, cfg: ModelConfig
     if not room:
         return h_RD, None, load
     k_LBKHT, v_LBKTH = kept[0] if len(kept) == 1 else jax.tree.map(_joined, *kept)
-    return h_RD, kv_cache.start(k_LBKHT, v_LBKTH, valid_BT, room), load
+    return h_RD, kv_cache.start(k_LBKHT, v_LBKTH, valid_BT, room, is_paged), load
 
 
 def _joined(*parts: jax.Array) -> jax.Array:
@@ -362,23 +379,28 @@ def _continued(h_RD, layers, rotation, local, valid_BT, cache: Cache, cfg: Model
     first = cache.length
     cache = kv_cache.extend(cache, valid_BT)
     kinds = cfg.kinds
-    masks = {
-        slides: attention.causal_mask(
-            cache.valid_BS, first, valid_BT.shape[1], cfg.window if slides else None
-        )
-        for slides in sorted({kind.is_sliding for kind in kinds})
-    }
+    if cache.valid_BS is None:  # a row that has ended reads no more than it must
+        reach: Any = jnp.where(valid_BT[:, 0], cache.length, 1)
+        reaches = {False: mesh.constrain(reach, mesh.BATCH)}
+    else:
+        reaches = {
+            slides: attention.causal_mask(
+                cache.valid_BS, first, valid_BT.shape[1], cfg.window if slides else None
+            )
+            for slides in sorted({kind.is_sliding for kind in kinds})
+        }
     for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
-        attend = functools.partial(_attend_cached, cache, index, masks[kind.is_sliding], cfg)
+        attend = functools.partial(_attend_cached, cache, index, reaches[kind.is_sliding], cfg)
         turn = local if kind.is_sliding else rotation
         h_RD, cache, _ = _layer(h_RD, layer, turn, attend, cfg)
     return h_RD, cache
 
 
-def _attend_cached(cache: Cache, index: int, mask_BTS, cfg, q_BTKGH, k_BTKH, v_BTKH):
+def _attend_cached(cache: Cache, index: int, reach, cfg, q_BTKGH, k_BTKH, v_BTKH):
+    """Attention over a cache: as far as ``reach`` says, a mask or, in pages, a number of slots."""
     cache = kv_cache.write(cache, index, k_BTKH, v_BTKH)
-    keys, values = cache.keys[index], cache.values[index]
-    return kernels.cached(q_BTKGH, keys, values, mask_BTS, cfg.score_scale), cache
+    attend = paged.attend if cache.is_paged else kernels.cached
+    return attend(q_BTKGH, cache.keys[index], cache.values[index], reach, cfg.score_scale), cache
 
 
 def head(params: Params, cfg: ModelConfig) -> Float[Array, "V D"]:

@@ -42,7 +42,7 @@ class Cost:
       collectives: largest share first.
       limits: seconds that its products, its traffic and its collectives take by themselves.
       silent: kernels that run in it of whose cycles the compiler says nothing.
-      kernel_seconds: that their products take at the peak rate.
+      kernel_seconds: that those take at the peak rate of products or of memory.
     """
 
     flops: float
@@ -229,13 +229,8 @@ def compiled(
     say(f"compiling {traced.name} ...")
     chip = machine.chip
     names = PARTS.get(traced.name, (traced.name,))
-    flops = products.flops(traced.traced.jaxpr, traced.scored_share)
-    if len(names) == 2:
-        inside, outside = products.split(traced.traced.jaxpr, traced.scored_share)
-        flops_of = {names[0]: outside, names[1]: inside}
-    else:
-        flops_of = {names[0]: flops}
-    in_kernels = products.flops(traced.traced.jaxpr, traced.scored_share, of_kernels=True)
+    flops_of = _flops(traced, names)
+    in_kernels = _flops(traced, names, of_kernels=True)
     begun = time.perf_counter()
     try:
         program = traced.traced.lower().compile(compiler_options=dict(machine.options) or None)
@@ -260,8 +255,7 @@ def compiled(
     costs = {}
     for name in names:
         own = runs if len(names) == 1 else [r for r in runs if r[3] == (name == names[1])]
-        kernels = in_kernels if name == names[0] else 0.0  # the loop over tokens has none
-        costs[name] = cost(own, read, flops_of[name], chip, mesh, kernels)
+        costs[name] = cost(own, read, flops_of[name], chip, mesh, in_kernels[name])
     return [
         ProgramPlan(
             name, alive, chip.memory, seconds, flops_of[name], costs[name],
@@ -269,6 +263,15 @@ def compiled(
         )
         for name in names
     ]  # fmt: skip
+
+
+def _flops(traced: Traced, names: Sequence[str], *, of_kernels: bool = False) -> dict[str, float]:
+    """Operations of each part of a program."""
+    jaxpr, share = traced.traced.jaxpr, traced.scored_share
+    if len(names) == 1:
+        return {names[0]: products.flops(jaxpr, share, of_kernels=of_kernels)}
+    inside, outside = products.split(jaxpr, share, of_kernels=of_kernels)
+    return {names[0]: outside, names[1]: inside}
 
 
 def cost(
@@ -286,7 +289,7 @@ def cost(
         "links": sum(each.moved for each in collectives) / chip.link,
     }
     cycles = moved.cycles / chip.clock if chip.clock and moved.cycles else None
-    kernels = in_kernels / devices / chip.flops
+    kernels = max(in_kernels / devices / chip.flops, moved.silent_bytes / chip.bandwidth)
     return Cost(flops, moved.num_bytes, cycles, tuple(collectives), limits, moved.silent, kernels)
 
 

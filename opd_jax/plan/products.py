@@ -37,21 +37,25 @@ class _Context:
     scored_share: float
     holders: int = 1  # devices that have the same rows, each of which is computed by one of them
     visited: int | None = None  # programs of a kernel that do something; None: all of its grid
+    pages: float = 1.0  # that each of them goes through
     is_counted: bool = True  # what is no kernel
 
 
-def split(jaxpr: Any, scored_share: float = 1.0) -> tuple[float, float]:
+def split(
+    jaxpr: Any, scored_share: float = 1.0, *, of_kernels: bool = False
+) -> tuple[float, float]:
     """Those in the loops of unknown rounds at the top of a program, and all others."""
     inside = outside = 0.0
+    context = _Context(scored_share, is_counted=not of_kernels)
     for equation in _open(jaxpr).eqns:
         inner = list(jaxprs_in_params(equation.params))
         if equation.primitive.name == "while":
-            inside += _of(equation, _Context(scored_share))
+            inside += _of(equation, context)
         elif equation.primitive.name in ("jit", "pjit", "closed_call") and len(inner) == 1:
-            more = split(inner[0], scored_share)
+            more = split(inner[0], scored_share, of_kernels=of_kernels)
             inside, outside = inside + more[0], outside + more[1]
         else:
-            outside += _of(equation, _Context(scored_share))
+            outside += _of(equation, context)
     return inside, outside
 
 
@@ -82,6 +86,8 @@ def _of(equation: Any, context: _Context) -> float:
     inner = list(jaxprs_in_params(params))
     if (visited := rounds.visited(str(equation.source_info.name_stack))) is not None:
         context = dataclasses.replace(context, visited=visited)
+    if (pages := rounds.paged(str(equation.source_info.name_stack))) is not None:
+        context = dataclasses.replace(context, pages=pages)
     if name == "shard_map":
         axes, shape = params["newly_manual_axes"], params["mesh"].shape
         devices = math.prod(shape[axis] for axis in axes)
@@ -94,7 +100,8 @@ def _of(equation: Any, context: _Context) -> float:
     total = [_sum(each, context) for each in inner]
     if name == "pallas_call":
         whole = math.prod(params["grid_mapping"].grid)
-        return (whole if context.visited is None else context.visited) * sum(total)
+        programs = whole if context.visited is None else context.visited
+        return programs * context.pages * sum(total)
     if name == "scan":
         return params["length"] * sum(total)
     if name == "while":

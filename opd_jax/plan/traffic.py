@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from opd_jax import rounds
 from opd_jax.plan.hlo import Operation, Program
 
 COLLECTIVES = (
@@ -69,27 +70,31 @@ class Collective:
 @dataclasses.dataclass(frozen=True)
 class Traffic:
     """Of one device: bytes through its memory, cycles as its compiler estimates them (0: none),
-    and how often a kernel runs of whose cycles it says nothing."""
+    how often a kernel runs of whose cycles it says nothing, and the bytes of those kernels."""
 
     num_bytes: float
     cycles: float
     silent: int = 0
+    silent_bytes: float = 0.0
 
 
 def traffic(runs: Iterable[tuple[str, Operation, float, bool]], program: Program) -> Traffic:
     """Add up the operations of :meth:`Program.runs`.
 
     An operand that is only sliced counts by its slices and a buffer that is updated in place by the
-    update. What stays in memories inside the chip counts nothing.
+    update; what a kernel is given by the share that its scopes tell (:mod:`opd_jax.rounds`). What
+    stays in memories inside the chip counts nothing.
     """
-    num_bytes, cycles, silent = 0.0, 0.0, 0
+    num_bytes, cycles, silent, silent_bytes = 0.0, 0.0, 0, 0.0
     for where, op, times, _ in runs:
-        num_bytes += times * _bytes(program, where, op)
+        moved = times * _bytes(program, where, op)
+        num_bytes += moved
         if found := _CYCLES.search(op.rest):
             cycles += times * int(found[1])
         elif op.kind == "custom-call" and "tpu_custom_call" in op.rest:
             silent += times
-    return Traffic(num_bytes, cycles, round(silent))
+            silent_bytes += moved
+    return Traffic(num_bytes, cycles, round(silent), silent_bytes)
 
 
 def _bytes(program: Program, where: str, op: Operation) -> float:
@@ -104,7 +109,8 @@ def _bytes(program: Program, where: str, op: Operation) -> float:
     if op.kind == "dynamic-update-slice":
         return 2 * _in_memory(operands[1].arrays)
     results = op.arrays[:1] if op.kind.endswith("-start") else op.arrays
-    return _in_memory(results) + sum(_in_memory(operand.arrays) for operand in operands)
+    whole = _in_memory(results) + sum(_in_memory(operand.arrays) for operand in operands)
+    return whole * (rounds.share(op.op_name) if op.kind == "custom-call" else 1.0)
 
 
 def _in_memory(arrays) -> float:

@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from opd_jax import mesh, rounds
-from opd_jax.models import kv_cache, transformer
+from opd_jax.models import kv_cache, paged, transformer
 from opd_jax.models.kv_cache import Cache
 from opd_jax.models.transformer import ModelConfig
 from opd_jax.pytrees import Params, Prompt, Rollout
@@ -25,6 +25,9 @@ from opd_jax.rollout import drawn, refill, sampling
 from opd_jax.rollout.drawn import Ban, Decoded
 from opd_jax.rollout.sampling import Sampler
 
+# What a function of each row is given and makes: its ids and a number, its states and a number.
+_TURNED = ((jax.P(mesh.BATCH, None), jax.P(mesh.BATCH)), jax.P(mesh.BATCH, None))
+_LAST = ((jax.P(mesh.BATCH, None, None), jax.P(mesh.BATCH)), jax.P(mesh.BATCH, None))
 # Counted while tracing: under a mesh jit's cache also counts entries that share a program.
 _traced: collections.Counter[str] = collections.Counter()
 
@@ -122,8 +125,9 @@ def _sample(
     rows_B = mesh.constrain(jnp.asarray(rows_B, jnp.int32), mesh.BATCH)
     is_refilled = refill.slots(slots, num_prompts * samples) < num_prompts * samples
     room = 0 if is_refilled else rooms(max_new, segments)[0]
-    size = width if is_refilled else kv_cache.whole(width + room)
-    h_BD, cache = prefill(params, prompt, cfg=cfg, size=size)
+    is_paged = paged.fits(cfg, width + max_new)
+    size = width if is_refilled else kv_cache.whole(width + room, is_paged)
+    h_BD, cache = prefill(params, prompt, cfg=cfg, size=size, is_paged=is_paged)
     ids_BP, start_B = (
         mesh.repeat_rows(prompt.ids_BP, samples),
         mesh.repeat_rows(prompt.start_B, samples),
@@ -157,9 +161,16 @@ def compiles() -> int:
 
 
 def prefill(
-    params: Params, prompt: Prompt, *, cfg: ModelConfig, size: int
+    params: Params, prompt: Prompt, *, cfg: ModelConfig, size: int, is_paged: bool = False
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Run the prompts once: the hidden state of each last token, and a cache of ``size`` slots.
+
+    Args:
+      params: as declared by ``model.specs``.
+      prompt: left-padded.
+      cfg: static.
+      size: static.
+      is_paged: static; whether the cache is in pages, see :func:`paged.fits`.
 
     **Sharding**: rows over the batch axes.
     """
@@ -167,11 +178,23 @@ def prefill(
     ids_BP = mesh.constrain(prompt.ids_BP, mesh.BATCH, None)
     start_B = mesh.constrain(prompt.start_B, mesh.BATCH)
     valid_BP = jnp.arange(width)[None, :] >= start_B[:, None]
+    if is_paged:  # the padding behind the tokens
+        turn = mesh.on_shards(jax.vmap(lambda x_P, by: jnp.roll(x_P, -by)), *_TURNED)
+        ids_BP, valid_BP = turn(ids_BP, start_B), turn(valid_BP, start_B)
     h_BPD, cache = transformer.hidden(
-        params, ids_BP, transformer.positions(valid_BP), valid_BP, cfg=cfg, room=size
+        params,
+        ids_BP,
+        transformer.positions(valid_BP),
+        valid_BP,
+        cfg=cfg,
+        room=size,
+        is_paged=is_paged,
     )
     assert cache is not None  # there is room
-    return h_BPD[:, -1], cache
+    if not is_paged:
+        return h_BPD[:, -1], cache
+    last = mesh.on_shards(jax.vmap(lambda h_PD, length: h_PD[length - 1]), *_LAST)
+    return last(h_BPD, cache.length), cache
 
 
 def decode(
@@ -243,12 +266,12 @@ def decode(
         return (new.num_steps < limit) & ~jnp.all(new.is_done_B)
 
     carry = *draw(drawn.nothing(h_BD.shape[0], max_new, sampler), h_BD), cache
-    width, begin = cache.valid_BS.shape[1] - rooms(max_new, segments)[0], 1
+    width, begin = cache.size - rooms(max_new, segments)[0], 1
     for room in rooms(max_new, segments):
         new, last_B, held = carry
         assert held is not None  # a step gives back the cache that it was given
-        if width + room > held.valid_BS.shape[1]:
-            carry = new, last_B, kv_cache.grow(held, kv_cache.whole(width + room))
+        if width + room > held.size:
+            carry = new, last_B, kv_cache.grow(held, kv_cache.whole(width + room, held.is_paged))
         limit = min(room + 1, max_new)  # the last id needs no place: nothing comes after it
         with rounds.expected(limit - begin, begin=width + begin - 1):
             carry = jax.lax.while_loop(functools.partial(is_running, limit), step, carry)

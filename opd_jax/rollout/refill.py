@@ -43,7 +43,6 @@ FILL = -1  # number of a row that is there to fill a batch up
 FLAGS = "--slots, --batch, --samples or --max-new"  # of a command that needs less memory with less
 _ROWS = jax.P(mesh.BATCH)
 _WIDE = jax.P(mesh.BATCH, None)
-_CACHE: Any = Cache(jax.P(*kv_cache.AXES), jax.P(*kv_cache.AXES), _WIDE, _ROWS)  # pyright: ignore
 
 
 @struct.dataclass
@@ -150,7 +149,7 @@ def decode(
     """
     w_VD = transformer.head(params, cfg=cfg)
     params = transformer.for_decoding(params, cfg=cfg)
-    width, num_rows = prompts.valid_BS.shape[1], position_R.shape[0]
+    width, num_rows = prompts.size, position_R.shape[0]
     rows_here = num_rows // mesh.size(mesh.BATCH)
     length_P = jnp.broadcast_to(prompts.length, (h_PD.shape[0],))
     prompts = dataclasses.replace(prompts, length=mesh.constrain(length_P, mesh.BATCH))
@@ -159,8 +158,8 @@ def decode(
     rows_H = _counts(is_real_R, rows_here)
     seat = mesh.on_shards(
         lambda *given: _seat(*given, samples=samples),
-        (_slots_spec(), _ROWS, _WIDE, _CACHE),
-        (_slots_spec(), _ROWS),
+        (_slots_spec(prompts), _ROWS, _WIDE, _cache_spec(prompts)),
+        (_slots_spec(prompts), _ROWS),
     )
 
     def step(carry: tuple[_Slots, Decoded]) -> tuple[_Slots, Decoded]:
@@ -177,7 +176,9 @@ def decode(
             (position_S + before_S)[:, None],
             (now.is_on_S & ~is_fresh_S)[:, None],
             cfg=cfg,
-            cache=dataclasses.replace(now.cache, length=width + before_S),
+            cache=dataclasses.replace(
+                now.cache, length=(position_S if prompts.is_paged else width) + before_S
+            ),
         )
         h_SD = jnp.where(is_fresh_S[:, None], now.h_SD, h_S1D[:, 0])
         ids_S, logp_S = drawn.draw(
@@ -210,8 +211,15 @@ def _counts(is_real_R: jax.Array | None, rows_here: int) -> jax.Array:
     return count(is_real_R)
 
 
-def _slots_spec() -> Any:
-    per_slot: Any = (_ROWS, _ROWS, _ROWS, _ROWS, _WIDE, _ROWS, _CACHE)
+def _cache_spec(like: Cache) -> Any:
+    held: Any = jax.P(*kv_cache.AXES)
+    valid: Any = None if like.valid_BS is None else _WIDE
+    rows: Any = _ROWS
+    return dataclasses.replace(like, keys=held, values=held, valid_BS=valid, length=rows)
+
+
+def _slots_spec(prompts: Cache) -> Any:
+    per_slot: Any = (_ROWS, _ROWS, _ROWS, _ROWS, _WIDE, _ROWS, _cache_spec(prompts))
     return _Slots(*per_slot)
 
 
@@ -221,7 +229,7 @@ def _empty(h_PD: jax.Array, prompts: Cache, slots: int, max_new: int) -> _Slots:
     def zeros(like: jax.Array, *axes, **sides: int) -> jax.Array:
         shape = [slots, *like.shape[1:]]
         for axis in sides.values():
-            shape[axis] = kv_cache.whole(shape[axis] + max_new)
+            shape[axis] = kv_cache.whole(shape[axis] + max_new, prompts.is_paged)
         return mesh.constrain(jnp.zeros(shape, like.dtype), *axes)
 
     number_S = mesh.constrain(jnp.zeros(slots, jnp.int32), mesh.BATCH)
@@ -232,10 +240,13 @@ def _empty(h_PD: jax.Array, prompts: Cache, slots: int, max_new: int) -> _Slots:
         last_S=number_S,
         h_SD=zeros(h_PD, mesh.BATCH, None),
         next_H=mesh.constrain(jnp.zeros(mesh.size(mesh.BATCH), jnp.int32), mesh.BATCH),
-        cache=Cache(
-            keys=tuple(zeros(x, *kv_cache.AXES, grown=3) for x in prompts.keys),
+        cache=dataclasses.replace(
+            prompts,
+            keys=tuple(zeros(x, *kv_cache.AXES, grown=prompts.key_slots) for x in prompts.keys),
             values=tuple(zeros(x, *kv_cache.AXES, grown=2) for x in prompts.values),
-            valid_BS=zeros(prompts.valid_BS, mesh.BATCH, None, grown=1),
+            valid_BS=None
+            if prompts.valid_BS is None
+            else zeros(prompts.valid_BS, mesh.BATCH, None, grown=1),
             length=number_S,
         ),
     )

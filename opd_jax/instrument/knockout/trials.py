@@ -23,7 +23,7 @@ from opd_jax.evaluate import asked
 from opd_jax.evaluate.asked import Row
 from opd_jax.instrument.knockout.answered import Job
 from opd_jax.instrument.knockout.request import Request
-from opd_jax.models import kv_cache, memory
+from opd_jax.models import kv_cache, memory, paged
 from opd_jax.pytrees import Rollout
 from opd_jax.rollout import answers as drawing
 from opd_jax.rollout import decode, refill
@@ -43,11 +43,12 @@ class Prefix(NamedTuple):
     places: dict[int, int]  # problem's place in the baseline -> row of the cache
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",))
-def _read(params, prompt, *, cfg):
+@functools.partial(jax.jit, static_argnames=("cfg", "max_new"))
+def _read(params, prompt, *, cfg, max_new):
     _traced["read"] += 1
     width = prompt.ids_BP.shape[1]
-    h_PD, cache = decode.prefill(params, prompt, cfg=cfg, size=width)
+    is_paged = paged.fits(cfg, width + max_new)
+    h_PD, cache = decode.prefill(params, prompt, cfg=cfg, size=width, is_paged=is_paged)
     return h_PD, cache, width - prompt.start_B
 
 
@@ -57,12 +58,13 @@ def _answer(
 ) -> Rollout:
     """Answers alone, without their prompts, of picked rows."""
     _traced["answer"] += 1
-    width, num_rows = cache.valid_BS.shape[1], pick_R.shape[0]
+    width, num_rows = cache.size, pick_R.shape[0]
     is_refilled = refill.slots(slots, num_rows) < num_rows
+    size = width if is_refilled else kv_cache.whole(width + max_new, cache.is_paged)
     given = (
         params,
         h_PD.at[pick_R].get(out_sharding=meshlib.out(meshlib.BATCH, None)),
-        kv_cache.pick(cache, pick_R, width if is_refilled else kv_cache.whole(width + max_new)),
+        kv_cache.pick(cache, pick_R, size),
         position_P.at[pick_R].get(out_sharding=meshlib.out(meshlib.BATCH)),
         jax.vmap(jax.random.fold_in, (None, 0))(key, number_R),
     )
@@ -135,7 +137,9 @@ class Trials:
         host = batches.pad([row.example.ids for row in own], rows[0].width, pad_id)
         with jax.set_mesh(self.model.mesh):
             prompt = meshlib.to_global(host, self.model.mesh)
-            h_PD, cache, position_P = _read(self._params, prompt, cfg=self.model.cfg)
+            h_PD, cache, position_P = _read(
+                self._params, prompt, cfg=self.model.cfg, max_new=self.request.settings.max_new
+            )
             key = asked.key_of(rows[0].task.name, self.request.settings.seed)
         places = {number: place for place, number in enumerate(numbers)}
         return Prefix(h_PD, cache, position_P, key, places)
