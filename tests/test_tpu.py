@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from opd_jax import kl, optim, steps
 from opd_jax import mesh as meshlib
 from opd_jax.kl import KLSpec
-from opd_jax.models import attention, kernels, kv_cache, params, transformer
+from opd_jax.models import attention, kernels, kv_cache, paged, params, transformer
 from opd_jax.models.architecture import Experts, LayerKind
 from opd_jax.models.attention import Span
 from opd_jax.objective import ObjectiveConfig
@@ -276,6 +276,99 @@ def test_a_long_cache_is_read_in_blocks_that_are_no_copies(mesh, uncached):
     assert not COLLECTIVE.search(text)
     block = 2 * rows * heads * width * 2048 // np.prod(list(AXES.values()))  # keys, on a chip
     assert program.memory_analysis().temp_size_in_bytes < block
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 5, 8])
+def test_a_cache_in_pages_is_written_in_place_and_never_copied(mesh, uncached, group):
+    """One token after the other, by two kernels and no collective."""
+    rows, heads, width, slots = 64, 4, 128, 4096
+
+    def lies(dtype, *shape, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    def answer(k, v, token, length_B):
+        def step(carry):
+            k, v, q, length_B = carry
+            new = q[:, :, :, 0]
+            k, v = paged.write(k, v, new, new, length_B)
+            return k, v, q + paged.attend(q, k, v, length_B + 1, 0.1), length_B + 1
+
+        return jax.lax.while_loop(
+            lambda carry: jnp.all(carry[3] < slots), step, (k, v, token, length_B)
+        )
+
+    held = [lies(jnp.bfloat16, rows, heads, slots, width, spec=paged.HELD)] * 2
+    with jax.set_mesh(mesh):
+        program = (
+            jax.jit(answer, donate_argnums=(0, 1))
+            .lower(
+                *held,
+                lies(jnp.bfloat16, rows, 1, heads, group, width, spec=paged._HEADS),
+                lies(jnp.int32, rows, spec=P(meshlib.BATCH)),
+            )
+            .compile()
+        )
+    text = program.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+    assert " while(" in text
+    assert len(COLLECTIVE.findall(text)) <= 1  # whether any row goes on
+    cache = 2 * rows * heads * slots * width // np.prod(list(AXES.values()))  # keys, on a chip
+    needs = program.memory_analysis()
+    assert needs.alias_size_in_bytes >= 2 * cache
+    assert needs.temp_size_in_bytes < cache / 20
+
+
+@pytest.mark.parametrize("slots", [0, 32], ids=["in step", "slots"])
+def test_long_answers_are_sampled_in_pages(mesh, uncached, slots):
+    """The whole rollout: a kernel to write and one to read in each layer, and no second cache."""
+    rows, new = 64, 4096
+    with jax.set_mesh(mesh):
+        shapes = Shapes(mesh)
+        prompt = Prompt(shapes.rows(jnp.int32, PROMPT, num=rows), shapes.rows(jnp.int32, num=rows))
+        program = decode._sample.lower(
+            shapes.state.params,
+            prompt,
+            shapes.key,
+            None,
+            shapes.array((), jnp.int32),
+            None,
+            cfg=STUDENT,
+            sampler=Sampler(vocab_size=REAL_IDS),
+            max_new=new,
+            samples=1,
+            slots=slots,
+        ).compile()
+    text = program.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2 * STUDENT.num_layers
+    held = (slots or rows) // (AXES["data"] * AXES["fsdp"])
+    size = paged.whole(PROMPT + new)
+    heads = STUDENT.num_kv_heads // AXES["model"]
+    cache = 2 * STUDENT.num_layers * 2 * held * heads * size * STUDENT.head_dim  # on a chip
+    weights = 2 * sum(np.prod(x.shape) for x in jax.tree.leaves(shapes.state.params))
+    temporaries = program.memory_analysis().temp_size_in_bytes
+    assert cache <= temporaries < 1.5 * cache + weights, (temporaries / cache, weights / cache)
+
+
+def test_two_cores_that_work_as_one_share_the_rows(uncached):
+    """A v5p has such; each row and head is read by one of them."""
+    described = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
+    devices = np.array(described.devices).reshape(1, 2, 2)
+    pair = Mesh(devices, tuple(AXES), axis_types=(AxisType.Explicit,) * 3)
+
+    def lies(dtype, *shape, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(pair, spec))
+
+    with jax.set_mesh(pair):
+        assert meshlib.cores() == 2
+        held = lies(jnp.bfloat16, 8, 4, 2048, 128, spec=paged.HELD)
+        traced = jax.jit(functools.partial(paged.attend, scale=0.1)).trace(
+            lies(jnp.bfloat16, 8, 1, 4, 4, 128, spec=paged._HEADS),
+            held,
+            held,
+            lies(jnp.int32, 8, spec=P(meshlib.BATCH)),
+        )
+        assert "grid=(2, 4, 1)" in str(traced.jaxpr)
+        traced.lower().compile()
 
 
 def cycles(text: str) -> int:

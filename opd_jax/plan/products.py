@@ -36,8 +36,7 @@ class _Context:
 
     scored_share: float
     holders: int = 1  # devices that have the same rows, each of which is computed by one of them
-    visited: int | None = None  # programs of a kernel that do something; None: all of its grid
-    pages: float = 1.0  # that each of them goes through
+    scopes: str = ""  # names of all that it stands in
     is_counted: bool = True  # what is no kernel
 
 
@@ -84,10 +83,8 @@ def _of(equation: Any, context: _Context) -> float:
     if name.startswith("dot_product_attention"):
         return fused_attention(shapes, params["sliding_window_length"], "bwd" in name)
     inner = list(jaxprs_in_params(params))
-    if (visited := rounds.visited(str(equation.source_info.name_stack))) is not None:
-        context = dataclasses.replace(context, visited=visited)
-    if (pages := rounds.paged(str(equation.source_info.name_stack))) is not None:
-        context = dataclasses.replace(context, pages=pages)
+    scopes = f"{context.scopes}/{equation.source_info.name_stack}"
+    context = dataclasses.replace(context, scopes=scopes)
     if name == "shard_map":
         axes, shape = params["newly_manual_axes"], params["mesh"].shape
         devices = math.prod(shape[axis] for axis in axes)
@@ -100,12 +97,12 @@ def _of(equation: Any, context: _Context) -> float:
     total = [_sum(each, context) for each in inner]
     if name == "pallas_call":
         whole = math.prod(params["grid_mapping"].grid)
-        programs = whole if context.visited is None else context.visited
-        return programs * context.pages * sum(total)
+        visited, pages = rounds.visited(scopes), rounds.paged(scopes)
+        return (whole if visited is None else visited) * (pages or 1.0) * sum(total)
     if name == "scan":
         return params["length"] * sum(total)
     if name == "while":
-        times = rounds.of(str(equation.source_info.name_stack), context.scored_share)
+        times = rounds.of(scopes, context.scored_share)
         return sum(total) * (1 if times is None else times)
     return max(total, default=0.0) if name == "cond" else sum(total)
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from opd_jax import mesh, rounds
-from opd_jax.models import attention, kernels, params, transformer
+from opd_jax.models import attention, kernels, paged, params, transformer
 from opd_jax.models.architecture import Experts, LayerKind
 from opd_jax.models.attention import Span
 from opd_jax.models.transformer import ModelConfig
@@ -190,3 +190,26 @@ def test_kernels_of_attention_count_what_they_compute(window):
     assert exact == 4 * rows * heads * group * head_dim * seen
     back = products.fused_attention([(rows, length, heads * group, head_dim)], window, True)
     assert back == 2.5 * exact
+
+
+@pytest.mark.parametrize("begin", [0, 1024])
+def test_a_kernel_over_pages_counts_those_that_hold_something(begin):
+    rows, heads, group, slots, head_dim = 4, 2, 3, 4096, 128
+    shapes = (rows, 1, heads, group, head_dim), (rows, heads, slots, head_dim)
+    q, k = (jnp.zeros(shape, jnp.bfloat16) for shape in shapes)
+
+    def answer(q, k, length_B):
+        def step(carry):
+            q, length_B = carry
+            return paged.attend(q, k, k, length_B, 1.0), length_B + 1
+
+        with rounds.expected(slots - begin, begin=begin):
+            return jax.lax.while_loop(lambda carry: carry[1][0] < slots, step, (q, length_B))
+
+    pages = 4 * (1 + begin / slots) / 2 + 0.5  # of 1,024 slots, the last one half full
+    wanted = (slots - begin) * rows * heads * pages * 2 * 2 * group * 1024 * head_dim
+    length_B = jnp.full(rows, begin + 1)
+    assert count(answer, q, k, length_B) == wanted
+    assert count(answer, q, k, length_B, of_kernels=True) == wanted
+    inside, outside = products.split(jax.make_jaxpr(answer)(q, k, length_B), of_kernels=True)
+    assert (inside, outside) == (wanted, 0)

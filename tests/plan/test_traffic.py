@@ -242,3 +242,20 @@ def test_what_comes_after_an_operation_printed_over_several_lines_is_read():
     found = traffic.traffic(read.runs(), read)
     assert (found.cycles, found.silent) == (70, 1)
     assert found.num_bytes == 4 * 32
+    assert found.silent_bytes == 2 * 32
+
+
+@pytest.mark.parametrize(
+    ("scope", "share"),
+    [
+        ("kernel", 1),
+        ("part_16_of_4096/kernel", 16 / 4096),
+        ("begins_1024_rounds_3072/while/body/pages_4_of_4096/kernel", (4 * 5 / 8 + 0.5) / 4),
+        ("pages_4_of_4096/jit(paged_attention)/kernel", (4 / 2 + 0.5) / 4),
+    ],
+)
+def test_a_kernel_moves_what_it_touches_of_a_cache(scope, share):
+    read = hlo.read(PRINTED_OVER_LINES.replace("visits_12/kernel", scope))
+    found = traffic.traffic(read.runs(), read)
+    assert found.silent_bytes == 2 * 32 * share
+    assert found.num_bytes == 2 * 32 + found.silent_bytes

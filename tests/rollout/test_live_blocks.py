@@ -60,7 +60,7 @@ def in_blocks(monkeypatch):
     def turn_on():
         monkeypatch.setattr(attention, "attend_live", watched)
         monkeypatch.setattr(kv_cache, "block", lambda slots: SIZE if slots % SIZE == 0 else slots)
-        monkeypatch.setattr(kv_cache, "whole", lambda slots: -(-slots // SIZE) * SIZE)
+        monkeypatch.setattr(kv_cache, "whole", lambda slots, is_paged: -(-slots // SIZE) * SIZE)
         jax.clear_caches()  # programs do not know how a cache was read
         return traced
 
