@@ -83,8 +83,8 @@ class ModelConfig:
       remat: what the backward pass keeps: ``dots`` the results of weight multiplications, and it
         recomputes what is cheap, at half the memory of ``none``, which keeps everything, and in no
         more time (LOG.md); ``full`` keeps layer inputs only.
-      attention: of whole sequences: by the kernel of the devices where there is one that fits
-        (``auto``), or everywhere by ``blocks`` of our own.
+      attention: of whole sequences and over caches: by the kernel of the devices where there is
+        one that fits (``auto``), or everywhere by products of our own (``blocks``).
       pattern: a kind for each layer; empty where all are plain.
       window: tokens that a sliding layer reads, the query's own included.
       local_rope: of sliding layers, where it is another than that of full ones.
