@@ -106,6 +106,9 @@ def _bytes(program: Program, where: str, op: Operation) -> float:
         return _fused(program, op, operands)
     if op.kind in ("dynamic-slice", "slice", "gather"):
         return 2 * _in_memory(op.arrays)
+    if op.kind in ("slice-start", "dynamic-slice-start"):  # ((operands), result, context)
+        result = op.arrays[1]
+        return bool(_in_memory(operands[0].arrays)) * result.num_bytes + _in_memory([result])
     if op.kind == "dynamic-update-slice":
         return 2 * _in_memory(operands[1].arrays)
     results = op.arrays[:1] if op.kind.endswith("-start") else op.arrays
@@ -120,11 +123,10 @@ def _in_memory(arrays) -> float:
 def _fused(program: Program, op: Operation, operands: Sequence[Operation]) -> float:
     """Bytes of a fusion: of each parameter what is read, of each result what is written."""
     inside = program.computations[op.called[0]]
-    total = sum(
-        size
-        for index, size in _read(program, inside).items()
-        if index < len(operands) and _in_memory(operands[index].arrays)
-    )
+    total = 0.0
+    for index, (size, is_given_on) in _read(program, inside).items():
+        if index < len(operands) and (whole := _in_memory(operands[index].arrays)):
+            total += whole if is_given_on else size
     updates = [each for each in inside.values() if each.kind == "dynamic-update-slice"]
     in_place = {each.arrays[0].dims: each for each in updates}
     for array in op.arrays:
@@ -136,18 +138,22 @@ def _fused(program: Program, op: Operation, operands: Sequence[Operation]) -> fl
     return total
 
 
-def _read(program: Program, inside: dict[str, Operation]) -> dict[int, float]:
-    """Bytes that a fusion reads of each of its parameters, by a fusion in the fusion as well."""
+def _read(program: Program, inside: dict[str, Operation]) -> dict[int, tuple[float, bool]]:
+    """Bytes that a fusion reads of each of its parameters, by a fusion in the fusion as well.
+
+    And whether it gives the parameter on as it is, under another name, to who reads it then.
+    """
     users: dict[str, list[Operation]] = {}
     for each in inside.values():
         for name in each.operands:
             users.setdefault(name, []).append(each)
 
-    def read(parameter: Operation) -> float:
+    def read(parameter: Operation) -> tuple[float, bool]:
         whole = sum(array.num_bytes for array in parameter.arrays)
-        total, left = 0.0, [parameter.name]
+        total, left, is_given_on = 0.0, [parameter.name], False
         while left:
             name = left.pop()
+            is_given_on |= inside[name].is_root
             for user in users.get(name, []):
                 if user.kind == "bitcast":
                     left.append(user.name)
@@ -157,12 +163,13 @@ def _read(program: Program, inside: dict[str, Operation]) -> dict[int, float]:
                     continue  # written in place
                 elif user.kind == "fusion" and user.called:
                     within = _read(program, program.computations[user.called[0]])
-                    total += sum(
-                        within[index] for index, given in enumerate(user.operands) if given == name
-                    )
+                    for index, given in enumerate(user.operands):
+                        if given == name:
+                            total += within[index][0]
+                            left += [user.name] * within[index][1]
                 else:
-                    return whole
-        return min(total, whole)
+                    return whole, is_given_on
+        return min(total, whole), is_given_on
 
     parameters = (each for each in inside.values() if each.kind == "parameter")
     return {int(each.operands[0]): read(each) for each in parameters}

@@ -259,3 +259,56 @@ def test_a_kernel_moves_what_it_touches_of_a_cache(scope, share):
     found = traffic.traffic(read.runs(), read)
     assert found.silent_bytes == 2 * 32 * share
     assert found.num_bytes == 2 * 32 + found.silent_bytes
+
+
+GIVEN_ON = """HloModule jit_f
+
+%renamed (p: f32[16,8]) -> f32[8,16] {
+  %p = f32[16,8]{1,0} parameter(0)
+  ROOT %bitcast.1 = f32[8,16]{0,1} bitcast(%p)
+}
+
+%product (a: f32[16,8], b: f32[4,16]) -> f32[4,8] {
+  %a = f32[16,8]{1,0} parameter(0)
+  %b = f32[4,16]{1,0} parameter(1)
+  %w = f32[8,16]{0,1} fusion(%a), kind=kLoop, calls=%renamed
+  ROOT %convolution.1 = f32[4,8]{1,0} convolution(%b, %w), dim_labels=bf_oi->bf
+}
+
+%sliced (a: f32[16,8]) -> f32[8,2] {
+  %a.1 = f32[16,8]{1,0} parameter(0)
+  %w.1 = f32[8,16]{0,1} fusion(%a.1), kind=kLoop, calls=%renamed
+  ROOT %slice.1 = f32[8,2]{0,1} slice(%w.1), slice={[0:8], [0:2]}
+}
+
+ENTRY %main (x: f32[16,8], y: f32[4,16]) -> f32[4,8] {
+  %x = f32[16,8]{1,0} parameter(0)
+  %y = f32[4,16]{1,0} parameter(1)
+  OPERATION
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("operation", "numbers"),
+    [
+        # A weight that a fusion in the fusion only names anew is read by the product behind it.
+        ("ROOT %r = f32[4,8]{1,0} fusion(%x, %y), kind=kOutput, calls=%product", 128 + 64 + 32),
+        ("ROOT %r = f32[8,2]{0,1} fusion(%x), kind=kLoop, calls=%sliced", 2 * 16),
+        ("ROOT %r = f32[8,16]{0,1} fusion(%x), kind=kLoop, calls=%renamed", 2 * 128),  # a copy
+        # A part that is brought into the chip's own memory, or elsewhere, while others work.
+        (
+            "ROOT %r = ((f32[16,8]{1,0}), f32[4,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), "
+            "slice={[0:4], [0:8]}",
+            32,
+        ),
+        (
+            "ROOT %r = ((f32[16,8]{1,0}), f32[4,8]{1,0}, s32[]{:S(2)}) slice-start(%x), "
+            "slice={[0:4], [0:8]}",
+            2 * 32,
+        ),
+    ],
+)
+def test_what_is_named_anew_or_sliced_counts_where_it_is_read(operation, numbers):
+    read = hlo.read(GIVEN_ON.replace("OPERATION", operation))
+    assert traffic.traffic(read.runs(), read).num_bytes == 4 * numbers
