@@ -32,7 +32,7 @@ class Cache:
 
     keys: tuple[jax.Array, ...]  # per layer [B, K, H, S]; in pages [B, K, S, H]
     values: tuple[jax.Array, ...]  # per layer [B, K, S, H]
-    valid_BS: jax.Array | None  # [B, S] bool, slots that hold a real token; in pages: the first
+    valid_BS: jax.Array | None  # [B, S] bool, slots that hold a real token; None in pages
     length: jax.Array  # [] i32, slots written so far; [B]: of each row
     is_paged: bool = struct.field(pytree_node=False, default=False)
 
