@@ -156,10 +156,10 @@ def test_specs_of_a_cache_in_pages_are_those_of_its_arrays():
         prompt = mesh.to_global(drawn_prompts(8, 9), devices)
         read = jax.jit(functools.partial(decode.prefill, cfg=cfg, size=9, is_paged=True))
         _, cache = read(placed, prompt)
-    _, alone = decode.prefill(
-        drawn_weights(cfg), drawn_prompts(8, 9), cfg=cfg, size=9, is_paged=True
-    )
+    _, alone = decode.prefill(weights, drawn_prompts(8, 9), cfg=cfg, size=9, is_paged=True)
     assert cache.keys[0].sharding.spec == paged.HELD
     np.testing.assert_array_equal(cache.length, alone.length)
-    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(alone), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+    # Behind a row's own tokens lies what its padding was computed to, which nothing reads.
+    is_own = (np.arange(9)[None] < np.asarray(alone.length)[:, None])[:, None, :, None]
+    for a, b in zip(cache.keys + cache.values, alone.keys + alone.values, strict=True):
+        np.testing.assert_allclose(np.where(is_own, a, 0), np.where(is_own, b, 0), atol=1e-4)
